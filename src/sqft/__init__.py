@@ -1,0 +1,61 @@
+"""sqft: adapt a sparse language model with low-rank adapters that merge back without losing a zero.
+
+The public API, imported lazily: ``import sqft`` does no work.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sqft.adapters.config import SqftConfig as SqftConfig
+    from sqft.adapters.peft_bridge import attach as attach
+    from sqft.config import EvaluateConfig as EvaluateConfig
+    from sqft.config import MergeConfig as MergeConfig
+    from sqft.config import SparsifyConfig as SparsifyConfig
+    from sqft.config import TrainConfig as TrainConfig
+    from sqft.errors import SqftError as SqftError
+    from sqft.errors import UsageError as UsageError
+    from sqft.errors import VerificationError as VerificationError
+    from sqft.evaluation.stage import evaluate as evaluate
+    from sqft.folders import load as load
+    from sqft.folders import save as save
+    from sqft.merging import merge as merge
+    from sqft.pipeline import run as run
+    from sqft.sparsity.stage import sparsify as sparsify
+    from sqft.tasks.base import Example as Example
+    from sqft.training.loop import train as train
+
+_WHERE = {
+    "SqftConfig": "sqft.adapters.config",
+    "attach": "sqft.adapters.peft_bridge",
+    "EvaluateConfig": "sqft.config",
+    "MergeConfig": "sqft.config",
+    "SparsifyConfig": "sqft.config",
+    "TrainConfig": "sqft.config",
+    "SqftError": "sqft.errors",
+    "UsageError": "sqft.errors",
+    "VerificationError": "sqft.errors",
+    "evaluate": "sqft.evaluation.stage",
+    "load": "sqft.folders",
+    "save": "sqft.folders",
+    "merge": "sqft.merging",
+    "run": "sqft.pipeline",
+    "sparsify": "sqft.sparsity.stage",
+    "Example": "sqft.tasks.base",
+    "train": "sqft.training.loop",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sqft' has no attribute '{name}'")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

@@ -1,0 +1,96 @@
+"""SparsePEFT: a LoRA layer whose product B A is masked by the base's sparsity (SQFT, arXiv 2410.03750, section 3.3).
+
+    W_merged = W + (alpha / r) * M o (B A)
+
+A pruned weight stays zero through training and merging, and what is trained is what is merged.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from sqft.errors import SqftError
+from sqft.kernels.torch_ops import masked_weight, sparse_linear
+from sqft.sparsity.masks import derive_mask, packed_mask, set_mask
+
+
+class SparseLoraLinear(LoraLinear):
+    """PEFT's LoRA linear layer with SparsePEFT's product; it takes the base layer's mask, or derives it from zeros."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        linear = self.get_base_layer()
+        if type(linear) is not nn.Linear:
+            raise SqftError(f"{type(linear).__name__} cannot carry a masked adapter, only torch.nn.Linear can")
+        if packed_mask(linear) is None:
+            set_mask(linear, derive_mask(linear))
+
+    @property
+    def mask(self) -> Tensor:
+        """uint8 [O, ceil(I / 8)], packed."""
+        packed = packed_mask(self._linear)
+        assert packed is not None
+        return packed
+
+    @property
+    def _linear(self) -> nn.Linear:
+        return cast(nn.Linear, self.get_base_layer())
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A [R, I] and B [O, R]."""
+        return cast(Tensor, self.lora_A[adapter].weight), cast(Tensor, self.lora_B[adapter].weight)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        if kwargs.get("adapter_names") is not None:
+            raise SqftError("masked adapters cannot be mixed within a batch")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x)
+        if len(active) > 1:
+            raise SqftError(f"one masked adapter at a time: {', '.join(active)} are active; call set_adapter")
+        linear, name = self._linear, active[0]
+        dropout = getattr(self.lora_dropout[name], "p", 0.0)
+        a, b = self._factors(name)
+        return sparse_linear(
+            x, linear.weight, linear.bias, a, b, self.mask, self.scaling[name], dropout, training=self.training
+        )
+
+    def merged_weight(self, adapter: str, sign: float = 1.0) -> Tensor:
+        """The weight [O, I] that training multiplies with, bit for bit, in the base's dtype."""
+        weight = self._linear.weight
+        a, b = self._factors(adapter)
+        return masked_weight(weight, a, b, sign * self.scaling[adapter], self.mask, weight.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The masked adapter alone, [O, I]."""
+        a, b = self._factors(adapter)
+        return masked_weight(None, a, b, self.scaling[adapter], self.mask, a.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            merged = self.merged_weight(name)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self.get_base_layer().weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtracts what ``merge`` added: zeros stay zero, other weights return to within rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self.get_base_layer().weight.data = self.merged_weight(self.merged_adapters.pop(), sign=-1.0)
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("lora.", "sqft.", 1)

@@ -1,0 +1,113 @@
+"""Text from a file, a ``datasets`` name or the built-in sample, and seeded blocks of its tokens."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sqft.errors import SqftError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+
+
+def read_records(source: str, split: str = "train") -> list[dict[str, Any]]:
+    """The records of a source, each a dict of fields; a text's paragraphs become ``{"text": ...}``.
+
+    Args:
+        source: 'builtin' (a text that ships with sqft), a .txt or .jsonl file (also .gz), or a ``datasets`` name,
+            'name' or 'name:config'.
+        split: of a ``datasets`` name.
+
+    Raises UsageError for a missing file, SqftError for a line that is not JSON or a data set that does not load.
+    """
+    if source == "builtin":
+        text = (resources.files("sqft.calibration") / "builtin.txt").read_text(encoding="utf-8")
+        return [{"text": paragraph} for paragraph in text.split("\n\n") if paragraph.strip()]
+    path = Path(source)
+    if source.endswith(SUFFIXES):
+        return _read_file(path)
+    if path.exists():
+        raise UsageError(f"{source} is neither text nor JSON lines: name a file ending in {', '.join(SUFFIXES)}")
+    return _read_dataset(source, split)
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
+            text = stream.read()
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {path}") from None
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise SqftError(f"cannot read {path}: {error}") from None
+    if ".txt" in path.suffixes[-2:]:
+        records: list[dict[str, Any]] = [{"text": part} for part in text.split("\n\n") if part.strip()]
+    else:
+        records = [_parse(path, i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not records:
+        raise SqftError(f"{path} is empty")
+    return records
+
+
+def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise SqftError(f"{path}:{number}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise SqftError(f"{path}:{number}: a line has to be a JSON object with named fields")
+    return record
+
+
+def _read_dataset(source: str, split: str) -> list[dict[str, Any]]:
+    import datasets
+
+    name, _, config = source.partition(":")
+    try:
+        return list(datasets.load_dataset(name, config or None, split=split))  # pyright: ignore
+    except Exception as error:  # datasets raises many kinds; each is a source that cannot be read
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SqftError(f"'{source}' is no file, and as a datasets name it does not load: {reason}") from error
+
+
+def read_texts(source: str) -> list[str]:
+    """The ``text`` field of every record. Raises SqftError if a record has none."""
+    records = read_records(source)
+    if "text" not in records[0]:
+        raise SqftError(f"records of {source} have no 'text' field but {', '.join(records[0])}")
+    return [record["text"] for record in records if record["text"].strip()]
+
+
+def token_stream(tokenizer: PreTrainedTokenizerBase, texts: list[str], enough: int | None = None) -> Tensor:
+    """All texts in one int64 [T], with an end-of-text token after each, or the first texts until T >= enough."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    for text in texts:
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end  # pyright: ignore
+        if enough is not None and len(tokens) >= enough:
+            break
+    return torch.tensor(tokens)
+
+
+def token_blocks(tokenizer: PreTrainedTokenizerBase, source: str, samples: int, length: int, seed: int) -> Tensor:
+    """int64 [samples, length]: blocks at seeded random places of the source's shuffled text.
+
+    Raises SqftError if the source has fewer than ``length`` tokens.
+    """
+    texts = read_texts(source)
+    order = random.Random(seed)
+    order.shuffle(texts)
+    stream = token_stream(tokenizer, texts, enough=4 * samples * length)
+    if len(stream) < length:
+        raise SqftError(f"{source} has {len(stream)} tokens, fewer than one block of {length}: choose a shorter length")
+    starts = [order.randint(0, len(stream) - length) for _ in range(samples)]
+    return torch.stack([stream[start : start + length] for start in starts])

@@ -1,0 +1,24 @@
+"""Streaming statistics of a linear layer's inputs. Shape letters: T tokens, I input features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ColumnNorm:
+    """L2 norm of every input feature over all tokens seen, summed in float64."""
+
+    def __init__(self) -> None:
+        self._sum_I: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Adds tokens; x: [..., I]."""
+        x_TI = x.reshape(-1, x.shape[-1]).float()
+        squares_I = x_TI.square().sum(0, dtype=torch.float64)
+        self._sum_I = squares_I if self._sum_I is None else self._sum_I + squares_I
+
+    def norm(self) -> Tensor:
+        """float64 [I]."""
+        assert self._sum_I is not None, "no tokens seen"
+        return self._sum_I.sqrt()

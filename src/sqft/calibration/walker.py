@@ -1,0 +1,181 @@
+"""The one loop over decoder blocks.
+
+It holds the calibration activations and works on one block at a time: run the block to observe its linear inputs,
+let the caller change its weights, run it again so that the next block sees the changed block's outputs (as Wanda and
+SparseGPT do). The cost is two forward passes of the blocks; the memory one block and N x T x hidden activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sqft.models.discover import Architecture, Block
+
+
+class Statistic(Protocol):
+    def update(self, x: Tensor) -> None: ...
+
+
+@dataclass
+class Calls:
+    """What flows between blocks: hidden states per batch, and how every block is called besides them."""
+
+    hidden: list[Tensor]
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]  # per block; the same for all batches (equal shapes)
+    returns_tuple: bool
+
+
+def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: Callable[[], Statistic],
+         change: Callable[[int, Block, dict[str, Any]], None], progress: str, device: torch.device | None = None,
+         ) -> None:  # fmt: skip
+    """Calls ``change(index, block, statistics)`` for every block in order, under ``no_grad``.
+
+    Args:
+        tokens: int64 [N, T] calibration blocks, or None: then no forward is run and ``statistics`` is empty.
+        new_statistic: makes an empty statistic; layers that share an input tensor share one.
+        change: ``statistics`` maps each linear's full name to its statistic. It may replace the block's weights.
+        progress: what the progress bar says.
+        device: where a block is computed; default: where it lies.
+    """
+    with torch.no_grad():
+        calls = None if tokens is None else capture(architecture, tokens, batch_size)
+        for index, block in enumerate(tqdm(architecture.blocks, desc=progress, unit="block", disable=None)):
+            home = next(block.module.parameters()).device
+            if calls is None:
+                change(index, block, {})
+                continue
+            target = device or home
+            block.module.to(target)
+            with observing(block, new_statistic) as statistics:
+                replay(block.module, index, calls, target, keep=False)
+            change(index, block, statistics)
+            if index + 1 < len(architecture.blocks):
+                replay(block.module, index, calls, target, keep=True)
+            if target != home:
+                block.module.to(home)
+
+
+def replay(module: nn.Module, index: int, calls: Calls, device: torch.device, keep: bool) -> None:
+    """Runs one block over all batches; with ``keep`` its outputs become the hidden states."""
+    arguments, keywords = _to(calls.arguments[index], device)
+    for i, hidden in enumerate(calls.hidden):
+        out = module(hidden.to(device), *arguments, **keywords)
+        if keep:
+            calls.hidden[i] = (out[0] if calls.returns_tuple else out).to(hidden.device)
+
+
+def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Calls:
+    """Embeds all batches and records how each block is called, without computing the blocks.
+
+    Every block's forward is replaced for the time being by one that notes its arguments and passes the hidden states
+    through; only the first block is run, once on one token, to see whether blocks return a tuple.
+    """
+    modules = [block.module for block in architecture.blocks]
+    calls = Calls([], [((), {})] * len(modules), returns_tuple=False)
+    replaced = [vars(module).get("forward") for module in modules]  # set on the instance by accelerate's hooks, say
+    device = next(architecture.backbone.parameters()).device
+
+    def recorder(index: int) -> Callable[..., Any]:
+        def record(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
+            if not calls.hidden:
+                keywords = {k: v for k, v in keywords.items() if not _is_cache(k)}
+                calls.arguments[index] = (arguments, {**keywords, "use_cache": False})
+            if index == 0:
+                first.append(hidden)
+            return (hidden, None) if calls.returns_tuple else hidden
+
+        return record
+
+    first: list[Tensor] = []
+    # Batches of one size: then all of them are called with the same masks, positions and biases.
+    size = next(size for size in range(min(batch_size, len(tokens)), 0, -1) if len(tokens) % size == 0)
+    with torch.no_grad():
+        calls.returns_tuple = _returns_tuple(architecture, tokens[:1, :1].to(device))
+        try:
+            for i, module in enumerate(modules):
+                module.forward = recorder(i)
+            for batch in tokens.split(size):
+                architecture.backbone(batch.to(device), use_cache=False)
+                calls.hidden.append(first.pop())
+        finally:
+            for module, forward in zip(modules, replaced, strict=True):
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
+    return calls
+
+
+def _returns_tuple(architecture: Architecture, token: Tensor) -> bool:
+    """Whether blocks return (hidden, ...) or hidden: seen on a run of one token that stops after the first block."""
+    seen: list[bool] = []
+
+    class Stop(Exception):
+        pass
+
+    def look(module: nn.Module, arguments: Any, out: Any) -> None:
+        seen.append(isinstance(out, tuple))
+        raise Stop
+
+    handle = architecture.blocks[0].module.register_forward_hook(look)
+    try:
+        with contextlib.suppress(Stop):
+            architecture.backbone(token, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+@contextlib.contextmanager
+def observing(block: Block, new_statistic: Callable[[], Statistic]) -> Iterator[dict[str, Any]]:
+    """Feeds the inputs of the block's linear layers to statistics while the block runs.
+
+    Layers that are called with the very same tensor (q, k and v) share one statistic, which is updated once.
+    """
+    statistics: dict[str, Any] = {}
+    leaders: dict[str, str] = {}
+    seen: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0]
+            if name not in leaders:
+                leaders[name] = next((other for other, tensor in seen if tensor is x), name)
+                statistics[name] = statistics[leaders[name]] if leaders[name] != name else new_statistic()
+                seen.append((name, x))
+            if leaders[name] == name:
+                statistics[name].update(x)
+
+        return observe
+
+    def forget(module: nn.Module, arguments: Any, out: Any) -> None:
+        seen.clear()
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in block.linears.items()]
+    handles.append(block.module.register_forward_hook(forget))
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_cache(keyword: str) -> bool:
+    return keyword in ("past_key_values", "past_key_value", "layer_past", "use_cache")
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Moves the tensors inside tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _to(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to(v, device) for v in value)
+    return value

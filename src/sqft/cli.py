@@ -1,0 +1,251 @@
+"""The command line: one sub-command a stage, every flag made from the stage's config class.
+
+Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage. Results go to standard output (``--json`` for machines),
+progress and messages to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import logging
+import os
+import sys
+import traceback
+import types
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import sqft
+from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig, from_dict
+from sqft.errors import SqftError, UsageError, did_you_mean
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; '{self.prog} --help' lists what there is")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sqft", description="Adapt a sparse language model and merge it back into one sparse model.")
+    parser.add_argument("--version", action="version", version=f"sqft {sqft.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    add = _adder(commands)
+
+    sub = add("sparsify", _sparsify, "prune a model's linear weights")
+    _positional(sub, MODEL="folder, .gguf file or hub name", OUT="folder to write")
+    add_flags(sub, SparsifyConfig)
+
+    sub = add("train", _train, "fine-tune adapters on a sparse model")
+    _positional(sub, MODEL="folder of a sparse model", OUT="folder to write")
+    add_flags(sub, TrainConfig)
+
+    sub = add("merge", _merge, "merge an adapter into its base and verify the result")
+    _positional(sub, ADAPTER="folder that 'sqft train' wrote", OUT="folder to write")
+    add_flags(sub, MergeConfig)
+
+    sub = add("evaluate", _evaluate, "score a model: exact match of a task, perplexity of a text")
+    _positional(sub, MODEL="folder of any stage, .gguf file or hub name")
+    sub.add_argument("--out", metavar="OUT", help="also write scores and predictions to this folder")
+    add_flags(sub, EvaluateConfig)
+
+    sub = add("run", _run, "run all stages of a recipe; skips what is unchanged, resumes what was interrupted")
+    _positional(sub, RECIPE="YAML file, or the name of a shipped recipe")
+    sub.add_argument("--model", help="instead of the recipe's model")
+    sub.add_argument("--output", help="instead of the recipe's output folder")
+
+    sub = add("demo", _run, "SmolLM2-135M: prune to 50 %%, adapt, merge, compare; about 10 minutes on 2 cores")
+    sub.set_defaults(recipe="demo")
+    sub.add_argument("--model", help="another model than SmolLM2-135M")
+    sub.add_argument("--output", help="folder to write (default: runs/demo)")
+
+    sub = add("ls", _ls, "list the stage folders under a folder, with their numbers")
+    sub.add_argument("root", metavar="RUNS", nargs="?", default=".", help="folder to look in (default: here)")
+    return parser
+
+
+def _adder(commands: Any) -> Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]:
+    def add(name: str, function: Callable[..., Any], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("-v", "--verbose", action="store_true", help="show logs and, on an error, where it came from")
+        if name in ("sparsify", "train", "merge", "evaluate"):
+            sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
+        sub.set_defaults(function=function)
+        return sub
+
+    return add
+
+
+def _positional(sub: argparse.ArgumentParser, **names: str) -> None:
+    for name, text in names.items():
+        sub.add_argument(name.lower(), metavar=name, help=text)
+
+
+def add_flags(sub: argparse.ArgumentParser, config_class: Any) -> None:
+    """One flag a field of the config class; its help and default come from there."""
+    hints = typing.get_type_hints(config_class)
+    group = sub.add_argument_group("options")
+    for spec in dataclasses.fields(config_class):
+        flag, hint = "--" + spec.name.replace("_", "-"), hints[spec.name]
+        default = spec.default if spec.default is not dataclasses.MISSING else None
+        text = spec.metadata["help"].replace("%", "%%")
+        if spec.metadata["choices"]:
+            text += f" ({', '.join(spec.metadata['choices'])})"
+        if default not in (None, ""):
+            text += f" [{str(default).replace('%', '%%')}]"
+        if hint is bool:
+            group.add_argument(flag, dest=spec.name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        elif typing.get_origin(hint) in (list, dict):
+            group.add_argument(flag, dest=spec.name, nargs="+", metavar="X", default=None, help=text)
+        else:
+            if typing.get_origin(hint) in (types.UnionType, typing.Union):
+                hint = typing.get_args(hint)[0]
+            group.add_argument(flag, dest=spec.name, metavar=hint.__name__.upper(), default=None, help=text)
+
+
+def read_flags(arguments: argparse.Namespace, config_class: Any) -> Any:
+    """The config of the flags that were given."""
+    hints = typing.get_type_hints(config_class)
+    given = {}
+    for name, hint in hints.items():
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        if typing.get_origin(hint) is dict:
+            pairs = [item.partition("=") for item in value]
+            if any(not separator for _, separator, _ in pairs):
+                raise UsageError(f"--{name.replace('_', '-')} takes PATTERN=NUMBER, e.g. '*.down_proj=0.4'")
+            value = {key: number for key, _, number in pairs}
+        given[name] = value
+    return from_dict(config_class, given)
+
+
+def _sparsify(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = read_flags(arguments, SparsifyConfig)
+    return sqft.sparsify(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
+
+
+def _train(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = read_flags(arguments, TrainConfig)
+    return sqft.train(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
+
+
+def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = read_flags(arguments, MergeConfig)
+    return sqft.merge(arguments.adapter, config, out=arguments.out, overwrite=arguments.overwrite)
+
+
+def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = read_flags(arguments, EvaluateConfig)
+    return sqft.evaluate(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sqft.pipeline import load_recipe, resolve_model
+    from sqft.reporting.table import HEADER, cells, markdown, print_table, run_rows
+
+    recipe = load_recipe(arguments.recipe)
+    results = sqft.run(recipe, model=arguments.model, output=arguments.output,
+                       say=lambda text: print(text, file=sys.stderr))  # fmt: skip
+    output = Path(arguments.output or recipe.output)
+    rows = [cells(row) for row in run_rows(output, resolve_model(arguments.model or recipe.model))]
+    (output / "table.md").write_text(markdown(HEADER, rows), encoding="utf-8")
+    if not arguments.json:
+        print_table(HEADER, rows)
+        if "merge" in results:
+            difference = results["merge"]["max_logit_difference"]
+            print(f"Merged model: {output / 'merge'} (largest logit difference to un-merged: {difference:.2g})")
+    return results
+
+
+def _ls(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    from sqft.reporting.table import list_stages, print_table, summary
+
+    found = list_stages(Path(arguments.root))
+    if not arguments.json:
+        print_table(("folder", "stage", "written", "numbers"),
+                    [(f["folder"], f["stage"], f["created"], summary(f["numbers"])) for f in found])  # fmt: skip
+    return found
+
+
+def _show(command: str, result: Any) -> None:
+    """Prints one stage's metrics, a line each."""
+    if command in ("run", "demo", "ls"):
+        return  # they print a table
+    for name, value in result.items():
+        if isinstance(value, dict):
+            continue
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            text = " - ".join(f"{v:.6g}" for v in value)
+        print(f"{name.replace('_', ' '):24} {text}")
+
+
+def _quiet(verbose: bool) -> None:
+    """Without -v: only our own progress and errors. Loggers and warnings of the libraries stay silent."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    if verbose:
+        return
+    warnings.filterwarnings("ignore")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _describe(error: BaseException) -> str:
+    """One clear message for any error."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted: earlier results are as they were; the same command goes on (training from a checkpoint)"
+    if isinstance(error, SqftError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full ({error}): free some space; nothing was changed"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory: use a smaller --batch-size, or a smaller model"
+    return f"{type(error).__name__}: {error} (unexpected; -v shows where)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    verbose = False
+    try:
+        parser = build_parser()
+        parsed, unknown = parser.parse_known_args(arguments)
+        if parsed.command is None:
+            parser.print_help()
+            return 0
+        verbose = parsed.verbose
+        if unknown:
+            raise UsageError(_unknown(parser, parsed.command, unknown[0]))
+        _quiet(verbose)
+        result = parsed.function(parsed)
+        print(json.dumps(result, indent=2)) if parsed.json else _show(parsed.command, result)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # the reader (head, say) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"sqft: {_describe(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _unknown(parser: argparse.ArgumentParser, command: str, given: str) -> str:
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    flags = [flag for action in subparsers.choices[command]._actions for flag in action.option_strings]
+    if not given.startswith("-"):
+        return f"unexpected argument '{given}'; 'sqft {command} --help' shows what it takes"
+    return f"unknown option '{given}' of 'sqft {command}': {did_you_mean(given.split('=')[0], flags)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

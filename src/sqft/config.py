@@ -1,0 +1,239 @@
+"""One frozen dataclass a stage: the single definition of its options, from which flags, YAML and docs are made.
+
+A field's ``help`` is its flag's help text and a comment in the docs. Unknown keys and values of the wrong type are
+errors that name the near miss (and, in a YAML file, the line).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from sqft.errors import UsageError, did_you_mean
+
+T = TypeVar("T")
+
+
+def option(default: Any = MISSING, help: str = "", choices: tuple[str, ...] = (), factory: Any = MISSING) -> Any:
+    """A dataclass field with its help text and, where the set is closed, its choices."""
+    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """Prune the decoder's linear weights. Embeddings and the language-model head are never touched."""
+
+    method: str = option("wanda", "pruning criterion: wanda or magnitude")
+    sparsity: float = option(0.5, "share of every weight matrix to prune, in (0, 1); per output row")
+    pattern: str | None = option(None, "N:M, e.g. 2:4 keeps 2 of every 4 neighbours; replaces --sparsity")
+    overrides: dict[str, float] = option(help="module pattern=sparsity, e.g. '*.down_proj=0.4'", factory=dict)
+    exclude: list[str] = option(help="module patterns that stay dense, e.g. 'model.layers.0.*'", factory=list)
+    calibration: str = option("builtin", "text for activations: 'builtin', a .txt/.jsonl file or a datasets name")
+    samples: int = option(128, "number of calibration blocks")
+    length: int = option(512, "tokens a calibration block")
+    batch_size: int = option(4, "calibration blocks a forward pass")
+    seed: int = option(0, "seed of the choice of calibration blocks")
+    dtype: str = option("auto", "of the written weights", ("auto", "float32", "bfloat16", "float16"))
+
+    def __post_init__(self) -> None:
+        for name, value in {"sparsity": self.sparsity, **self.overrides}.items():
+            if not 0 < value < 1:
+                where = name if name == "sparsity" else f"override '{name}'"
+                fix = "exclude the module to keep it dense" if value == 0 else "e.g. 0.5"
+                raise UsageError(f"{where} is {value}: it has to lie between 0 and 1, both excluded ({fix})")
+        if self.pattern is not None:
+            parse_pattern(self.pattern)
+        _positive(self, "samples", "length", "batch_size")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune low-rank adapters with the paper's defaults (SQFT, appendix: rank 32, alpha 64, q,k,v,up,down)."""
+
+    pipeline: str = option("sparse-peft", "masked adapters, or LoRA (not mergeable)", ("sparse-peft", "lora"))
+    task: str | None = option(None, "a built-in task, e.g. arithmetic")
+    data: str | None = option(None, "instead of a task: a .txt/.jsonl file or a datasets name")
+    prompt: str = option("", "template over a record's fields, e.g. 'Question: {question}\\nAnswer:'")
+    completion: str = option("{text}", "template of what is to be learnt, e.g. ' {answer}'")
+    eval_data: str | None = option(None, "file or datasets name to evaluate on while training")
+    limit: int | None = option(None, "use the first N training examples")
+    eval_limit: int | None = option(200, "use the first N evaluation examples while training")
+    r: int = option(32, "rank of the adapters")
+    lora_alpha: int = option(64, "the adapter is scaled by alpha / r")
+    lora_dropout: float = option(0.0, "dropout on the adapter's input")
+    target_modules: list[str] = option(help="modules to adapt; default: the family's q,k,v,up,down", factory=list)
+    learning_rate: float = option(3e-4, "peak learning rate of AdamW")
+    scheduler: str = option("cosine", "learning-rate schedule", ("cosine", "linear", "constant_with_warmup"))
+    warmup_steps: int = option(100, "steps of linear warm-up; at most a tenth of all steps is used")
+    weight_decay: float = option(0.0, "of AdamW")
+    epochs: float = option(3.0, "passes over the data")
+    max_steps: int = option(-1, "stop after N optimiser steps; -1: after the epochs")
+    batch_size: int = option(16, "sequences a step and device")
+    gradient_accumulation: int = option(1, "steps whose gradients are summed")
+    gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
+    max_length: int = option(512, "longer sequences are cut")
+    completion_only: bool = option(True, "no loss on the prompt")
+    packing: bool = option(False, "concatenate examples into blocks of max_length")
+    group_by_length: bool = option(True, "batch sequences of like length (without packing)")
+    precision: str = option("auto", "of products: auto follows the weights", ("auto", "float32", "bfloat16", "float16"))
+    eval_steps: int = option(0, "evaluate every N steps; 0: at the end of an epoch")
+    save_steps: int = option(100, "checkpoint every N steps, to resume from after an interruption")
+    logging_steps: int = option(10, "log every N steps")
+    tensorboard: bool = option(False, "write TensorBoard event files to OUT/logs")
+    seed: int = option(42, "seed of initialisation, order and dropout")
+
+    def __post_init__(self) -> None:
+        _positive(self, "r", "lora_alpha", "batch_size", "gradient_accumulation", "max_length", "learning_rate",
+                  "epochs", "save_steps", "logging_steps")  # fmt: skip
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"lora_dropout is {self.lora_dropout}: it has to lie in [0, 1)")
+        if self.task and self.data:
+            raise UsageError("task and data exclude each other: give one of them")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merge an adapter into its base, verify the result, write one model."""
+
+    allow_dense: bool = option(False, "merge plain LoRA although it fills the pruned weights")
+    tolerance: float = option(1e-4, "largest difference allowed between merged and un-merged logits")
+    max_shard_size: str = option("5GB", "split the weights into files of at most this size")
+
+    def __post_init__(self) -> None:
+        parse_size(self.max_shard_size)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Score a model: exact match of a generation task, perplexity of a text, or both."""
+
+    task: str | None = option(None, "a built-in task, e.g. arithmetic")
+    split: str = option("test", "split of the task")
+    limit: int | None = option(None, "use the first N problems")
+    text: str | None = option(None, "perplexity of: 'builtin', a .txt/.jsonl file or a datasets name")
+    length: int = option(1024, "window of the perplexity in tokens")
+    max_tokens: int | None = option(None, "use the first N tokens of the text")
+    batch_size: int = option(32, "problems, or windows, a forward pass")
+    dtype: str = option("auto", "load the weights as", ("auto", "float32", "bfloat16", "float16"))
+
+    def __post_init__(self) -> None:
+        _positive(self, "length", "batch_size")
+        if not (self.task or self.text):
+            raise UsageError("nothing to evaluate: give a task (e.g. arithmetic) or a text")
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UsageError(f"{name} is {getattr(config, name)}: it has to be greater than 0")
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """'2:4' -> (2, 4): keep N of every M neighbours along the input."""
+    keep, _, group = pattern.partition(":")
+    if not (keep.isdigit() and group.isdigit() and 0 < int(keep) < int(group)):
+        raise UsageError(f"pattern '{pattern}' is not N:M with 0 < N < M, e.g. 2:4")
+    return int(keep), int(group)
+
+
+def parse_size(size: str) -> int:
+    """'5GB' -> bytes (decimal units)."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = size[:-2], size[-2:].upper()
+    try:
+        value = int(float(number) * units[unit])
+    except (KeyError, ValueError):
+        raise UsageError(f"'{size}' is not a size: write e.g. 500MB or 5GB") from None
+    if value <= 0:
+        raise UsageError(f"size '{size}' has to be greater than 0")
+    return value
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "", lines: dict[str, int] | None = None) -> T:
+    """Builds a config from plain values, strictly. ``lines`` maps a key to its line for messages."""
+    hints = typing.get_type_hints(cls)
+    clean = {}
+    for key, value in values.items():
+        at = f"{where}:{lines[key]}: " if lines and key in lines else f"{where}: " if where else ""
+        if key not in hints:
+            raise UsageError(f"{at}unknown option '{key}' of {stage_name(cls)}: {did_you_mean(key, hints)}")
+        spec = next(f for f in dataclasses.fields(cls) if f.name == key)  # pyright: ignore[reportArgumentType]
+        try:
+            clean[key] = coerce(value, hints[key])
+        except ValueError as error:
+            raise UsageError(f"{at}{key}: {error}") from None
+        choices = spec.metadata.get("choices")
+        if choices and clean[key] not in choices:
+            raise UsageError(f"{at}unknown {key} '{clean[key]}': {did_you_mean(str(clean[key]), choices)}")
+    try:
+        return cls(**clean)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}" if where else str(error)) from None
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """``value`` as the type ``hint``; strings are parsed (they may come from a flag). Raises ValueError."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        inner = next(a for a in typing.get_args(hint) if a is not type(None))
+        return None if value in (None, "none") else coerce(value, inner)
+    origin = typing.get_origin(hint) or hint
+    if origin is list and isinstance(value, (list, tuple, str)):
+        items = value.split(",") if isinstance(value, str) else [str(v) for v in value]
+        return [piece for item in items for piece in item.split(",") if piece]
+    if origin is dict and isinstance(value, dict):
+        return {str(k): coerce(v, float) for k, v in value.items()}
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return value
+    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(f"'{value}' is not a number") from None
+        if hint is int and number != int(number):
+            raise ValueError(f"{value} is not a whole number")
+        return hint(number)
+    raise ValueError(f"{value!r} is not of type {getattr(hint, '__name__', hint)}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, in field order, as they go into YAML and manifests."""
+    return dataclasses.asdict(config)
+
+
+def stage_name(cls: type) -> str:
+    """SparsifyConfig -> 'sparsify'."""
+    return cls.__name__.removesuffix("Config").lower()
+
+
+def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """A YAML mapping and the line of each key, keyed by the key's path. Raises UsageError with the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of stages, e.g. 'sparsify: {{sparsity: 0.5}}'")
+    lines: dict[tuple[str, ...], int] = {}
+    _collect_lines(node, (), lines)
+    return values, lines
+
+
+def _collect_lines(node: Any, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[(*path, str(key.value))] = key.start_mark.line + 1
+            _collect_lines(value, (*path, str(key.value)), lines)

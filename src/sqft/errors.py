@@ -1,0 +1,27 @@
+"""The errors that sqft raises on purpose. A message names the thing, what is wrong with it, and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SqftError(Exception):
+    """Something the user can fix. The command line prints the message alone and exits with 1."""
+
+
+class UsageError(SqftError):
+    """A wrong option, name or value. The command line exits with 2."""
+
+
+class VerificationError(SqftError):
+    """A merged model failed its own check; nothing was written."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The tail of an error message: the nearest known name if one is near, else all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"known are: {', '.join(known)}" if known else "none is known"

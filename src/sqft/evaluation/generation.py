@@ -1,0 +1,64 @@
+"""Exact match of a task by greedy generation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from sqft.evaluation.intervals import wilson
+from sqft.tasks.base import Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int,
+             stop: tuple[str, ...]) -> list[str]:  # fmt: skip
+    """Greedy continuations of a batch of prompts, each cut at the first of the ``stop`` strings."""
+    tokenizer.padding_side = "left"
+    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(next(model.parameters()).device)
+    out = model.generate(
+        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+        stop_strings=list(stop) or None, tokenizer=tokenizer if stop else None,
+    )  # fmt: skip
+    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [cut(text, stop) for text in texts]
+
+
+def cut(text: str, stop: tuple[str, ...]) -> str:
+    """``text`` up to the first stop string."""
+    ends = [position for position in (text.find(s) for s in stop) if position >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, split: str, limit: int | None,
+                batch_size: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    """Accuracy with Wilson's 95 % interval, and one record a problem (prompt, generated, answer, correct).
+
+    Problems are batched by length of prompt, so that little is padded; records are in the task's order.
+    """
+    examples = task.examples(split, limit)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+    records: dict[int, dict[str, Any]] = {}
+    for start in tqdm(range(0, len(order), batch_size), desc=f"Evaluate ({task.name})", unit="batch", disable=None):
+        chosen = order[start : start + batch_size]
+        prompts = [examples[i].prompt for i in chosen]
+        for i, text in zip(chosen, generate(model, tokenizer, prompts, task.max_new_tokens, task.stop), strict=True):
+            records[i] = _record(task, examples[i], text)
+    correct = sum(record["correct"] for record in records.values())
+    metrics = {
+        "accuracy": correct / len(examples),
+        "accuracy_ci95": list(wilson(correct, len(examples))),
+        "correct": correct,
+        "problems": len(examples),
+    }
+    return metrics, [records[i] for i in range(len(examples))]
+
+
+def _record(task: Task, example: Example, text: str) -> dict[str, Any]:
+    correct = task.is_correct(text, example)
+    return {"prompt": example.prompt, "generated": text, "answer": example.answer, "correct": correct}

@@ -1,0 +1,71 @@
+"""The evaluate stage: a model, live or in a folder, to scores."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sqft import artifact
+from sqft.config import EvaluateConfig, to_dict
+from sqft.errors import UsageError
+from sqft.evaluation.generation import exact_match
+from sqft.evaluation.perplexity import perplexity
+from sqft.folders import load
+from sqft.tasks.base import get_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer: PreTrainedTokenizerBase | None = None,
+             out: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Scores a live model (needs ``tokenizer``) or a folder or hub name of any stage.
+
+    Returns accuracy with interval for ``config.task``, perplexity with interval for ``config.text``, and seconds. With
+    ``out``, a folder takes them and, for a task, ``predictions.jsonl``.
+    """
+    task = get_task(config.task) if config.task else None
+    if task is not None:
+        task.examples(config.split, 1)  # an unknown split is an error before any work
+    if out is not None:
+        artifact.check_output(out, overwrite)
+    source, live = None, model
+    if isinstance(model, (str, Path)):
+        source = model
+        live, tokenizer = load(model, dtype=config.dtype)
+    if tokenizer is None:
+        raise UsageError("evaluating a live model needs its tokenizer: pass tokenizer=...")
+    assert isinstance(live, nn.Module)
+    started = time.perf_counter()
+    was_training = live.training
+    live.eval()
+    metrics: dict[str, Any] = {}
+    records: list[dict[str, Any]] = []
+    if task is not None:
+        scores, records = exact_match(live, tokenizer, task, config.split, config.limit, config.batch_size)
+        metrics.update(task=task.name, split=config.split, **scores)
+    if config.text:
+        batch = max(1, config.batch_size // 8)  # logits of whole windows are held, not of one token
+        metrics.update(perplexity(live, tokenizer, config.text, config.length, config.max_tokens, batch))
+    live.train(was_training)
+    metrics["seconds"] = round(time.perf_counter() - started, 2)
+    if out is not None:
+        _write(Path(out), source, config, metrics, records, overwrite)
+    return metrics
+
+
+def _write(out: Path, source: str | Path | None, config: EvaluateConfig, metrics: dict[str, Any],
+           records: list[dict[str, Any]], overwrite: bool) -> None:  # fmt: skip
+    with artifact.writing(out, overwrite) as folder:
+        if records:
+            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+        artifact.write_manifest(folder, artifact.Manifest(
+            stage="evaluate", config=to_dict(config), metrics=metrics,
+            parent=artifact.relative_parent(source, out) if source else None,
+            parent_key=artifact.folder_key(source) if source else "",
+        ))  # fmt: skip

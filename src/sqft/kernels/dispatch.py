@@ -1,0 +1,40 @@
+"""Picks the implementation of a product by device, dtype and processor. The only file that reads the environment."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@functools.cache
+def use_onednn() -> bool:
+    """Whether float32 products on this CPU go to oneDNN instead of MKL.
+
+    MKL keeps its AVX-512 kernels to Intel's processors; oneDNN does not, and is about twice as fast on an AMD EPYC
+    (``benchmarks/bench_sparse_peft.py`` prints the ratio). ``SQFT_CPU_PRODUCT=mkl`` or ``onednn`` decides otherwise.
+    """
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    choice = os.environ.get("SQFT_CPU_PRODUCT", "")
+    if choice in ("mkl", "onednn"):
+        return choice == "onednn"
+    return torch.backends.mkl.is_available() and _processor_vendor() == "AuthenticAMD"
+
+
+def _processor_vendor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    except OSError:
+        return ""
+
+
+def product(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x w^T + bias`` -> [T, O], for tensors of one dtype and any strides, by the fastest library. No autograd."""
+    if x_TI.dtype == torch.float32 and x_TI.device.type == "cpu" and use_onednn():
+        return torch.ops.mkldnn._linear_pointwise(x_TI, w_OI, bias_O, "none", [], "")
+    return F.linear(x_TI, w_OI, bias_O)

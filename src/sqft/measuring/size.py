@@ -1,0 +1,22 @@
+"""Size of a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def weight_bytes(folder: str | Path) -> int:
+    """Bytes on disk of all weights, masks and GGUF files in a folder, or of one file."""
+    path = Path(folder)
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.suffix in (".safetensors", ".gguf"))
+
+
+def human(size: float) -> str:
+    """1234567 -> '1.2 MB' (decimal units)."""
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"

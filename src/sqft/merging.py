@@ -1,0 +1,216 @@
+"""Merging: one model from base and adapter, verified before anybody sees it.
+
+Checked are the zeros (every pruned weight is 0.0 bit for bit) and the logits (merged equals un-merged). What fails is
+not written. A folder is merged tensor by tensor; the base is mapped from its files, and never are two models held.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sqft import artifact
+from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked, merged_weight
+from sqft.calibration.data import token_blocks
+from sqft.config import MergeConfig, parse_size, to_dict
+from sqft.errors import UsageError, VerificationError
+from sqft.folders import is_adapter, load
+from sqft.kernels.torch_ops import pack_mask, unpack_mask
+from sqft.models.dense import load_dense
+from sqft.models.discover import describe
+from sqft.models.tensors import write_model
+from sqft.sparsity.masks import collect_masks, count_zeros, derive_mask, load_masks, save_masks
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE_SHAPE = (4, 64)  # windows and tokens on which logits are compared
+
+
+def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
+          tokenizer: PreTrainedTokenizerBase | None = None, out: str | Path | None = None,
+          overwrite: bool = False) -> Any:  # fmt: skip
+    """Merges an adapter into its base and verifies the result.
+
+    Args:
+        adapter: a live ``PeftModel`` (returns the merged ``transformers`` model, with its masks), or an adapter folder
+            (then ``out`` is needed; returns the metrics).
+        tokenizer: of a live model: logits are compared on text instead of random tokens.
+
+    Raises UsageError for plain LoRA unless ``config.allow_dense`` (naming the sparsity that would be left),
+    VerificationError if a pruned weight is not zero or the logits differ.
+    """
+    config = config or MergeConfig()
+    if isinstance(adapter, (str, Path)):
+        if out is None:
+            raise UsageError("merging an adapter folder needs an output folder")
+        return _merge_folder(Path(adapter), config, Path(out), overwrite)
+    if out is not None:
+        raise UsageError("a live model is merged in memory: write the result with sqft.save")
+    check_mergeable(adapter, config)
+    masked = is_masked(adapter)
+    tokens = sample_tokens(adapter, tokenizer)
+    before = logits(adapter, tokens)
+    merged: Any = adapter.merge_and_unload(safe_merge=True)
+    if masked:
+        weights = {name: module.weight for name, module in merged.named_modules() if isinstance(module, nn.Linear)}
+        check_zeros(weights, collect_masks(merged))
+    check_logits(before, logits(merged, tokens), config, masked)
+    return merged
+
+
+def _merge_folder(adapter: Path, config: MergeConfig, out: Path, overwrite: bool) -> dict[str, Any]:
+    artifact.check_output(out, overwrite)
+    if not is_adapter(adapter):
+        raise UsageError(f"{adapter} is not an adapter folder: give the folder that 'sqft train' wrote")
+    started = time.perf_counter()
+    model, tokenizer = load(adapter)
+    check_mergeable(model, config)
+    masked, name = is_masked(model), active_adapter(model)
+    tokens = sample_tokens(model, tokenizer)
+    before = logits(model, tokens)
+    layers = {f"{path}.weight": layer for path, layer in adapter_layers(model).items()}
+    base: Any = model.unload()
+    del model
+    with artifact.writing(out, overwrite) as folder:
+        _write_merged(base, layers, name, folder, config)
+        if masked:
+            save_masks(_all_masks(base), folder)
+        base.config.save_pretrained(folder)
+        if base.generation_config is not None:
+            base.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        dense_masks = {} if masked else _all_masks(base)
+        del base, layers
+        metrics = verify_folder(folder, before, tokens, config, dense_masks)
+        metrics["seconds"] = round(time.perf_counter() - started, 2)
+        artifact.write_manifest(folder, artifact.Manifest(
+            stage="merge", config=to_dict(config), metrics=metrics,
+            parent=artifact.relative_parent(adapter, out), parent_key=artifact.folder_key(adapter),
+        ))  # fmt: skip
+    return metrics
+
+
+def _write_merged(base: Any, layers: dict[str, Any], adapter: str, folder: Path, config: MergeConfig) -> None:
+    """Writes the base with the adapted weights merged; ``layers``: the adapted layers by weight name."""
+    with tqdm(total=len(layers), desc="Merge", unit="weight", disable=None) as bar, torch.no_grad():
+
+        def change(key: str, tensor: Tensor) -> Tensor:
+            if key not in layers:
+                return tensor
+            bar.update()
+            return merged_weight(layers[key], adapter)
+
+        write_model(base, folder, parse_size(config.max_shard_size), change)
+
+
+def verify_folder(
+    folder: Path, before: Tensor, tokens: Tensor, config: MergeConfig, dense_masks: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Loads what was written and checks zeros and logits; ``dense_masks``: the base's, of a merge allowed to be dense.
+
+    Returns the metrics. Raises VerificationError.
+    """
+    merged = load_dense(folder)
+    masked = not dense_masks
+    weights = {name: module.weight for name, module in merged.named_modules() if isinstance(module, nn.Linear)}
+    masks = load_masks(folder) if masked else dense_masks
+    metrics = check_zeros(weights, masks) if masked else zero_counts(weights, masks)
+    metrics["max_logit_difference"] = check_logits(before, logits(merged, tokens), config, masked)
+    metrics["tokens_compared"] = tokens.numel()
+    return metrics
+
+
+def check_mergeable(model: Any, config: MergeConfig) -> None:
+    """Refuses plain LoRA on a sparse model, with the sparsity that merging would leave."""
+    layers = adapter_layers(model)
+    if not layers:
+        raise UsageError("this model has no adapters to merge")
+    if is_masked(model) or config.allow_dense:
+        return
+    before = after = total = 0
+    name = active_adapter(model)
+    with torch.no_grad():
+        for layer in layers.values():
+            weight: Any = layer.get_base_layer().weight
+            before += count_zeros(weight)
+            after += count_zeros(merged_weight(layer, name))
+            total += weight.numel()
+    if before / total < 0.01:
+        return  # a dense base loses nothing
+    raise UsageError(
+        f"merging plain LoRA would fill the pruned weights: the {len(layers)} adapted weights are {before / total:.2%} "
+        f"sparse and would be {after / total:.2%}. Train masked adapters (pipeline sparse-peft) to keep them, or pass "
+        "--allow-dense (allow_dense=True) to merge all the same"
+    )
+
+
+def _all_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The model's masks, or, where another tool made it sparse, what its zeros say."""
+    return collect_masks(model) or {name: pack_mask(derive_mask(module)) for name, module in describe(model).linears()}
+
+
+def zero_counts(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How many pruned weights are zero; ``masks``: packed, by module name."""
+    pruned = filled = zeros = total = 0
+    for name, packed in masks.items():
+        weight = weights[name].detach()
+        dropped = ~unpack_mask(packed.to(weight.device), weight.shape[1])
+        pruned += int(dropped.sum())
+        filled += int(torch.count_nonzero(weight[dropped]))
+        zeros += count_zeros(weight)
+        total += weight.numel()
+    kept = 1.0 if pruned == 0 else (pruned - filled) / pruned
+    return {"pruned": pruned, "filled": filled, "zeros_kept": kept, "sparsity": zeros / total if total else 0.0,
+            "zeros": zeros, "weights": total}  # fmt: skip
+
+
+def check_zeros(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``zero_counts``, raising VerificationError if a pruned weight is not zero."""
+    counts = zero_counts(weights, masks)
+    if counts["filled"]:
+        raise VerificationError(f"{counts['filled']} of {counts['pruned']} pruned weights are not zero after merging: "
+                                "nothing was written; this is a bug in sqft, please report it")  # fmt: skip
+    return counts
+
+
+def check_logits(before: Tensor, after: Tensor, config: MergeConfig, masked: bool) -> float:
+    """Largest difference of logits; raises VerificationError above the tolerance.
+
+    A masked adapter multiplies with the very weight that is merged. Plain LoRA adds a second product, in another
+    order of summation, so its tolerance follows the logits' size and precision.
+    """
+    difference = float((before.float() - after.float()).abs().max())
+    tolerance = config.tolerance
+    if not masked:
+        relative = 1e-3 if before.dtype == torch.float32 else 5e-2
+        tolerance = max(tolerance, relative * float(before.abs().max()))
+    if not difference <= tolerance:  # also catches NaN
+        raise VerificationError(f"merged and un-merged logits differ by {difference:.3g}, allowed are {tolerance:.3g}: "
+                                "nothing was written")  # fmt: skip
+    return difference
+
+
+def sample_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """int64 [4, 64]: from the built-in text, or seeded random ids without a tokenizer."""
+    windows, length = SAMPLE_SHAPE
+    if tokenizer is not None:
+        return token_blocks(tokenizer, "builtin", windows, length, seed=0)
+    return torch.randint(model.config.vocab_size, SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    """Logits [N, T, vocabulary] in eval mode, on the CPU."""
+    was_training = model.training
+    model.eval()
+    out = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits.cpu()
+    model.train(was_training)
+    return out

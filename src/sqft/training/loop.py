@@ -1,0 +1,178 @@
+"""The train stage: adapters on a sparse model, by Hugging Face's Trainer, resumable in the middle."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from sqft import artifact
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.peft_bridge import attach
+from sqft.config import TrainConfig, to_dict
+from sqft.errors import UsageError
+from sqft.folders import is_adapter, load, save
+from sqft.tasks.base import Example
+from sqft.training.callbacks import ProgressBar
+from sqft.training.data import load_examples, tokenize_all
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+MASKED_PIPELINES = ("sparse-peft",)
+
+
+def adapter_config(config: TrainConfig) -> LoraConfig:
+    """The adapters that a training config asks for; plain LoRA for the 'lora' pipeline."""
+    return SqftConfig(
+        r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
+        target_modules=list(config.target_modules) or None, sparse_adapter=config.pipeline in MASKED_PIPELINES,
+    )  # fmt: skip
+
+
+def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data: Sequence[Example] | None = None, *,
+          tokenizer: PreTrainedTokenizerBase | None = None, eval_data: Sequence[Example] = (),
+          out: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Fine-tunes adapters.
+
+    Args:
+        model: a ``PeftModel`` from ``attach`` (trained in place; needs ``tokenizer``), or the folder of a sparse model
+            (then ``out`` is needed: adapters are attached, trained and written there). A folder's training leaves
+            checkpoints beside ``out`` while it runs and resumes from them if it is started again after an
+            interruption; the result is the same, bit for bit.
+        data, eval_data: examples, instead of the config's task or data.
+
+    Returns metrics: loss, eval_loss, steps, seconds, trainable parameters. Raises UsageError for options that do not
+    fit the model or data.
+    """
+    config = config or TrainConfig()
+    examples, evaluation = load_examples(config) if data is None else (data, eval_data)
+    if isinstance(model, (str, Path)):
+        if out is None:
+            raise UsageError("training a model folder needs an output folder")
+        return _train_folder(str(model), config, examples, evaluation, Path(out), overwrite)
+    if tokenizer is None or out is not None:
+        raise UsageError("a live model is trained in place with its tokenizer, and written with sqft.save")
+    trainer = make_trainer(model, tokenizer, config, examples, evaluation, None)
+    return _run(trainer, model, None)
+
+
+def _train_folder(source: str, config: TrainConfig, examples: Sequence[Example], evaluation: Sequence[Example],
+                  out: Path, overwrite: bool) -> dict[str, Any]:  # fmt: skip
+    artifact.check_output(out, overwrite)
+    if is_adapter(source):
+        raise UsageError(f"{source} is an adapter: give the sparse model that it belongs to")
+    parent_key = artifact.folder_key(source)
+    key = artifact.stage_key("train", to_dict(config), parent_key)
+    base, tokenizer = load(source)
+    set_seed(config.seed)
+    model = attach(base, adapter_config(config))
+    work = out.absolute().with_name(f".{out.name}.training-{key[:12]}")
+    trainer = make_trainer(model, tokenizer, config, examples, evaluation, work)
+    metrics = _run(trainer, model, last_checkpoint(work))
+    save(model, tokenizer, out, stage="train", config=to_dict(config), metrics=metrics, parent=source,
+         seed=config.seed, key=key, overwrite=overwrite, extra=_write_logs(trainer, work / "logs"))  # fmt: skip
+    for stale in out.absolute().parent.glob(f".{out.name}.training-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    return metrics
+
+
+def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig,
+                 examples: Sequence[Example], evaluation: Sequence[Example], work: Path | None) -> Trainer:  # fmt: skip
+    """A Hugging Face Trainer with this config; ``work`` takes checkpoints and logs, None keeps none."""
+    rows = tokenize_all(examples, tokenizer, config)
+    eval_rows = tokenize_all(evaluation, tokenizer, config) if evaluation else None
+    steps_an_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation))
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.epochs)
+    group = config.group_by_length and not config.packing
+    arguments = TrainingArguments(
+        output_dir=str(work or ".unused"),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=min(config.warmup_steps, steps // 10),
+        weight_decay=config.weight_decay,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        train_sampling_strategy="group_by_length" if group else "random",
+        bf16=config.precision == "bfloat16",
+        fp16=config.precision == "float16",
+        eval_strategy="no" if eval_rows is None else "steps" if config.eval_steps else "epoch",
+        eval_steps=config.eval_steps or None,
+        save_strategy="no" if work is None else "steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_steps=config.logging_steps,
+        report_to=[],
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    collator = DataCollatorForSeq2Seq(tokenizer, padding=True, return_tensors="pt")
+    tokenizer.padding_side = "right"
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, data_collator=collator  # pyright: ignore
+    )  # fmt: skip
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar())
+    if config.tensorboard and work is not None:
+        trainer.add_callback(_tensorboard(work / "logs"))
+    return trainer
+
+
+def _tensorboard(folder: Path) -> TensorBoardCallback:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("TensorBoard is not installed: pip install tensorboard, or leave --tensorboard out") from None
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
+
+
+def _run(trainer: Trainer, model: nn.Module, checkpoint: Path | None) -> dict[str, Any]:
+    started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model.eval()
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return {
+        "loss": result.training_loss,
+        "eval_loss": evaluations[-1] if evaluations else None,
+        "steps": trainer.state.global_step,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest whole checkpoint: one whose last-written file, the trainer's state, can be read."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def _write_logs(trainer: Trainer, folder: Path) -> Path:
+    """Adds the trainer's log, one JSON object a line, to the folder of event files; it goes beside the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+    (folder / "training_log.jsonl").write_text(lines)
+    return folder
