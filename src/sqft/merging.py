@@ -123,6 +123,7 @@ def verify_folder(
     weights = {name: module.weight for name, module in merged.named_modules() if isinstance(module, nn.Linear)}
     masks = load_masks(folder) if masked else dense_masks
     metrics = check_zeros(weights, masks) if masked else zero_counts(weights, masks)
+    metrics["parameters"] = sum(p.numel() for p in merged.parameters())
     metrics["max_logit_difference"] = check_logits(before, logits(merged, tokens), config, masked)
     metrics["tokens_compared"] = tokens.numel()
     return metrics

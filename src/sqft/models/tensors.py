@@ -53,7 +53,7 @@ class ModelWriter:
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         except OSError as error:
-            raise _cannot_write(folder, error) from error
+            raise _cannot_write(folder / "model.safetensors", error) from error
 
     def _plan(self, max_shard_size: int) -> dict[str, list[str]]:
         groups: list[list[str]] = [[]]

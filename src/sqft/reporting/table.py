@@ -13,14 +13,8 @@ from sqft.measuring.size import human, weight_bytes
 
 STAGES = ("model", "sparsify", "train", "merge")
 HEADER = (
-    "stage",
-    "accuracy (95 % interval)",
-    "perplexity (95 % interval)",
-    "sparsity",
-    "zeros kept",
-    "on disk",
-    "took",
-)
+    "stage", "accuracy (95 % interval)", "perplexity (95 %)", "sparsity", "zeros kept", "non-zero", "on disk", "took",
+)  # fmt: skip
 
 
 @dataclass
@@ -34,6 +28,7 @@ class Row:
     perplexity_ci95: tuple[float, float] | None = None
     sparsity: float | None = None
     zeros_kept: float | None = None
+    nonzero: int | None = None
     size: int | None = None
     seconds: float | None = None
 
@@ -46,12 +41,16 @@ def run_rows(output: Path, model: str) -> list[Row]:
         row = Row(stage)
         if stage == "model":
             row.size = weight_bytes(model) if Path(model).exists() else None
+            if artifact.is_stage(output / "sparsify"):
+                row.nonzero = artifact.read_manifest(output / "sparsify").metrics["parameters"]
         elif not artifact.is_stage(folder):
             continue
         else:
             metrics = artifact.read_manifest(folder).metrics
             row.sparsity, row.zeros_kept = metrics.get("sparsity"), metrics.get("zeros_kept")
             row.seconds = metrics.get("seconds")
+            if "parameters" in metrics:
+                row.nonzero = metrics["parameters"] - metrics["zeros"]
             row.size = weight_bytes(folder)
         evaluation = output / "evaluate" / stage
         if artifact.is_stage(evaluation):
@@ -73,6 +72,7 @@ def cells(row: Row) -> tuple[str, ...]:
         perplexity = f"{row.perplexity:.2f} ({low:.2f} - {high:.2f})"
     return (
         row.stage, accuracy, perplexity, share(row.sparsity), share(row.zeros_kept),
+        "-" if row.nonzero is None else f"{row.nonzero / 1e6:.1f} M",
         "-" if row.size is None else human(row.size), "-" if row.seconds is None else f"{row.seconds:.0f} s",
     )  # fmt: skip
 

@@ -72,7 +72,7 @@ def sparsify(model: PreTrainedModel | str | Path, config: SparsifyConfig | None 
     plan = make_plan(architecture, config)
     tokens = _calibration_tokens(config, calibration, tokenizer)
     _prune(architecture, plan, config, tokens, lambda block: None)
-    return _metrics(_count(architecture), time.perf_counter() - started)
+    return _metrics(_count(architecture), model, time.perf_counter() - started)
 
 
 def _sparsify_folder(
@@ -108,7 +108,7 @@ def _sparsify_folder(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        metrics = _metrics(counts, time.perf_counter() - started)
+        metrics = _metrics(counts, model, time.perf_counter() - started)
         artifact.write_manifest(folder, artifact.Manifest(
             stage="sparsify", config=_identity(config, calibration), seed=config.seed, metrics=metrics,
             parent=artifact.relative_parent(source, out), parent_key=artifact.folder_key(source),
@@ -211,7 +211,7 @@ def _count(architecture: Architecture) -> dict[str, tuple[int, int]]:
     return {name: (count_zeros(module.weight), module.weight.numel()) for name, module in architecture.linears()}
 
 
-def _metrics(counts: dict[str, tuple[int, int]], seconds: float) -> dict[str, Any]:
+def _metrics(counts: dict[str, tuple[int, int]], model: nn.Module, seconds: float) -> dict[str, Any]:
     zeros, weights = (sum(values) for values in zip(*counts.values(), strict=True))
     if not weights:
         raise SqftError("the model has no weights to prune")
@@ -219,6 +219,7 @@ def _metrics(counts: dict[str, tuple[int, int]], seconds: float) -> dict[str, An
         "sparsity": zeros / weights,
         "zeros": zeros,
         "weights": weights,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "by_module": {name: round(zero / count, 6) for name, (zero, count) in counts.items()},
         "seconds": round(seconds, 2),
     }

@@ -1,0 +1,137 @@
+"""Text sources, templates, tokenization, packing, intervals, perplexity, generation."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pico import pico_model, pico_tokenizer
+
+import sqft
+from sqft.calibration.data import read_records, read_texts, token_blocks, token_stream
+from sqft.config import TrainConfig
+from sqft.evaluation.generation import cut, exact_match, generate
+from sqft.evaluation.intervals import normal, wilson
+from sqft.evaluation.perplexity import perplexity
+from sqft.tasks.arithmetic import ArithmeticTask
+from sqft.training.data import IGNORED, fill_templates, pack, tokenize, tokenize_all
+
+
+def test_sources(tmp_path: Path) -> None:
+    rows = [{"text": "one"}, {"text": "two"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as stream:
+        stream.write((tmp_path / "a.jsonl").read_text())
+    (tmp_path / "c.txt").write_text("one\n\ntwo\n")
+    assert read_records(str(tmp_path / "a.jsonl")) == read_records(str(tmp_path / "b.jsonl.gz")) == rows
+    assert read_texts(str(tmp_path / "c.txt")) == ["one", "two\n"]
+    assert len(read_texts("builtin")) > 40
+
+
+def test_wrong_sources(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "other.jsonl").write_text('{"body": "a"}\n')
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 100)[:-9])
+    (tmp_path / "table.csv").write_text("a,b")
+    for name, message in [("bad.jsonl", r"bad.jsonl:2: not JSON"), ("list.jsonl", "JSON object"), ("empty.txt", "is empty"),
+                          ("other.jsonl", "no 'text' field but body"), ("cut.txt.gz", "cannot read"),
+                          ("table.csv", "neither text nor JSON lines"), ("none.txt", "there is no file")]:  # fmt: skip
+        with pytest.raises(sqft.SqftError, match=message):
+            read_texts(str(tmp_path / name))
+    with pytest.raises(sqft.SqftError, match="as a datasets name it does not load"):
+        read_records("no-such-data-set")
+
+
+def test_blocks_are_seeded_pieces_of_the_text() -> None:
+    tokenizer = pico_tokenizer()
+    blocks = token_blocks(tokenizer, "builtin", 5, 40, seed=3)
+    assert blocks.shape == (5, 40) and blocks.dtype == torch.int64
+    assert torch.equal(blocks, token_blocks(tokenizer, "builtin", 5, 40, seed=3))
+    assert not torch.equal(blocks, token_blocks(tokenizer, "builtin", 5, 40, seed=4))
+    whole = "".join(read_texts("builtin"))
+    for block in blocks:
+        parts = tokenizer.decode(block).split("<eos>")
+        assert all(part in whole for part in parts)
+    with pytest.raises(sqft.SqftError, match="fewer than one block"):
+        token_blocks(tokenizer, "builtin", 1, 10**6, seed=0)
+
+
+def test_templates() -> None:
+    records = [{"question": "1+1?", "answer": 2}]
+    (example,) = fill_templates(records, "Q: {question}\\nA:", " {answer}", "x.jsonl")
+    assert (example.prompt, example.completion) == ("Q: 1+1?\nA:", " 2")
+    with pytest.raises(sqft.UsageError, match=r"record 1 of x.jsonl has no field 'anser'.*question, answer"):
+        fill_templates(records, "{question}", "{anser}", "x.jsonl")
+
+
+def test_loss_on_the_completion_and_the_end_of_text_only() -> None:
+    tokenizer = pico_tokenizer()
+    row = tokenize(sqft.Example("ab", " c"), tokenizer, TrainConfig(task="arithmetic"))
+    assert tokenizer.decode(row["input_ids"]) == "ab c<eos>"
+    assert row["labels"][:2] == [IGNORED] * 2 and row["labels"][2:] == row["input_ids"][2:]
+    every = tokenize(sqft.Example("ab", " c"), tokenizer, TrainConfig(task="arithmetic", completion_only=False))
+    assert every["labels"] == every["input_ids"]
+    short = tokenize(sqft.Example("ab", " c"), tokenizer, TrainConfig(task="arithmetic", max_length=3))
+    assert len(short["input_ids"]) == len(short["labels"]) == 3
+    with pytest.raises(sqft.SqftError, match="no completion fits"):
+        tokenize_all([sqft.Example("abcdef", " c")], tokenizer, TrainConfig(task="arithmetic", max_length=3))
+
+
+def test_packing_keeps_every_token_in_order() -> None:
+    rows = [{"input_ids": list(range(i, i + 5)), "labels": [IGNORED, *range(i + 1, i + 5)]} for i in range(0, 35, 5)]
+    packed = pack(rows, 8)
+    assert [len(row["input_ids"]) for row in packed] == [8, 8, 8, 8, 3]
+    assert [i for row in packed for i in row["input_ids"]] == list(range(35))
+    assert [i for row in packed for i in row["labels"]] == [i for row in rows for i in row["labels"]]
+
+
+def test_wilson_interval_covers() -> None:
+    assert wilson(0, 10)[0] == 0 and math.isclose(wilson(10, 10)[1], 1)
+    low, high = wilson(50, 100)
+    assert math.isclose(low, 0.4038, abs_tol=1e-4) and math.isclose(high, 0.5962, abs_tol=1e-4)  # a textbook value
+    g = torch.Generator().manual_seed(0)
+    hits = 0
+    for correct in torch.binomial(torch.full((2000,), 40.0), torch.full((2000,), 0.1), generator=g).tolist():
+        low, high = wilson(int(correct), 40)
+        hits += low <= 0.1 <= high
+    assert hits / 2000 > 0.93
+    assert normal([3.0]) == (3.0, 3.0)
+
+
+def test_perplexity_is_the_mean_over_windows(tmp_path: Path) -> None:
+    model, tokenizer = pico_model(), pico_tokenizer()
+    (tmp_path / "t.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    stream = token_stream(tokenizer, read_texts(str(tmp_path / "t.txt")))
+    expected, windows = 0.0, len(stream) // 32
+    for i in range(windows):
+        window = stream[32 * i : 32 * i + 32]
+        with torch.no_grad():
+            logits = model(window[None]).logits[0].double()
+        expected -= float(F.log_softmax(logits[:-1], -1).gather(1, window[1:, None]).mean()) / windows
+    for batch in (1, 3):
+        scores = perplexity(model, tokenizer, str(tmp_path / "t.txt"), length=32, batch_size=batch)
+        assert math.isclose(scores["perplexity"], math.exp(expected), rel_tol=1e-5)
+        assert scores["windows"] == windows
+
+
+def test_generation_does_not_depend_on_the_batch() -> None:
+    """Left padding: a problem's answer is the same alone and beside longer ones."""
+    model, tokenizer, task = pico_model(), pico_tokenizer(), ArithmeticTask()
+    alone, records = exact_match(model, tokenizer, task, "test", 5, batch_size=1)
+    together, batched = exact_match(model, tokenizer, task, "test", 5, batch_size=5)
+    assert alone == together and records == batched
+    assert [record["prompt"] for record in records] == [e.prompt for e in task.examples("test", 5)]
+    texts = generate(model, tokenizer, [records[0]["prompt"]], 64, task.stop)
+    assert texts == [records[0]["generated"]]
+
+
+def test_cut_at_the_first_stop_string() -> None:
+    assert cut("a\n\nb\nQuestion: c", ("\nQuestion:", "\n\n")) == "a"
+    assert cut("a b", ("\n",)) == "a b"
