@@ -84,12 +84,22 @@ def compare_with_naive(folder: str, sparse: str, tokens: Tensor) -> dict[str, in
     return {"weights": total, "different": different, "of_which_ties": ties}
 
 
+def text_name(source: str) -> str:
+    """'data/wikitext2_tokens/test.jsonl' -> 'wikitext2_tokens/test'."""
+    return "/".join(Path(source).parts[-2:]).split(".")[0]
+
+
 def main() -> None:
-    data = Path(__file__).resolve().parents[2] / "shared" / "data" / "calibration"
+    data = Path(__file__).resolve().parents[2] / "shared" / "data"
+    texts = [
+        data / "wikitext2_tokens" / "test.jsonl",
+        data / "calibration" / "tiny.jsonl",
+        data / "calibration" / "wiki.jsonl.gz",
+    ]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo-model")
-    parser.add_argument("--calibration", default=str(data / "c4.jsonl") if data.is_dir() else "builtin")
-    parser.add_argument("--text", nargs="+", default=[str(data / "wiki.jsonl.gz")] if data.is_dir() else ["builtin"])
+    parser.add_argument("--calibration", default=str(data / "calibration" / "c4.jsonl") if data.is_dir() else "builtin")
+    parser.add_argument("--text", nargs="+", default=[str(t) for t in texts] if data.is_dir() else ["builtin"])
     arguments = parser.parse_args()
     runs = Path("runs") / "bench-sparsify"
     shutil.rmtree(runs, ignore_errors=True)
@@ -111,8 +121,9 @@ def main() -> None:
     for text in arguments.text:
         for name, folder in (("dense", dense), ("wanda", sparse)):
             live, _ = sqft.load(folder)
-            scores[f"{name}, {Path(text).name}"] = perplexity(live, tokenizer, text, 1024, 3072)["perplexity"]
-    ratios = [scores[f"wanda, {Path(t).name}"] / scores[f"dense, {Path(t).name}"] for t in arguments.text]
+            scores[f"{name}, {text_name(text)}"] = perplexity(live, tokenizer, text, 1024, 3072)["perplexity"]
+    first = text_name(arguments.text[0])
+    ratio = scores[f"wanda, {first}"] / scores[f"dense, {first}"]
     results = {
         "seconds": metrics["seconds"], "seconds_two_plain_passes": floor, "peak_mib": peak.mib,
         "mib_model_block_activations": limit_mib, "masks": masks, "sparsity": metrics["sparsity"], "perplexity": scores,
@@ -125,7 +136,8 @@ def main() -> None:
             masks["different"] - masks["of_which_ties"],
             0,
         ),
-        check("perplexity Wanda-50 / dense, largest of the texts (peers: 1.9 to 2.0)", max(ratios), 2.1),
+        # What llm-compressor's Wanda gives this model, on two other texts: 1.90 and 1.98 times the dense perplexity.
+        check(f"perplexity Wanda-50 / dense, {first}", ratio, 1.98),
     ]
     print(json.dumps({"results": results, "checks": checks}, indent=1))
     write_results("sparsify", results, checks)

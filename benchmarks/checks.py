@@ -10,7 +10,48 @@ from rich.console import Console
 from rich.table import Table
 
 
+def markdown() -> str:
+    """The tables of docs/sparse-peft.md, from the result files."""
+    lines = []
+    for file in sorted(RESULTS.glob("sparse_peft*.json")):
+        content = json.loads(file.read_text())
+        machine, results = content["machine"], content["results"]
+        product = results["float32_product"]
+        lines += [
+            f"**{machine['processor']}, {machine['threads']} threads, float32 products of masked layers by {product}**",
+            f"(`benchmarks/results/{file.name}`, torch {content['versions']['torch']}, {content['date'][:10]})",
+            "",
+            "| SmolLM2-135M, batch 4 x 256 | LoRA s/step | SparsePEFT s/step | ratio | naive s/step |",
+            "|---|---|---|---|---|",
+        ]
+        for case in results["model"]:
+            s = case["seconds"]
+            name = (
+                f"{case['dtype']}, checkpointing {'on' if case['checkpointing'] else 'off'}, dropout {case['dropout']}"
+            )
+            ratio = s["sparse_peft"] / s["lora"]
+            lines.append(f"| {name} | {s['lora']:.2f} | {s['sparse_peft']:.2f} | {ratio:.2f} | {s['naive']:.2f} |")
+        lines += ["", "| one layer, 2048 tokens | LoRA ms | SparsePEFT ms | naive ms | SparsePEFT / naive | GFLOP/s |",
+                  "|---|---|---|---|---|---|"]  # fmt: skip
+        for case in results["layers"]:
+            s = {k: 1e3 * v for k, v in case["seconds"].items()}
+            name = f"{case['layer']}x{case['layer']}, {case['dtype']}, dropout {case['dropout']}"
+            ratio = s["sparse_peft"] / s["naive"]
+            lines.append(f"| {name} | {s['lora']:.0f} | {s['sparse_peft']:.0f} | {s['naive']:.0f} | {ratio:.2f} "
+                         f"| {case['gflops']:.0f} |")  # fmt: skip
+        lines += ["", "| peak MiB over the loaded model, float32 | LoRA | SparsePEFT | ratio |", "|---|---|---|---|"]
+        for case in results["memory"]:
+            m = case["peak_mib_over_model"]
+            name = f"checkpointing {'on' if case['checkpointing'] else 'off'}, dropout {case['dropout']}"
+            lines.append(f"| {name} | {m['lora']:.0f} | {m['sparse_peft']:.0f} | {m['sparse_peft'] / m['lora']:.2f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> int:
+    if "--markdown" in sys.argv:
+        print(markdown())
+        return 0
     table = Table("benchmark", "check", "value", "limit", "holds")
     failed = 0
     for file in sorted(RESULTS.glob("*.json")):

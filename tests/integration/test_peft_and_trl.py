@@ -34,7 +34,7 @@ def test_transformers_trainer_unchanged(sparse: Path, tmp_path: Path, checkpoint
     model, tokenizer = sqft.load(sparse)
     peft_model = sqft.attach(model, sqft.SqftConfig(r=4, lora_alpha=8, lora_dropout=0.1))
     arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=4, save_steps=4,
-                                  learning_rate=0.01, report_to=[], logging_steps=1, activation_checkpointing=checkpointing,
+                                  learning_rate=0.01, report_to=[], logging_steps=1, gradient_checkpointing=checkpointing,
                                   remove_unused_columns=False)  # fmt: skip
     trainer = Trainer(model=peft_model, args=arguments, train_dataset=rows(tokenizer))
     trainer.train()

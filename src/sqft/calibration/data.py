@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 
-def read_records(source: str, split: str = "train") -> list[dict[str, Any]]:
+def read_records(source: str) -> list[dict[str, Any]]:
     """The records of a source, each a dict of fields; a text's paragraphs become ``{"text": ...}``.
 
     Args:
-        source: 'builtin' (a text that ships with sqft), a .txt or .jsonl file (also .gz), or a ``datasets`` name,
-            'name' or 'name:config'.
-        split: of a ``datasets`` name.
+        source: 'builtin' (a text that ships with sqft), a .txt or .jsonl file (also .gz), or a ``datasets`` name or
+            folder, 'name', 'name:config', 'name@split' or 'name:config@split'; the split is 'train' if not named.
 
     Raises UsageError for a missing file, SqftError for a line that is not JSON or a data set that does not load.
     """
@@ -36,9 +35,9 @@ def read_records(source: str, split: str = "train") -> list[dict[str, Any]]:
     path = Path(source)
     if source.endswith(SUFFIXES):
         return _read_file(path)
-    if path.exists():
+    if path.is_file():
         raise UsageError(f"{source} is neither text nor JSON lines: name a file ending in {', '.join(SUFFIXES)}")
-    return _read_dataset(source, split)
+    return _read_dataset(source)
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
@@ -68,12 +67,13 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     return record
 
 
-def _read_dataset(source: str, split: str) -> list[dict[str, Any]]:
+def _read_dataset(source: str) -> list[dict[str, Any]]:
     import datasets
 
-    name, _, config = source.partition(":")
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
     try:
-        return list(datasets.load_dataset(name, config or None, split=split))  # pyright: ignore
+        return list(datasets.load_dataset(name, config or None, split=split or "train"))  # pyright: ignore
     except Exception as error:  # datasets raises many kinds; each is a source that cannot be read
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SqftError(f"'{source}' is no file, and as a datasets name it does not load: {reason}") from error
@@ -88,11 +88,14 @@ def read_texts(source: str) -> list[str]:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, texts: list[str], enough: int | None = None) -> Tensor:
-    """All texts in one int64 [T], with an end-of-text token after each, or the first texts until T >= enough."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    """All texts in one int64 [T], a blank line between them, or the first texts until T >= enough.
+
+    A blank line is what Wanda's and GPTQ's evaluations join texts with; an end-of-text token would, in a chat model,
+    be the end of a turn.
+    """
     tokens: list[int] = []
     for text in texts:
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end  # pyright: ignore
+        tokens += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore
         if enough is not None and len(tokens) >= enough:
             break
     return torch.tensor(tokens)
