@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,13 +210,26 @@ def main() -> None:
         dtypes = ("float32",) if arguments.quick else ("float32", "bfloat16")
         cases = itertools.product(dtypes, (True, False), (0.0, 0.1))
         results["model"] = [model_case(sparse, *case, rounds=min(rounds, 3)) for case in cases]
+        if (
+            dispatch.use_onednn()
+        ):  # the same with the library that PEFT's layers use: what is owed to the arithmetic alone
+            with_mkl(lambda: results.update(model_mkl=[model_case(sparse, "float32", True, p, 2) for p in (0.0, 0.1)]))
     if "memory" in chosen:
         results["memory"] = [memory_case(sparse, *case) for case in itertools.product((True, False), (0.0, 0.1))]
     checks = make_checks(results)
     print(json.dumps({"results": results, "checks": checks}, indent=1))
     if not arguments.quick and not arguments.only:
-        suffix = os.environ.get("SQFT_CPU_PRODUCT", "")
-        write_results("sparse_peft" + (f"_{suffix}" if suffix else ""), results, checks)
+        write_results("sparse_peft", results, checks)
+
+
+def with_mkl(action: Callable[[], None]) -> None:
+    os.environ["SQFT_CPU_PRODUCT"] = "mkl"
+    dispatch.use_onednn.cache_clear()
+    try:
+        action()
+    finally:
+        del os.environ["SQFT_CPU_PRODUCT"]
+        dispatch.use_onednn.cache_clear()
 
 
 def prepare(model: str) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 def markdown() -> str:
     """The tables of docs/sparse-peft.md, from the result files."""
     lines = []
-    for file in sorted(RESULTS.glob("sparse_peft*.json")):
+    for file in sorted(RESULTS.glob("sparse_peft.json")):
         content = json.loads(file.read_text())
         machine, results = content["machine"], content["results"]
         product = results["float32_product"]
@@ -24,11 +24,12 @@ def markdown() -> str:
             "| SmolLM2-135M, batch 4 x 256 | LoRA s/step | SparsePEFT s/step | ratio | naive s/step |",
             "|---|---|---|---|---|",
         ]
-        for case in results["model"]:
+        for case in results["model"] + [{**case, "mkl": True} for case in results.get("model_mkl", [])]:
             s = case["seconds"]
             name = (
                 f"{case['dtype']}, checkpointing {'on' if case['checkpointing'] else 'off'}, dropout {case['dropout']}"
             )
+            name += " (MKL, `SQFT_CPU_PRODUCT=mkl`)" if "mkl" in case else ""
             ratio = s["sparse_peft"] / s["lora"]
             lines.append(f"| {name} | {s['lora']:.2f} | {s['sparse_peft']:.2f} | {ratio:.2f} | {s['naive']:.2f} |")
         lines += ["", "| one layer, 2048 tokens | LoRA ms | SparsePEFT ms | naive ms | SparsePEFT / naive | GFLOP/s |",

@@ -90,7 +90,7 @@ def _positional(sub: argparse.ArgumentParser, **names: str) -> None:
 def add_flags(sub: argparse.ArgumentParser, config_class: Any) -> None:
     """One flag a field of the config class; its help and default come from there."""
     hints = typing.get_type_hints(config_class)
-    group = sub.add_argument_group("options")
+    group = sub.add_argument_group("settings")
     for spec in dataclasses.fields(config_class):
         flag, hint = "--" + spec.name.replace("_", "-"), hints[spec.name]
         default = spec.default if spec.default is not dataclasses.MISSING else None

@@ -64,7 +64,9 @@ def test_all_stages(dense: Path, tmp_path: Path, capsys) -> None:
     code, out, _ = call(
         capsys, "train", sparse, adapter, *TRAIN, "--target-modules", "q_proj", "v_proj", "--tensorboard"
     )
-    assert code == 0 and "loss" in out
+    assert code == 0 and "eval loss" in out
+    code, out, _ = call(capsys, "train", sparse, tmp_path / "lora", *TRAIN, "--pipeline", "lora", "--packing", "--json")
+    assert code == 0 and json.loads(out)["steps"] == 3
     assert (adapter / "training_log.jsonl").is_file() and list(adapter.glob("events.*"))
     targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
     assert {name.rsplit(".", 1)[1] for name in targets} == {"q_proj", "v_proj"} and len(targets) == 4

@@ -10,6 +10,7 @@ from typing import Any
 from sqft import artifact
 from sqft.errors import SqftError, UsageError
 from sqft.measuring.size import human, weight_bytes
+from sqft.models.dense import locate
 
 STAGES = ("model", "sparsify", "train", "merge")
 HEADER = (
@@ -41,6 +42,8 @@ def run_rows(output: Path, model: str) -> list[Row]:
         row = Row(stage)
         if stage == "model":
             row.size = weight_bytes(model) if Path(model).exists() else None
+            if Path(model).exists() and locate(model)[1]:
+                row.stage = "model (a GGUF file)"
             if artifact.is_stage(output / "sparsify"):
                 row.nonzero = artifact.read_manifest(output / "sparsify").metrics["parameters"]
         elif not artifact.is_stage(folder):
