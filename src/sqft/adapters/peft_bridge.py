@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,13 @@ from sqft.adapters.config import PEFT_TYPE, SqftConfig
 from sqft.adapters.sparse import SparseLoraLinear
 from sqft.errors import SqftError, UsageError
 from sqft.models.discover import describe, resolve_targets
-from sqft.sparsity.masks import count_zeros, packed_mask
+from sqft.sparsity.masks import count_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
-_SPARSE_FROM = 0.05  # a dense model has almost no zeros (a de-quantized one 0.03 %), a pruned one far more than this
+_SPARSE_FROM = 0.01  # a dense model has almost no zeros (a de-quantized one 0.03 %)
 
 
 def register(config: SqftConfig) -> None:
@@ -44,20 +45,18 @@ def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMode
     config.target_modules = set(names)  # pyright: ignore[reportAttributeAccessIssue]
     config.task_type = config.task_type or "CAUSAL_LM"
     if getattr(config, "sparse_adapter", False):
-        _check_sparse(model, names)
+        _check_sparse({name: model.get_submodule(name) for name in names})
     return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
 
 
-def _check_sparse(model: nn.Module, names: list[str]) -> None:
-    modules: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    if any(packed_mask(module) is not None for module in modules.values()):
-        return
+def _check_sparse(modules: Mapping[str, Any]) -> None:
+    """Raises SqftError if the base layers are dense: a masked adapter on them would be an unmasked one."""
     zeros = sum(count_zeros(module.weight) for module in modules.values())
     share = zeros / sum(module.weight.numel() for module in modules.values())
     if share < _SPARSE_FROM:
         raise SqftError(
-            f"this model is not sparse ({share:.2%} zeros in the target modules): sparsify it first, or use plain LoRA "
-            "(--pipeline lora, or sparse_adapter=False)"
+            f"this model is not sparse ({share:.2%} zeros in the target modules): sparsify it first (and save it, if "
+            "adapters on it are to be loaded again), or use plain LoRA (--pipeline lora, or sparse_adapter=False)"
         )
 
 
@@ -67,12 +66,15 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # PEFT only warns when weights are missing
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except SqftError:
         raise
     except Exception as error:  # PEFT raises many kinds; each means adapter and model do not fit, or a corrupt file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: {reason}") from error
+    if is_masked(loaded):
+        _check_sparse({name: layer.get_base_layer() for name, layer in adapter_layers(loaded).items()})
+    return loaded
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:

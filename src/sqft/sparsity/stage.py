@@ -21,7 +21,15 @@ from sqft.models.dense import load_dense, load_tokenizer
 from sqft.models.discover import Architecture, Block, describe, match_modules
 from sqft.models.tensors import ModelWriter
 from sqft.registry import Registry
-from sqft.sparsity.masks import collect_masks, count_zeros, save_masks, set_mask
+from sqft.sparsity.masks import (
+    attach_masks,
+    collect_masks,
+    count_zeros,
+    load_masks,
+    mask_of,
+    save_masks,
+    set_mask,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,7 +88,10 @@ def _sparsify_folder(
 ) -> dict[str, Any]:
     artifact.check_output(out, overwrite)
     started = time.perf_counter()
+    if artifact.is_stage(source):
+        artifact.check_files(source)
     model = load_dense(source, config.dtype)
+    attach_masks(model, load_masks(source))
     tokenizer = load_tokenizer(source)
     architecture = describe(model)
     plan = make_plan(architecture, config)
@@ -168,7 +179,13 @@ def _prune(architecture: Architecture, plan: dict[str, tuple[float, tuple[int, i
 
 
 def _apply(module: nn.Linear, mask_OI: Tensor) -> None:
-    """Zeroes what the mask prunes, in a new tensor: the old one may be a file mapped into memory."""
+    """Zeroes what the mask prunes, in a new tensor: the old one may be a file mapped into memory.
+
+    What an earlier mask pruned stays pruned.
+    """
+    earlier = mask_of(module)
+    if earlier is not None:
+        mask_OI = mask_OI & earlier
     weight = torch.where(mask_OI, module.weight.detach(), 0)
     module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
     set_mask(module, mask_OI)

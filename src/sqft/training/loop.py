@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,8 +65,9 @@ def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data
         return _train_folder(str(model), config, examples, evaluation, Path(out), overwrite)
     if tokenizer is None or out is not None:
         raise UsageError("a live model is trained in place with its tokenizer, and written with sqft.save")
-    trainer = make_trainer(model, tokenizer, config, examples, evaluation, None)
-    return _run(trainer, model, None)
+    with tempfile.TemporaryDirectory() as work:  # Trainer makes a folder even if it writes nothing
+        trainer = make_trainer(model, tokenizer, config, examples, evaluation, Path(work), checkpoints=False)
+        return _run(trainer, model, None)
 
 
 def _train_folder(source: str, config: TrainConfig, examples: Sequence[Example], evaluation: Sequence[Example],
@@ -89,15 +91,16 @@ def _train_folder(source: str, config: TrainConfig, examples: Sequence[Example],
 
 
 def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig,
-                 examples: Sequence[Example], evaluation: Sequence[Example], work: Path | None) -> Trainer:  # fmt: skip
-    """A Hugging Face Trainer with this config; ``work`` takes checkpoints and logs, None keeps none."""
+                 examples: Sequence[Example], evaluation: Sequence[Example], work: Path,
+                 checkpoints: bool = True) -> Trainer:  # fmt: skip
+    """A Hugging Face Trainer with this config; ``work`` takes event files and, unless switched off, checkpoints."""
     rows = tokenize_all(examples, tokenizer, config)
     eval_rows = tokenize_all(evaluation, tokenizer, config) if evaluation else None
     steps_an_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation))
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.epochs)
     group = config.group_by_length and not config.packing
     arguments = TrainingArguments(
-        output_dir=str(work or ".unused"),
+        output_dir=str(work),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
@@ -114,7 +117,7 @@ def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: T
         fp16=config.precision == "float16",
         eval_strategy="no" if eval_rows is None else "steps" if config.eval_steps else "epoch",
         eval_steps=config.eval_steps or None,
-        save_strategy="no" if work is None else "steps",
+        save_strategy="steps" if checkpoints else "no",
         save_steps=config.save_steps,
         save_total_limit=2,
         logging_steps=config.logging_steps,
@@ -131,7 +134,7 @@ def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: T
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
-    if config.tensorboard and work is not None:
+    if config.tensorboard:
         trainer.add_callback(_tensorboard(work / "logs"))
     return trainer
 
