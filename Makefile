@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo check lint types test bench clean
+.PHONY: install peers demo check lint types test bench clean
 
 install: .venv/dev
 
@@ -23,6 +23,21 @@ install: .venv/dev
 	$(BIN)/pip install --quiet -c .venv/constraints.txt -e '.[dev]'
 	touch $@
 
+# GPTQModel and llm-compressor want other versions than sqft, and than each other: an environment for each, which the
+# interoperability tests and a benchmark start as processes.
+peers: .venv-gptqmodel/done .venv-llmcompressor/done
+
+.venv-gptqmodel/done: tests/peers/gptqmodel.txt
+	$(PYTHON) -m venv .venv-gptqmodel
+	.venv-gptqmodel/bin/pip install --quiet -c $< torch numpy setuptools
+	.venv-gptqmodel/bin/pip install --quiet --no-build-isolation -r $<
+	touch $@
+
+.venv-llmcompressor/done: tests/peers/llmcompressor.txt
+	$(PYTHON) -m venv .venv-llmcompressor
+	.venv-llmcompressor/bin/pip install --quiet -r $<
+	touch $@
+
 demo: .venv/base  ## SmolLM2-135M: prune, adapt, merge, compare
 	$(BIN)/sqft demo
 
@@ -37,12 +52,14 @@ lint: install
 types: install
 	$(BIN)/pyright
 
-test: lint types  ## everything that CI runs
+test: lint types peers  ## everything that CI runs
 	$(BIN)/pytest -n 2
 
-bench: install  ## about half an hour; writes benchmarks/results and prints the checks
+bench: install peers  ## about three quarters of an hour; writes benchmarks/results and prints the checks
 	$(BIN)/python benchmarks/bench_sparse_peft.py
 	$(BIN)/python benchmarks/bench_sparsify.py
+	$(BIN)/python benchmarks/bench_qa_sparse_peft.py
+	$(BIN)/python benchmarks/bench_quantize.py
 	$(BIN)/python benchmarks/checks.py
 
 clean:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sqft.adapters.peft_bridge import attach as attach
     from sqft.config import EvaluateConfig as EvaluateConfig
     from sqft.config import MergeConfig as MergeConfig
+    from sqft.config import QuantizeConfig as QuantizeConfig
     from sqft.config import SparsifyConfig as SparsifyConfig
     from sqft.config import TrainConfig as TrainConfig
     from sqft.errors import SqftError as SqftError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sqft.folders import save as save
     from sqft.merging import merge as merge
     from sqft.pipeline import run as run
+    from sqft.quantizing import quantize as quantize
     from sqft.sparsity.stage import sparsify as sparsify
     from sqft.tasks.base import Example as Example
     from sqft.training.loop import train as train
@@ -34,6 +36,7 @@ _WHERE = {
     "attach": "sqft.adapters.peft_bridge",
     "EvaluateConfig": "sqft.config",
     "MergeConfig": "sqft.config",
+    "QuantizeConfig": "sqft.config",
     "SparsifyConfig": "sqft.config",
     "TrainConfig": "sqft.config",
     "SqftError": "sqft.errors",
@@ -44,6 +47,7 @@ _WHERE = {
     "save": "sqft.folders",
     "merge": "sqft.merging",
     "run": "sqft.pipeline",
+    "quantize": "sqft.quantizing",
     "sparsify": "sqft.sparsity.stage",
     "Example": "sqft.tasks.base",
     "train": "sqft.training.loop",

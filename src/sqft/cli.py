@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import sqft
-from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig, from_dict
+from sqft.config import EvaluateConfig, MergeConfig, QuantizeConfig, SparsifyConfig, TrainConfig, from_dict
 from sqft.errors import SqftError, UsageError, did_you_mean
 
 
@@ -39,10 +39,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = add("sparsify", _sparsify, "prune a model's linear weights")
     _positional(sub, MODEL="folder, .gguf file or hub name", OUT="folder to write")
+    sub.epilog = "'--then quantize' and options of 'sqft quantize' after all others quantizes in the same walk."
     add_flags(sub, SparsifyConfig)
 
+    sub = add("quantize", _quantize, "quantize a model's linear weights; pruned weights stay exactly zero")
+    _positional(sub, MODEL="folder, .gguf file or hub name", OUT="folder to write")
+    add_flags(sub, QuantizeConfig)
+
     sub = add("train", _train, "fine-tune adapters on a sparse model")
-    _positional(sub, MODEL="folder of a sparse model", OUT="folder to write")
+    _positional(sub, MODEL="folder of a sparse model, float or quantized", OUT="folder to write")
     add_flags(sub, TrainConfig)
 
     sub = add("merge", _merge, "merge an adapter into its base and verify the result")
@@ -59,8 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", help="instead of the recipe's model")
     sub.add_argument("--output", help="instead of the recipe's output folder")
 
-    sub = add("demo", _run, "SmolLM2-135M: prune to 50 %%, adapt, merge, compare; about 10 minutes on 2 cores")
+    sub = add("demo", _run, "SmolLM2-135M: prune to 50 %%, quantize to INT4, adapt, merge, compare; about 10 minutes")
     sub.set_defaults(recipe="demo")
+    sub.add_argument("--pipeline", metavar="STR", help="qa-sparse-peft (one sparse INT4 model), sparse-peft (one sparse"
+                     " float model), sqft or lora (base and adapter, not mergeable) [qa-sparse-peft]")  # fmt: skip
     sub.add_argument("--model", help="another model than SmolLM2-135M")
     sub.add_argument("--output", help="folder to write (default: runs/demo)")
 
@@ -74,7 +81,7 @@ def _adder(commands: Any) -> Callable[[str, Callable[..., Any], str], argparse.A
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-v", "--verbose", action="store_true", help="show logs and, on an error, where it came from")
-        if name in ("sparsify", "train", "merge", "evaluate"):
+        if name in ("sparsify", "quantize", "train", "merge", "evaluate"):
             sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
         sub.set_defaults(function=function)
         return sub
@@ -128,7 +135,28 @@ def read_flags(arguments: argparse.Namespace, config_class: Any) -> Any:
 
 def _sparsify(arguments: argparse.Namespace) -> dict[str, Any]:
     config = read_flags(arguments, SparsifyConfig)
+    if arguments.then is not None:
+        return sqft.quantize(arguments.model, arguments.then, first=config, out=arguments.out,
+                             overwrite=arguments.overwrite)  # fmt: skip
     return sqft.sparsify(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
+
+
+def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = read_flags(arguments, QuantizeConfig)
+    return sqft.quantize(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
+
+
+def _split_then(arguments: Sequence[str]) -> tuple[list[str], QuantizeConfig | None]:
+    """'sparsify ... --then quantize ...': the arguments before it, and the config of those after."""
+    if "--then" not in arguments:
+        return list(arguments), None
+    at = list(arguments).index("--then")
+    head, tail = list(arguments[:at]), list(arguments[at + 1 :])
+    if head[:1] != ["sparsify"] or tail[:1] != ["quantize"]:
+        raise UsageError("--then goes with sparsify: sqft sparsify MODEL OUT [options] --then quantize [its options]")
+    parser = _Parser(prog="sqft sparsify ... --then quantize", add_help=False)
+    add_flags(parser, QuantizeConfig)
+    return head, read_flags(parser.parse_args(tail[1:]), QuantizeConfig)
 
 
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -147,10 +175,12 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from sqft.pipeline import load_recipe, resolve_model
+    from sqft.pipeline import load_recipe, resolve_model, with_pipeline
     from sqft.reporting.table import HEADER, cells, markdown, print_table, run_rows
 
     recipe = load_recipe(arguments.recipe)
+    if getattr(arguments, "pipeline", None):
+        recipe = with_pipeline(recipe, arguments.pipeline)
     results = sqft.run(recipe, model=arguments.model, output=arguments.output,
                        say=lambda text: print(text, file=sys.stderr))  # fmt: skip
     output = Path(arguments.output or recipe.output)
@@ -161,6 +191,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         if "merge" in results:
             difference = results["merge"]["max_logit_difference"]
             print(f"Merged model: {output / 'merge'} (largest logit difference to un-merged: {difference:.2g})")
+        if arguments.command == "demo":
+            print("Other pipelines: sqft demo --pipeline sparse-peft (one sparse float model) | sqft | lora (base and "
+                  "adapter, not mergeable)")  # fmt: skip
     return results
 
 
@@ -217,7 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbose = False
     try:
         parser = build_parser()
-        parsed, unknown = parser.parse_known_args(arguments)
+        given, then = _split_then(sys.argv[1:] if arguments is None else arguments)
+        parsed, unknown = parser.parse_known_args(given)
+        parsed.then = then
         if parsed.command is None:
             parser.print_help()
             return 0

@@ -53,10 +53,49 @@ class SparsifyConfig:
 
 
 @dataclass(frozen=True)
+class QuantizeConfig:
+    """Quantize the decoder's linear weights to integers. Every pruned weight stays exactly zero."""
+
+    method: str = option("gptq", "gptq, or rtn (round to nearest)")
+    bits: int = option(4, "bits a weight: 2, 3, 4 or 8")
+    group_size: int = option(64, "neighbours that share a scale: 32, 64, 128, or -1 for a whole row")
+    symmetric: bool = option(False, "zero points in the middle, instead of where minimum and maximum put them")
+    clip: str = option("none", "search ranges that clip the largest weights", ("none", "mse"))
+    scale_bits: int | None = option(None, "round scales to N significant bits (7: exact in GGUF's Q4_1)")
+    act_order: bool = option(False, "quantize the most active inputs first (static groups)")
+    true_sequential: bool = option(True, "quantize o after q,k,v with the inputs that these then give, and so on")
+    exclude: list[str] = option(help="module patterns that stay float, e.g. 'model.layers.0.*'", factory=list)
+    format: str = option("auto", "of the checkpoint; auto: gptq (v1 if symmetric, else v2)",
+                         ("auto", "gptq", "gptq_v2", "compressed-tensors"))  # fmt: skip
+    calibration: str = option("builtin", "text for activations: 'builtin', a .txt/.jsonl file or a datasets name")
+    samples: int = option(128, "number of calibration blocks")
+    length: int = option(512, "tokens a calibration block")
+    batch_size: int = option(4, "calibration blocks a forward pass")
+    seed: int = option(0, "seed of the choice of calibration blocks")
+    dtype: str = option("auto", "of the weights that stay float", ("auto", "float32", "bfloat16", "float16"))
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 3, 4, 8):
+            raise UsageError(f"bits is {self.bits}: choose 2, 3, 4 or 8")
+        if self.group_size not in (32, 64, 128, -1):
+            raise UsageError(f"group_size is {self.group_size}: choose 32, 64, 128, or -1 for a whole row")
+        if self.scale_bits is not None and not 1 <= self.scale_bits <= 11:
+            raise UsageError(f"scale_bits is {self.scale_bits}: a float16 scale has 1 to 11 significant bits")
+        if self.format == "gptq" and not self.symmetric:
+            raise UsageError("format gptq (v1) is for symmetric grids: other tools refuse asymmetric v1; use gptq_v2")
+        _positive(self, "samples", "length", "batch_size")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Fine-tune low-rank adapters with the paper's defaults (SQFT, appendix: rank 32, alpha 64, q,k,v,up,down)."""
 
-    pipeline: str = option("sparse-peft", "masked adapters, or LoRA (not mergeable)", ("sparse-peft", "lora"))
+    pipeline: str = option("sparse-peft", "masked adapters on a float or (qa-) a packed base, which merge; or "
+                           "LoRA on a float (lora) or packed (sqft) base, which does not",
+                           ("sparse-peft", "qa-sparse-peft", "lora", "sqft"))  # fmt: skip
+    base: str | None = option(None, "qa-sparse-peft: folder of the sparse model before quantization (in a recipe: "
+                              "sparsify), to add the adapter to instead of what the integers mean")  # fmt: skip
+    learn_scales: bool = option(False, "qa-sparse-peft: train the grid's scales too")
     task: str | None = option(None, "a built-in task, e.g. arithmetic")
     data: str | None = option(None, "instead of a task: a .txt/.jsonl file or a datasets name")
     prompt: str = option("", "template over a record's fields, e.g. 'Question: {question}\\nAnswer:'")
@@ -93,6 +132,8 @@ class TrainConfig:
                   "epochs", "save_steps", "logging_steps")  # fmt: skip
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout is {self.lora_dropout}: it has to lie in [0, 1)")
+        if (self.base or self.learn_scales) and self.pipeline != "qa-sparse-peft":
+            raise UsageError(f"base and learn_scales go with pipeline qa-sparse-peft, not {self.pipeline}")
         if self.task and self.data:
             raise UsageError("task and data exclude each other: give one of them")
 
@@ -120,6 +161,7 @@ class EvaluateConfig:
     length: int = option(1024, "window of the perplexity in tokens")
     max_tokens: int | None = option(None, "use the first N tokens of the text")
     batch_size: int = option(32, "problems, or windows, a forward pass")
+    unpack: bool = option(True, "hold a packed model's weights de-quantized while scoring: the same results, faster")
     dtype: str = option("auto", "load the weights as", ("auto", "float32", "bfloat16", "float16"))
 
     def __post_init__(self) -> None:

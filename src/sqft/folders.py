@@ -11,7 +11,9 @@ from torch import nn
 
 from sqft import artifact
 from sqft.errors import SqftError
-from sqft.models.dense import load_dense, load_tokenizer
+from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, write_packed
+from sqft.models.dense import load_dense, load_tokenizer, save_settings
+from sqft.models.tensors import MAX_SHARD_BYTES
 from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, save_masks
 
 if TYPE_CHECKING:
@@ -23,8 +25,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 def load(source: str | Path, *, dtype: str = "auto", trainable: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
     """A model, of whatever stage, and its tokenizer.
 
-    A dense, sparse or merged folder (or GGUF file, or hub name) gives a ``transformers`` model, with its masks if it
-    has any; an adapter folder gives a ``PeftModel`` on its base (with ``trainable``, to go on training).
+    A dense, sparse, merged or packed (GPTQ, compressed-tensors) folder, a GGUF file or a hub name gives a
+    ``transformers`` model, with its masks if it has any (packed weights are ``QuantLinear`` layers); an adapter folder
+    gives a ``PeftModel`` on its base (with ``trainable``, to go on training).
     ``dtype``: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'. Raises SqftError naming what is wrong.
     """
     if is_adapter(source):
@@ -34,7 +37,7 @@ def load(source: str | Path, *, dtype: str = "auto", trainable: bool = False) ->
         return load_adapter(base, source, trainable).eval(), tokenizer
     if artifact.is_stage(source):
         artifact.check_files(source)
-    model = load_dense(source, dtype)
+    model = load_packed(source, dtype) if is_packed(source) else load_dense(source, dtype)
     attach_masks(model, load_masks(source))
     return model, load_tokenizer(source)
 
@@ -71,7 +74,11 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, 
     ``key`` identifies the result; without it the contents do. The files of the folder ``extra`` go along.
     """
     with artifact.writing(out, overwrite) as folder:
-        model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+        if packed_layers(model) and not getattr(model, "peft_config", None):
+            write_packed(model, folder, MAX_SHARD_BYTES)  # pyright: ignore[reportArgumentType]
+            save_settings(model, tokenizer, folder)  # pyright: ignore[reportArgumentType]
+        else:
+            model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
         tokenizer.save_pretrained(folder)
         masks = collect_masks(model)
         if masks and not (folder / ADAPTER_CONFIG).is_file():

@@ -1,7 +1,8 @@
 """Merging: one model from base and adapter, verified before anybody sees it.
 
-Checked are the zeros (every pruned weight is 0.0 bit for bit) and the logits (merged equals un-merged). What fails is
-not written. A folder is merged tensor by tensor; the base is mapped from its files, and never are two models held.
+Checked are the zeros (every pruned weight is 0.0 bit for bit), the grid (an INT model's integers are those that
+training rounded to, on the base's scales and zero points) and the logits (merged equals un-merged). What fails is not
+written. A folder is merged tensor by tensor; the base is mapped from its files, and never are two models held.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sqft import artifact
-from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked, merged_weight
+from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked, is_quant_aware, merged_weight
 from sqft.calibration.data import token_blocks
 from sqft.config import MergeConfig, parse_size, to_dict
 from sqft.errors import UsageError, VerificationError
 from sqft.folders import is_adapter, load
+from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, write_packed
+from sqft.kernels.quant_ops import Packed, dequantized
 from sqft.kernels.torch_ops import pack_mask, unpack_mask
-from sqft.models.dense import load_dense
-from sqft.models.discover import describe
+from sqft.models.dense import load_dense, save_settings
+from sqft.models.discover import describe, weight_of
 from sqft.models.tensors import write_model
 from sqft.sparsity.masks import collect_masks, count_zeros, derive_mask, load_masks, save_masks
 
@@ -58,10 +61,11 @@ def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
     masked = is_masked(adapter)
     tokens = sample_tokens(adapter, tokenizer)
     before = logits(adapter, tokens)
+    expected = expected_integers(adapter) if is_quant_aware(adapter) else {}
     merged: Any = adapter.merge_and_unload(safe_merge=True)
     if masked:
-        weights = {name: module.weight for name, module in merged.named_modules() if isinstance(module, nn.Linear)}
-        check_zeros(weights, collect_masks(merged))
+        check_zeros(merged, collect_masks(merged))
+    check_integers(merged, expected)
     check_logits(before, logits(merged, tokens), config, masked)
     return merged
 
@@ -76,20 +80,24 @@ def _merge_folder(adapter: Path, config: MergeConfig, out: Path, overwrite: bool
     masked, name = is_masked(model), active_adapter(model)
     tokens = sample_tokens(model, tokenizer)
     before = logits(model, tokens)
-    layers = {f"{path}.weight": layer for path, layer in adapter_layers(model).items()}
-    base: Any = model.unload()
-    del model
+    expected: dict[str, Packed] = {}
     with artifact.writing(out, overwrite) as folder:
-        _write_merged(base, layers, name, folder, config)
+        if is_quant_aware(model):
+            expected = expected_integers(model)
+            base: Any = model.merge_and_unload()
+            write_packed(base, folder, parse_size(config.max_shard_size))
+        else:
+            layers = {f"{path}.weight": layer for path, layer in adapter_layers(model).items()}
+            base = model.unload()
+            _write_merged(base, layers, name, folder, config)
+            del layers
+        del model
         if masked:
             save_masks(_all_masks(base), folder)
-        base.config.save_pretrained(folder)
-        if base.generation_config is not None:
-            base.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_settings(base, tokenizer, folder)
         dense_masks = {} if masked else _all_masks(base)
-        del base, layers
-        metrics = verify_folder(folder, before, tokens, config, dense_masks)
+        del base
+        metrics = verify_folder(folder, before, tokens, config, dense_masks, expected)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         artifact.write_manifest(folder, artifact.Manifest(
             stage="merge", config=to_dict(config), metrics=metrics,
@@ -111,22 +119,59 @@ def _write_merged(base: Any, layers: dict[str, Any], adapter: str, folder: Path,
         write_model(base, folder, parse_size(config.max_shard_size), change)
 
 
-def verify_folder(
-    folder: Path, before: Tensor, tokens: Tensor, config: MergeConfig, dense_masks: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Loads what was written and checks zeros and logits; ``dense_masks``: the base's, of a merge allowed to be dense.
+def verify_folder(folder: Path, before: Tensor, tokens: Tensor, config: MergeConfig, dense_masks: Mapping[str, Tensor],
+                  expected: Mapping[str, Packed]) -> dict[str, Any]:  # fmt: skip
+    """Loads what was written and checks zeros, integers and logits.
+
+    Args:
+        dense_masks: the base's masks, of a merge that is allowed to be dense; else empty.
+        expected: what training rounded each adapted INT weight to; empty for a float base.
 
     Returns the metrics. Raises VerificationError.
     """
-    merged = load_dense(folder)
+    merged = load_packed(folder) if is_packed(folder) else load_dense(folder)
     masked = not dense_masks
-    weights = {name: module.weight for name, module in merged.named_modules() if isinstance(module, nn.Linear)}
     masks = load_masks(folder) if masked else dense_masks
-    metrics = check_zeros(weights, masks) if masked else zero_counts(weights, masks)
-    metrics["parameters"] = sum(p.numel() for p in merged.parameters())
+    metrics = check_zeros(merged, masks) if masked else zero_counts(merged, masks)
+    packed = packed_layers(merged).values()
+    metrics["parameters"] = sum(p.numel() for p in merged.parameters()) + sum(
+        layer.in_features * layer.out_features for layer in packed
+    )
+    if expected:
+        metrics["bits"] = next(iter(packed)).bits
+        metrics["integers_compared"] = check_integers(merged, expected)
     metrics["max_logit_difference"] = check_logits(before, logits(merged, tokens), config, masked)
     metrics["tokens_compared"] = tokens.numel()
     return metrics
+
+
+def expected_integers(model: Any) -> dict[str, Packed]:
+    """What training rounds each adapted weight to, by the base's module names, before anything is merged."""
+    name = active_adapter(model)
+    with torch.no_grad():
+        found = {}
+        layers: dict[str, Any] = dict(adapter_layers(model))
+        for path, layer in layers.items():
+            packed, linear = layer.merged_packed(name), layer.get_base_layer()
+            weight = dequantized(packed, linear.in_features, torch.float32)
+            if not torch.equal(weight.mT, layer.effective_weight(name)):
+                raise VerificationError(f"the integers of {path} do not mean the weight that training multiplies with: "
+                                        "nothing was written; this is a bug in sqft, please report it")  # fmt: skip
+            found[path] = packed
+    return found
+
+
+def check_integers(merged: nn.Module, expected: Mapping[str, Packed]) -> int:
+    """Compares integers, scales and zero points bit for bit; returns how many weights. Raises VerificationError."""
+    count = 0
+    for path, packed in expected.items():
+        layer: Any = merged.get_submodule(path)
+        for what in ("qweight", "qzeros", "scales"):
+            if not torch.equal(getattr(layer, what), getattr(packed, what)):
+                raise VerificationError(f"{path}.{what} of the merged model is not what training rounded to: nothing "
+                                        "was written; this is a bug in sqft, please report it")  # fmt: skip
+        count += layer.in_features * layer.out_features
+    return count
 
 
 def check_mergeable(model: Any, config: MergeConfig) -> None:
@@ -134,7 +179,14 @@ def check_mergeable(model: Any, config: MergeConfig) -> None:
     layers = adapter_layers(model)
     if not layers:
         raise UsageError("this model has no adapters to merge")
-    if is_masked(model) or config.allow_dense:
+    if is_masked(model):
+        return
+    if packed_layers(model):
+        raise UsageError(
+            "a float LoRA cannot be merged into an INT model: the sum is not on its grid. Serve base and adapter "
+            "together, or train quantization-aware adapters (pipeline qa-sparse-peft), which merge"
+        )
+    if config.allow_dense:
         return
     before = after = total = 0
     name = active_adapter(model)
@@ -158,11 +210,11 @@ def _all_masks(model: nn.Module) -> dict[str, Tensor]:
     return collect_masks(model) or {name: pack_mask(derive_mask(module)) for name, module in describe(model).linears()}
 
 
-def zero_counts(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Any]:
+def zero_counts(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
     """How many pruned weights are zero; ``masks``: packed, by module name."""
     pruned = filled = zeros = total = 0
     for name, packed in masks.items():
-        weight = weights[name].detach()
+        weight = weight_of(model.get_submodule(name))
         dropped = ~unpack_mask(packed.to(weight.device), weight.shape[1])
         pruned += int(dropped.sum())
         filled += int(torch.count_nonzero(weight[dropped]))
@@ -173,9 +225,9 @@ def zero_counts(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> d
             "zeros": zeros, "weights": total}  # fmt: skip
 
 
-def check_zeros(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Any]:
+def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
     """``zero_counts``, raising VerificationError if a pruned weight is not zero."""
-    counts = zero_counts(weights, masks)
+    counts = zero_counts(model, masks)
     if counts["filled"]:
         raise VerificationError(f"{counts['filled']} of {counts['pruned']} pruned weights are not zero after merging: "
                                 "nothing was written; this is a bug in sqft, please report it")  # fmt: skip

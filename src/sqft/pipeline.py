@@ -10,10 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
-from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig, from_dict, load_yaml, to_dict
+from sqft.config import (
+    EvaluateConfig,
+    MergeConfig,
+    QuantizeConfig,
+    SparsifyConfig,
+    TrainConfig,
+    from_dict,
+    load_yaml,
+    to_dict,
+)
 from sqft.errors import SqftError, UsageError, did_you_mean
 
-STAGE_CONFIGS = {"sparsify": SparsifyConfig, "train": TrainConfig, "merge": MergeConfig, "evaluate": EvaluateConfig}
+STAGES = ("sparsify", "quantize", "train", "merge")  # those that write a model or adapter, in order
+STAGE_CONFIGS = {"sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig, "merge": MergeConfig,
+                 "evaluate": EvaluateConfig}  # fmt: skip
 DEMO_MODEL = "demo-model"
 
 
@@ -27,10 +38,11 @@ class Recipe:
     model: str
     output: str
     sparsify: SparsifyConfig | None = None
+    quantize: QuantizeConfig | None = None
     train: TrainConfig | None = None
     merge: MergeConfig | None = None
     evaluate: EvaluateConfig | None = None
-    evaluate_on: tuple[str, ...] = ("model", "sparsify", "merge")
+    evaluate_on: tuple[str, ...] = ("model", "sparsify", "quantize", "merge")
 
     def __post_init__(self) -> None:
         if self.merge and not self.train:
@@ -57,9 +69,9 @@ def load_recipe(source: str | Path) -> Recipe:
             inner = {k[1]: line for k, line in lines.items() if len(k) == 2 and k[0] == key}
             built[key] = from_dict(STAGE_CONFIGS[key], value or {}, str(path), inner)
         elif key == "evaluate_on":
-            wrong = [v for v in value if v not in ("model", "sparsify", "train", "merge")]
+            wrong = [v for v in value if v not in ("model", *STAGES)]
             if wrong:
-                raise UsageError(f"{at}: evaluate_on knows model, sparsify, train and merge, not '{wrong[0]}'")
+                raise UsageError(f"{at}: evaluate_on knows model, {', '.join(STAGES)}, not '{wrong[0]}'")
             built[key] = tuple(value)
         else:
             built[key] = str(value)
@@ -70,6 +82,28 @@ def load_recipe(source: str | Path) -> Recipe:
         return Recipe(**built)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def with_pipeline(recipe: Recipe, pipeline: str) -> Recipe:
+    """The recipe with another of the four pipelines: quantized or not, and merged if it can be.
+
+    What cannot be merged is evaluated as base and adapter. The output folder gets the pipeline's name. Raises
+    UsageError for an unknown pipeline.
+    """
+    assert recipe.train is not None
+    values = to_dict(recipe.train) | {"pipeline": pipeline}
+    if pipeline != "qa-sparse-peft":
+        values |= {"base": None, "learn_scales": False}
+    train = from_dict(TrainConfig, values)
+    if train == recipe.train:
+        return recipe
+    merges = pipeline in ("sparse-peft", "qa-sparse-peft")
+    packed = pipeline in ("qa-sparse-peft", "sqft")
+    return replace(
+        recipe, train=train, quantize=(recipe.quantize or QuantizeConfig()) if packed else None,
+        merge=MergeConfig() if merges else None, output=f"{recipe.output}-{pipeline}",
+        evaluate_on=(*(name for name in recipe.evaluate_on if name != "merge"), "merge" if merges else "train"),
+    )  # fmt: skip
 
 
 def shipped_recipes() -> list[str]:
@@ -103,10 +137,12 @@ def run(recipe: Recipe | str | Path, *, model: str | None = None, output: str | 
     results: dict[str, Any] = {}
     produced = {"model": source}
     current = source
-    for name in ("sparsify", "train", "merge"):
+    for name in STAGES:
         config = getattr(recipe, name)
         if config is None:
             continue
+        if name == "train" and config.base in produced:
+            config = replace(config, base=produced[config.base])
         folder = out / name
         results[name] = _stage(name, config, current, folder, say)
         produced[name] = current = str(folder)
@@ -138,6 +174,10 @@ def _verb(name: str) -> Callable[[str, Any, Path], dict[str, Any]]:
         from sqft.sparsity.stage import sparsify
 
         return lambda source, config, out: sparsify(source, config, out=out, overwrite=True)
+    if name == "quantize":
+        from sqft.quantizing import quantize
+
+        return lambda source, config, out: quantize(source, config, out=out, overwrite=True)
     if name == "train":
         from sqft.training.loop import train
 

@@ -17,7 +17,7 @@ import sqft
 from sqft import artifact
 from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig, from_dict, parse_size, to_dict
 from sqft.models.discover import describe, resolve_targets
-from sqft.models.tensors import ModelWriter
+from sqft.models.tensors import ModelWriter, layout
 from sqft.registry import Registry
 from sqft.sparsity.stage import make_plan
 
@@ -121,7 +121,7 @@ def test_stage_keys_follow_options_inputs_and_parents(tmp_path: Path) -> None:
 
 
 def test_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
-    writer = ModelWriter(nn.Linear(3, 2), tmp_path, 10**9)
+    writer = ModelWriter(layout(nn.Linear(3, 2)), tmp_path, 10**9)
     writer.add("weight", torch.ones(2, 3))
     with pytest.raises(sqft.SqftError, match="planned was"):
         writer.add("bias", torch.ones(3))

@@ -1,4 +1,4 @@
-"""``SqftConfig``: a ``LoraConfig`` whose layers are masked by the base's sparsity."""
+"""``SqftConfig``: a ``LoraConfig`` whose layers are masked by the base's sparsity, and on its grid if it is packed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sqft.errors import UsageError
 PEFT_TYPE = "SQFT (a masked adapter that plain PEFT cannot apply: load this folder with sqft.load)"
 
 _UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora")
+_OWN = ("sparse_adapter", "quantization_aware", "learn_scales", "float_base", "float_base_key")
 
 
 @dataclass
@@ -22,16 +23,28 @@ class SqftConfig(LoraConfig):
 
     Args:
         sparse_adapter: mask the adapter with the base's sparsity (SparsePEFT, section 3.3), so that it can be merged
-            without filling a pruned weight. False is plain LoRA.
+            without filling a pruned weight. False is plain LoRA, or with ``quantization_aware`` a dense INT model's.
+        quantization_aware: train through the packed base's own grid (QA-SparsePEFT, section 3.4), so that the adapter
+            can be merged into the integers.
+        learn_scales: with ``quantization_aware``, train the grid's scales too (LSQ); merging then stores them.
+        float_base: with ``quantization_aware``, folder of the un-quantized sparse model to add the adapter to (as in
+            the paper), instead of what the base's integers mean. ``float_base_key`` identifies its contents.
 
     ``target_modules`` left empty means the family's q, k, v, up and down projections when attached by ``sqft.attach``.
     """
 
     sparse_adapter: bool = field(default=True, metadata={"help": "mask the adapter with the base's sparsity"})
+    quantization_aware: bool = field(default=False, metadata={"help": "train through the packed base's grid"})
+    learn_scales: bool = field(default=False, metadata={"help": "train the grid's scales too"})
+    float_base: str | None = field(default=None, metadata={"help": "folder of the un-quantized sparse base"})
+    float_base_key: str = field(default="", metadata={"help": "key of the float base's contents"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.sparse_adapter:
+        for name in ("learn_scales", "float_base"):
+            if getattr(self, name) and not self.quantization_aware:
+                raise UsageError(f"{name} goes with quantization_aware=True only")
+        if not self.is_sqft:
             return
         for name in _UNSUPPORTED:
             if getattr(self, name, False):
@@ -40,10 +53,16 @@ class SqftConfig(LoraConfig):
 
         register(self)
 
+    @property
+    def is_sqft(self) -> bool:
+        """Whether the adapters are ours; otherwise they are plain LoRA."""
+        return self.sparse_adapter or self.quantization_aware
+
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        if self.sparse_adapter:
+        if self.is_sqft:
             values["peft_type"] = PEFT_TYPE
         else:  # then it is a plain LoRA and any PEFT may load it
-            del values["sparse_adapter"]
+            for name in _OWN:
+                del values[name]
         return values

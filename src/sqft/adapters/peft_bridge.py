@@ -7,28 +7,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from sqft import artifact
 from sqft.adapters.config import PEFT_TYPE, SqftConfig
-from sqft.adapters.sparse import SparseLoraLinear
+from sqft.adapters.quant_aware import FLOAT_BASE, QuantAwareLoraLinear, QuantLoraLinear
+from sqft.adapters.sparse import MaskedLoraLinear, SparseLoraLinear
 from sqft.errors import SqftError, UsageError
-from sqft.models.discover import describe, resolve_targets
-from sqft.sparsity.masks import count_zeros
+from sqft.models.dense import load_dense
+from sqft.models.discover import describe, is_linear, resolve_targets, weight_of
+from sqft.quantization.linear import QuantLinear
+from sqft.sparsity.masks import SPARSE_FROM, count_zeros, packed_mask, set_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER_CONFIG = "adapter_config.json"
-_SPARSE_FROM = 0.01  # a dense model has almost no zeros (a de-quantized one 0.03 %)
 
 
-def register(config: SqftConfig) -> None:
-    """Lets PEFT build our layer for this config, and find a saved one's config class (in Trainer's resume, say)."""
-    config._register_custom_module({nn.Linear: SparseLoraLinear})
+def register(config: LoraConfig) -> None:
+    """Lets PEFT build our layers for this config, and find a saved one's config class (in Trainer's resume, say)."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # pyright: ignore[reportArgumentType]
+    if getattr(config, "quantization_aware", False):
+        layers: dict[Any, Any] = {nn.Linear: QuantAwareLoraLinear, QuantLinear: QuantAwareLoraLinear}
+    elif getattr(config, "sparse_adapter", False):
+        layers = {nn.Linear: SparseLoraLinear, QuantLinear: SparseLoraLinear}
+    else:
+        layers = {QuantLinear: QuantLoraLinear}
+    config._register_custom_module(layers)  # a layer that does not go with its base says so
 
 
 def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftModel:
@@ -36,7 +46,7 @@ def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMode
 
     Target modules are looked up in the model's family; an empty list means the family's q, k, v, up and down.
     Raises UsageError for a target that matches no module, SqftError if masked adapters are asked for on a model that
-    is not sparse.
+    is not sparse, or adapters that do not go with a float or a packed base.
     """
     config = config or SqftConfig()
     architecture = describe(model)
@@ -44,20 +54,52 @@ def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMode
     names = resolve_targets(architecture, sorted(targets))
     config.target_modules = set(names)  # pyright: ignore[reportAttributeAccessIssue]
     config.task_type = config.task_type or "CAUSAL_LM"
-    if getattr(config, "sparse_adapter", False):
-        _check_sparse({name: model.get_submodule(name) for name in names})
+    _prepare_bases(model, {name: model.get_submodule(name) for name in names}, config)
     return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+
+
+def _prepare_bases(model: nn.Module, modules: Mapping[str, Any], config: LoraConfig) -> None:
+    """What the base layers need before adapters of this config go on them; errors if they do not go together."""
+    register(config)
+    if getattr(config, "sparse_adapter", False):
+        _check_sparse(modules)
+    elif isinstance(config, SqftConfig) and config.quantization_aware:
+        for module in modules.values():  # a dense INT model: every weight may change
+            if packed_mask(module) is None:
+                set_mask(module, torch.ones(module.out_features, module.in_features, dtype=torch.bool))
+    if isinstance(config, SqftConfig) and config.float_base:
+        _set_float_bases(modules, config)
 
 
 def _check_sparse(modules: Mapping[str, Any]) -> None:
     """Raises SqftError if the base layers are dense: a masked adapter on them would be an unmasked one."""
-    zeros = sum(count_zeros(module.weight) for module in modules.values())
-    share = zeros / sum(module.weight.numel() for module in modules.values())
-    if share < _SPARSE_FROM:
+    zeros = weights = 0
+    for module in modules.values():
+        weight = weight_of(module)
+        zeros, weights = zeros + count_zeros(weight), weights + weight.numel()
+    share = zeros / max(1, weights)
+    if weights and share < SPARSE_FROM:
         raise SqftError(
             f"this model is not sparse ({share:.2%} zeros in the target modules): sparsify it first (and save it, if "
             "adapters on it are to be loaded again), or use plain LoRA (--pipeline lora, or sparse_adapter=False)"
         )
+
+
+def _set_float_bases(modules: Mapping[str, Any], config: SqftConfig) -> None:
+    """Puts the un-quantized weights beside the packed ones. Raises SqftError if they are another model's."""
+    source = str(config.float_base)
+    key = artifact.folder_key(source)
+    if config.float_base_key and config.float_base_key != key:
+        raise SqftError(f"{source} is not the float base that the adapter was trained on: it has changed since")
+    config.float_base_key = key
+    other = dict(load_dense(source).named_modules())
+    for name, module in modules.items():
+        linear: Any = other.get(name)
+        if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != (
+            module.out_features, module.in_features
+        ):  # fmt: skip
+            raise SqftError(f"float base {source} has no {name} like the packed model's: it is another model")
+        module.register_buffer(FLOAT_BASE, linear.weight.detach(), persistent=False)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
@@ -66,15 +108,17 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # PEFT only warns when weights are missing
-            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            config: Any = PeftConfig.from_pretrained(str(folder))
+            targets = set(config.target_modules or ())
+            modules = {n: m for n, m in model.named_modules() if n in targets and is_linear(m)}
+            config.inference_mode = not trainable
+            _prepare_bases(model, modules, config)
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
     except SqftError:
         raise
     except Exception as error:  # PEFT raises many kinds; each means adapter and model do not fit, or a corrupt file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: {reason}") from error
-    if is_masked(loaded):
-        _check_sparse({name: layer.get_base_layer() for name, layer in adapter_layers(loaded).items()})
-    return loaded
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -86,7 +130,13 @@ def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def is_masked(model: nn.Module) -> bool:
     """Whether every adapter layer is masked, i.e. whether merging keeps the zeros."""
     layers = adapter_layers(model)
-    return bool(layers) and all(isinstance(layer, SparseLoraLinear) for layer in layers.values())
+    return bool(layers) and all(isinstance(layer, MaskedLoraLinear) for layer in layers.values())
+
+
+def is_quant_aware(model: nn.Module) -> bool:
+    """Whether the adapters are on a packed base and merge into its integers."""
+    layers = adapter_layers(model)
+    return bool(layers) and all(isinstance(layer, QuantAwareLoraLinear) for layer in layers.values())
 
 
 def merged_weight(layer: Any, adapter: str) -> Any:

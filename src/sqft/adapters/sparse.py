@@ -20,27 +20,21 @@ from sqft.kernels.torch_ops import masked_weight, sparse_linear
 from sqft.sparsity.masks import derive_mask, packed_mask, set_mask
 
 
-class SparseLoraLinear(LoraLinear):
-    """PEFT's LoRA linear layer with SparsePEFT's product; it takes the base layer's mask, or derives it from zeros."""
+class MaskedLoraLinear(LoraLinear):
+    """What all masked adapters share: one adapter at a time, on a base layer with a mask."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
-        linear = self.get_base_layer()
-        if type(linear) is not nn.Linear:
-            raise SqftError(f"{type(linear).__name__} cannot carry a masked adapter, only torch.nn.Linear can")
+        linear: Any = self.get_base_layer()
         if packed_mask(linear) is None:
             set_mask(linear, derive_mask(linear))
 
     @property
     def mask(self) -> Tensor:
         """uint8 [O, ceil(I / 8)], packed."""
-        packed = packed_mask(self._linear)
+        packed = packed_mask(self.get_base_layer())
         assert packed is not None
         return packed
-
-    @property
-    def _linear(self) -> nn.Linear:
-        return cast(nn.Linear, self.get_base_layer())
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A [R, I] and B [O, R]."""
@@ -57,11 +51,36 @@ class SparseLoraLinear(LoraLinear):
             return self.base_layer(x)
         if len(active) > 1:
             raise SqftError(f"one masked adapter at a time: {', '.join(active)} are active; call set_adapter")
-        linear, name = self._linear, active[0]
-        dropout = getattr(self.lora_dropout[name], "p", 0.0)
-        a, b = self._factors(name)
+        return self._adapted(x, active[0], getattr(self.lora_dropout[active[0]], "p", 0.0))
+
+    def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("lora.", "sqft.", 1)
+
+
+class SparseLoraLinear(MaskedLoraLinear):
+    """SparsePEFT on a ``torch.nn.Linear``; it takes the base layer's mask, or derives it from zeros."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        linear = base_layer.get_base_layer() if isinstance(base_layer, LoraLinear) else base_layer
+        if type(linear) is not nn.Linear:
+            raise SqftError(
+                f"{type(linear).__name__} cannot carry a masked float adapter, only torch.nn.Linear can; on an INT "
+                "model use quantization-aware adapters (--pipeline qa-sparse-peft, quantization_aware=True)"
+            )
+        super().__init__(base_layer, adapter_name, **kwargs)
+
+    @property
+    def _linear(self) -> nn.Linear:
+        return cast(nn.Linear, self.get_base_layer())
+
+    def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
+        linear = self._linear
+        a, b = self._factors(adapter)
         return sparse_linear(
-            x, linear.weight, linear.bias, a, b, self.mask, self.scaling[name], dropout, training=self.training
+            x, linear.weight, linear.bias, a, b, self.mask, self.scaling[adapter], dropout, training=self.training
         )
 
     def merged_weight(self, adapter: str, sign: float = 1.0) -> Tensor:
@@ -91,6 +110,3 @@ class SparseLoraLinear(LoraLinear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             self.get_base_layer().weight.data = self.merged_weight(self.merged_adapters.pop(), sign=-1.0)
-
-    def __repr__(self) -> str:
-        return super().__repr__().replace("lora.", "sqft.", 1)

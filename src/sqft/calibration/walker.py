@@ -33,42 +33,94 @@ class Calls:
 
 
 def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: Callable[[], Statistic],
-         change: Callable[[int, Block, dict[str, Any]], None], progress: str, device: torch.device | None = None,
-         ) -> None:  # fmt: skip
-    """Calls ``change(index, block, statistics)`` for every block in order, under ``no_grad``.
+         change: Callable[[Block, dict[str, Any]], None], progress: str, device: torch.device | None = None,
+         sequential: bool = False) -> Iterator[Block]:  # fmt: skip
+    """Lets ``change(block, statistics)`` change one block after the other; yields each when the walk is done with it.
+
+    It is a generator so that a caller can write and drop a block before the next one is touched, or let two walks with
+    different inputs (of a pruned, and of a pruned and quantized model) take turns on each block.
 
     Args:
         tokens: int64 [N, T] calibration blocks, or None: then no forward is run and ``statistics`` is empty.
         new_statistic: makes an empty statistic; layers that share an input tensor share one.
-        change: ``statistics`` maps each linear's full name to its statistic. It may replace the block's weights.
+        change: ``statistics`` maps linears' full names to their statistics. It may replace the block's weights.
         progress: what the progress bar says.
         device: where a block is computed; default: where it lies.
+        sequential: call ``change`` for each group of layers that share an input, in the order in which they run, with
+            the inputs that the already changed layers give ("true sequential"). Each pass stops at the group.
     """
     with torch.no_grad():
         calls = None if tokens is None else capture(architecture, tokens, batch_size)
-        for index, block in enumerate(tqdm(architecture.blocks, desc=progress, unit="block", disable=None)):
+    for index, block in enumerate(tqdm(architecture.blocks, desc=progress, unit="block", disable=None)):
+        with torch.no_grad():
             home = next(block.module.parameters()).device
-            if calls is None:
-                change(index, block, {})
-                continue
             target = device or home
-            block.module.to(target)
-            with observing(block, new_statistic) as statistics:
-                replay(block.module, index, calls, target, keep=False)
-            change(index, block, statistics)
-            if index + 1 < len(architecture.blocks):
-                replay(block.module, index, calls, target, keep=True)
-            if target != home:
-                block.module.to(home)
+            if calls is None:
+                change(block, {})
+            else:
+                block.module.to(target)
+                for statistics in _observe(block, index, calls, target, new_statistic, sequential):
+                    change(block, statistics)
+                if index + 1 < len(architecture.blocks):
+                    replay(block.module, index, calls, target, keep=True)
+                if target != home:
+                    block.module.to(home)
+        yield block
 
 
-def replay(module: nn.Module, index: int, calls: Calls, device: torch.device, keep: bool) -> None:
-    """Runs one block over all batches; with ``keep`` its outputs become the hidden states."""
+def _observe(block: Block, index: int, calls: Calls, device: torch.device, new_statistic: Callable[[], Statistic],
+             sequential: bool) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The statistics of a block's linear layers: of all at once, or of one group after the other."""
+    if not sequential:
+        with observing(block, new_statistic) as statistics:
+            replay(block.module, index, calls, device, keep=False)
+        yield statistics
+        return
+    with observing(block, _Nothing) as sharing:
+        replay(block.module, index, calls, device, keep=False, batches=1)
+    groups: dict[int, list[str]] = {}
+    for name, shared in sharing.items():
+        groups.setdefault(id(shared), []).append(name)
+    for names in groups.values():
+        statistic = new_statistic()
+        with _stopping_at(block.linears[names[0]], statistic):
+            replay(block.module, index, calls, device, keep=False)
+        yield dict.fromkeys(names, statistic)
+
+
+class _Nothing:
+    def update(self, x: Tensor) -> None:
+        pass
+
+
+class _Stop(Exception):
+    """Ends a block's forward where nothing further is wanted of it."""
+
+
+@contextlib.contextmanager
+def _stopping_at(linear: nn.Module, statistic: Statistic) -> Iterator[None]:
+    """Feeds the inputs of one layer to a statistic, and ends each forward there."""
+
+    def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        statistic.update(arguments[0])
+        raise _Stop
+
+    handle = linear.register_forward_pre_hook(observe)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def replay(module: nn.Module, index: int, calls: Calls, device: torch.device, keep: bool,
+           batches: int | None = None) -> None:  # fmt: skip
+    """Runs one block over all (or the first) batches; with ``keep`` its outputs become the hidden states."""
     arguments, keywords = _to(calls.arguments[index], device)
-    for i, hidden in enumerate(calls.hidden):
-        out = module(hidden.to(device), *arguments, **keywords)
-        if keep:
-            calls.hidden[i] = (out[0] if calls.returns_tuple else out).to(hidden.device)
+    for i, hidden in enumerate(calls.hidden[:batches]):
+        with contextlib.suppress(_Stop):
+            out = module(hidden.to(device), *arguments, **keywords)
+            if keep:
+                calls.hidden[i] = (out[0] if calls.returns_tuple else out).to(hidden.device)
 
 
 def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Calls:
@@ -116,16 +168,13 @@ def _returns_tuple(architecture: Architecture, token: Tensor) -> bool:
     """Whether blocks return (hidden, ...) or hidden: seen on a run of one token that stops after the first block."""
     seen: list[bool] = []
 
-    class Stop(Exception):
-        pass
-
     def look(module: nn.Module, arguments: Any, out: Any) -> None:
         seen.append(isinstance(out, tuple))
-        raise Stop
+        raise _Stop
 
     handle = architecture.blocks[0].module.register_forward_hook(look)
     try:
-        with contextlib.suppress(Stop):
+        with contextlib.suppress(_Stop):
             architecture.backbone(token, use_cache=False)
     finally:
         handle.remove()

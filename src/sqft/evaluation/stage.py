@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from sqft import artifact
+from sqft.adapters.peft_bridge import is_quant_aware
 from sqft.config import EvaluateConfig, to_dict
 from sqft.errors import UsageError
 from sqft.evaluation.generation import exact_match
 from sqft.evaluation.perplexity import perplexity
 from sqft.folders import load
+from sqft.formats.checkpoint import repack, unpack_model
 from sqft.tasks.base import get_task
 
 if TYPE_CHECKING:
@@ -45,17 +49,36 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
     live.eval()
     metrics: dict[str, Any] = {}
     records: list[dict[str, Any]] = []
-    if task is not None:
-        scores, records = exact_match(live, tokenizer, task, config.split, config.limit, config.batch_size)
-        metrics.update(task=task.name, split=config.split, **scores)
-    if config.text:
-        batch = max(1, config.batch_size // 8)  # logits of whole windows are held, not of one token
-        metrics.update(perplexity(live, tokenizer, config.text, config.length, config.max_tokens, batch))
+    with unpacked(live) if config.unpack else contextlib.nullcontext():
+        if task is not None:
+            scores, records = exact_match(live, tokenizer, task, config.split, config.limit, config.batch_size)
+            metrics.update(task=task.name, split=config.split, **scores)
+        if config.text:
+            batch = max(1, config.batch_size // 8)  # logits of whole windows are held, not of one token
+            metrics.update(perplexity(live, tokenizer, config.text, config.length, config.max_tokens, batch))
     live.train(was_training)
     metrics["seconds"] = round(time.perf_counter() - started, 2)
     if out is not None:
         _write(Path(out), source, config, metrics, records, overwrite)
     return metrics
+
+
+@contextlib.contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """Holds packed weights de-quantized for a while: the same results, much faster where every token de-quantizes.
+
+    Quantization-aware adapters are merged for that while, which is exact.
+    """
+    merge = is_quant_aware(model)
+    if merge:
+        model.merge_adapter()
+    layers = unpack_model(model)
+    try:
+        yield
+    finally:
+        repack(model, layers)
+        if merge:
+            model.unmerge_adapter()
 
 
 def _write(out: Path, source: str | Path | None, config: EvaluateConfig, metrics: dict[str, Any],

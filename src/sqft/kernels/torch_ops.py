@@ -48,7 +48,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
+def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
     step = max(1, CHUNK_ELEMENTS.get(device.type, LARGE_CHUNK) // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
@@ -65,7 +65,7 @@ def masked_weight(w_OI: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float,
     a_RI, b_OR = a_RI.to(accumulate), b_OR.to(accumulate)
     rows, columns = b_OR.shape[0], a_RI.shape[1]
     out_OI = torch.empty(rows, columns, dtype=dtype, device=b_OR.device)
-    for chunk in _row_chunks(rows, columns, b_OR.device):
+    for chunk in row_chunks(rows, columns, b_OR.device):
         target = out_OI[chunk] if dtype == accumulate else torch.empty_like(out_OI[chunk], dtype=accumulate)
         if w_OI is None:
             torch.mm(b_OR[chunk], a_RI, out=target).mul_(scale)
@@ -84,7 +84,7 @@ def masked_gradients(dy_TO: Tensor, x_TI: Tensor, a_RI: Tensor, b_OR: Tensor, sc
     a, b = a_RI.to(accumulate), b_OR.to(accumulate)
     rows, columns = b.shape[0], a.shape[1]
     da_RI, db_OR = torch.zeros_like(a), torch.empty_like(b)
-    for chunk in _row_chunks(rows, columns, b_OR.device):
+    for chunk in row_chunks(rows, columns, b_OR.device):
         g = product(dy_TO[:, chunk].mT, x_TI.mT).to(accumulate)
         g.mul_(unpack_mask(mask_OP[chunk], columns, accumulate))
         torch.mm(g, a.mT, out=db_OR[chunk])

@@ -29,6 +29,7 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
     folder, gguf = locate(source)
     if gguf is None and Path(folder).is_dir():
         check_weights(Path(folder))
+        refuse_packed(Path(folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype])
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
@@ -50,6 +51,14 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Everything of a Hugging Face folder but the weights: configuration, generation settings, tokenizer."""
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def locate(source: str | Path) -> tuple[str, str | None]:
@@ -101,6 +110,15 @@ def check_weights(folder: Path) -> None:
                 stream.keys()
         except (SafetensorError, OSError) as error:
             raise SqftError(f"{file} is corrupt or truncated ({error}): fetch or write the model again") from None
+
+
+def refuse_packed(folder: Path) -> None:
+    """Raises SqftError for a folder whose weights are quantized: a float model is wanted."""
+    try:
+        method = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
 
 
 def _reason(error: Exception) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.models.tables import BY_TYPE, Family
@@ -14,11 +15,30 @@ from sqft.models.tables import BY_TYPE, Family
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its path in the model, the module, and its linear modules by full name, in order."""
+    """One decoder block: its path in the model, the module, and its linear modules by full name, in order.
+
+    A linear module is a ``torch.nn.Linear`` or, in a quantized model, a ``QuantLinear``.
+    """
 
     name: str
     module: nn.Module
-    linears: dict[str, nn.Linear]
+    linears: dict[str, Any]
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Puts another linear module in the place of ``name`` (a full name), in the model too."""
+        parent, _, leaf = name.removeprefix(self.name + ".").rpartition(".")
+        setattr(self.module.get_submodule(parent), leaf, module)
+        self.linears[name] = module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, dense or packed."""
+    return isinstance(module, nn.Linear) or hasattr(module, "qweight")
+
+
+def weight_of(module: Any) -> Tensor:
+    """The weight [O, I] of a linear layer, de-quantized (float32) where it is packed; without gradient."""
+    return module.dequantize() if hasattr(module, "qweight") else module.weight.detach()
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,7 @@ class Architecture:
     backbone: nn.Module
     blocks: tuple[Block, ...]
 
-    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
+    def linears(self) -> Iterator[tuple[str, Any]]:
         """All linear modules of all blocks, by full name, in execution order."""
         for block in self.blocks:
             yield from block.linears.items()
@@ -68,7 +88,7 @@ def describe(model: nn.Module) -> Architecture:
 
 
 def _describe_block(family: Family, path: str, module: nn.Module) -> Block:
-    found = {name: child for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    found = {name: child for name, child in module.named_modules() if is_linear(child)}
     missing = [name for name in family.linears if name not in found]
     unlisted = [name for name in found if name not in family.linears]
     if missing or unlisted:

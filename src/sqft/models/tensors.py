@@ -7,7 +7,7 @@ any weight is computed. So the headers are written first and each tensor then go
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,9 @@ _NAMES = {
 }  # fmt: skip
 
 
+MAX_SHARD_BYTES = 5 * 10**9
+
+
 @dataclass(frozen=True)
 class _Place:
     file: str
@@ -30,17 +33,21 @@ class _Place:
     size: int
 
 
+def layout(model: nn.Module) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of a model's state dict, tied tensors once, as tensors without data (device 'meta')."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name not in tied}
+
+
 class ModelWriter:
     """``model.safetensors``, or several numbered files of at most ``max_shard_size`` bytes and their index.
 
-    ``model`` gives names, shapes and dtypes: the tensors of its state dict, tied ones once.
+    ``tensors`` gives names, shapes and dtypes, as ``layout(model)`` does.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, max_shard_size: int) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int) -> None:
         self.folder = folder
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        # Shapes and dtypes only: the tensors themselves are free to be changed and released.
-        self._tensors = {name: t.to("meta") for name, t in model.state_dict().items() if name not in tied}
+        self._tensors = dict(tensors)
         self._missing = set(self._tensors)
         self._places: dict[str, _Place] = {}
         shards = self._plan(max_shard_size)
@@ -119,20 +126,37 @@ def _cannot_write(file: Path, error: Exception) -> SqftError:
     return SqftError(f"cannot write {file.name}: {error}; nothing was changed")
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """One safetensors file. Raises SqftError if it cannot be written (a full disk, say)."""
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """One safetensors file; the same tensors give the same bytes (which more than one metadata entry would not).
+
+    Raises SqftError if it cannot be written (a full disk, say).
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
+        save_file(tensors, file, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
         raise _cannot_write(file, error) from error
 
 
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's safetensors files, mapped into memory; ``check_weights`` checks the files before."""
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for file in sorted(files):
+        with safe_open(folder / file, "pt") as stream:
+            for name in stream.keys():  # noqa: SIM118
+                yield name, stream.get_tensor(name)
+
+
 def write_model(model: nn.Module, folder: Path, max_shard_size: int, change: Callable[[str, Tensor], Tensor]) -> None:
     """Writes every tensor of the model's state dict, passed through ``change(name, tensor)``, one at a time."""
-    writer = ModelWriter(model, folder, max_shard_size)
+    writer = ModelWriter(layout(model), folder, max_shard_size)
     for name, tensor in model.state_dict().items():
         writer.add(name, change(name, tensor))
     writer.close()

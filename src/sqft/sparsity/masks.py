@@ -7,17 +7,19 @@ follows ``.to(device)`` and is not in the state dict); in a folder it is ``masks
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sqft.errors import SqftError
 from sqft.kernels.torch_ops import pack_mask, unpack_mask
+from sqft.models.discover import is_linear, weight_of
 from sqft.models.tensors import save_tensors
 
 BUFFER = "sqft_mask"
+SPARSE_FROM = 0.01  # share of zeros; a dense model has almost none (a de-quantized one 0.03 %)
 FILE = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
 
 
@@ -31,22 +33,30 @@ def packed_mask(module: nn.Module) -> Tensor | None:
     return getattr(module, BUFFER, None)
 
 
-def mask_of(module: nn.Linear) -> Tensor | None:
+def mask_of(module: Any) -> Tensor | None:
     """bool [O, I] of a linear module, or None."""
     packed = packed_mask(module)
     return None if packed is None else unpack_mask(packed, module.in_features)
 
 
-def derive_mask(module: nn.Linear) -> Tensor:
+def derive_mask(module: nn.Module) -> Tensor:
     """For a model that other tools made sparse: bool [O, I], True where the weight is not zero."""
-    return module.weight.detach() != 0
+    return weight_of(module) != 0
+
+
+def mask_or_zeros(module: nn.Module) -> Tensor | None:
+    """bool [O, I]: the module's mask or, if another tool pruned it, what its zeros say; None for a dense weight."""
+    mask = mask_of(module)
+    if mask is None and count_zeros(weight := weight_of(module)) >= SPARSE_FROM * weight.numel():
+        mask = weight != 0
+    return mask
 
 
 def save_masks(masks: dict[str, Tensor], folder: Path) -> None:
-    """Writes packed masks by module name. ``masks``: uint8 [O, ceil(I / 8)] each."""
+    """Writes packed masks by module name: uint8 [O, ceil(I / 8)], column 8 p + b is bit b of byte p, 1 is kept."""
     (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: packed.cpu().contiguous() for name, packed in masks.items()}
-    save_tensors(tensors, folder / FILE, {"layout": json.dumps({"bits": "column 8p+b is bit b of byte p; 1 is kept"})})
+    save_tensors(tensors, folder / FILE)
 
 
 def load_masks(folder: str | Path) -> dict[str, Tensor]:
@@ -68,9 +78,13 @@ def attach_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
     modules = dict(model.named_modules())
     for name, packed in masks.items():
         module = modules.get(name)
-        if not isinstance(module, nn.Linear) or packed.shape != (module.out_features, -(-module.in_features // 8)):
+        if module is None or not is_linear(module):
+            raise SqftError(f"there is a mask of '{name}' but no such linear module: masks of another model?")
+        linear: Any = module
+        if packed.shape != (linear.out_features, -(-linear.in_features // 8)):
             raise SqftError(f"mask of '{name}' {tuple(packed.shape)} does not fit the model: masks of another model?")
-        module.register_buffer(BUFFER, packed.to(module.weight.device), persistent=False)
+        device = next(iter(linear.state_dict().values())).device
+        linear.register_buffer(BUFFER, packed.to(device), persistent=False)
 
 
 def collect_masks(model: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,9 +17,9 @@ from sqft.calibration.statistics import ColumnNorm
 from sqft.calibration.walker import walk
 from sqft.config import SparsifyConfig, parse_pattern, to_dict
 from sqft.errors import SqftError, UsageError
-from sqft.models.dense import load_dense, load_tokenizer
+from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Architecture, Block, describe, match_modules
-from sqft.models.tensors import ModelWriter
+from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter, layout
 from sqft.registry import Registry
 from sqft.sparsity.masks import (
     attach_masks,
@@ -33,8 +33,6 @@ from sqft.sparsity.masks import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-MAX_SHARD_BYTES = 5 * 10**9
 
 
 class Sparsifier(Protocol):
@@ -78,9 +76,10 @@ def sparsify(model: PreTrainedModel | str | Path, config: SparsifyConfig | None 
     started = time.perf_counter()
     architecture = describe(model)
     plan = make_plan(architecture, config)
-    tokens = _calibration_tokens(config, calibration, tokenizer)
-    _prune(architecture, plan, config, tokens, lambda block: None)
-    return _metrics(_count(architecture), model, time.perf_counter() - started)
+    tokens = calibration_tokens(config, calibration, tokenizer, config.method in WITHOUT_CALIBRATION)
+    for _ in prune(architecture, plan, config, tokens):
+        pass
+    return _metrics(_count(architecture.linears()), model, time.perf_counter() - started)
 
 
 def _sparsify_folder(
@@ -88,43 +87,46 @@ def _sparsify_folder(
 ) -> dict[str, Any]:
     artifact.check_output(out, overwrite)
     started = time.perf_counter()
-    if artifact.is_stage(source):
-        artifact.check_files(source)
-    model = load_dense(source, config.dtype)
-    attach_masks(model, load_masks(source))
-    tokenizer = load_tokenizer(source)
+    model, tokenizer = load_sparse(source, config.dtype)
     architecture = describe(model)
     plan = make_plan(architecture, config)
-    tokens = _calibration_tokens(config, calibration, tokenizer)
+    tokens = calibration_tokens(config, calibration, tokenizer, config.method in WITHOUT_CALIBRATION)
     counts: dict[str, tuple[int, int]] = {}
+    masks: dict[str, Tensor] = {}
     with artifact.writing(out, overwrite) as folder:
-        writer = ModelWriter(model, folder, MAX_SHARD_BYTES)
-
-        def write_block(block: Block) -> None:
-            for name, module in block.linears.items():
-                counts[name] = (count_zeros(module.weight), module.weight.numel())
+        writer = ModelWriter(layout(model), folder, MAX_SHARD_BYTES)
+        for block in prune(architecture, plan, config, tokens):
+            counts.update(_count(block.linears.items()))
             for name, tensor in block.module.state_dict(prefix=block.name + ".").items():
                 writer.add(name, tensor)
-            masks.update(_take_masks(block))
+            masks.update(take_masks(block))
             block.module.to("meta")
-
-        masks: dict[str, Tensor] = {}
-        _prune(architecture, plan, config, tokens, write_block)
-        for name, tensor in model.state_dict().items():
-            if tensor.device.type != "meta":
-                writer.add(name, tensor)
-        writer.close()
+        finish(model, tokenizer, writer, folder)
         save_masks(masks, folder)
-        model.config.save_pretrained(folder)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
         metrics = _metrics(counts, model, time.perf_counter() - started)
         artifact.write_manifest(folder, artifact.Manifest(
-            stage="sparsify", config=_identity(config, calibration), seed=config.seed, metrics=metrics,
+            stage="sparsify", config=identity(config, calibration), seed=config.seed, metrics=metrics,
             parent=artifact.relative_parent(source, out), parent_key=artifact.folder_key(source),
         ))  # fmt: skip
     return metrics
+
+
+def load_sparse(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A float model, dense or sparse, with its masks if it has any, and its tokenizer."""
+    if artifact.is_stage(source):
+        artifact.check_files(source)
+    model = load_dense(source, dtype)
+    attach_masks(model, load_masks(source))
+    return model, load_tokenizer(source)
+
+
+def finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, writer: ModelWriter, folder: Path) -> None:
+    """Writes what is not in the blocks: the other weights, configuration and tokenizer."""
+    for name, tensor in model.state_dict().items():
+        if tensor.device.type != "meta":
+            writer.add(name, tensor)
+    writer.close()
+    save_settings(model, tokenizer, folder)
 
 
 def make_plan(architecture: Architecture, config: SparsifyConfig) -> dict[str, tuple[float, tuple[int, int] | None]]:
@@ -155,27 +157,21 @@ def make_plan(architecture: Architecture, config: SparsifyConfig) -> dict[str, t
     return plan
 
 
-def _prune(architecture: Architecture, plan: dict[str, tuple[float, tuple[int, int] | None]], config: SparsifyConfig,
-           tokens: Tensor | None, done: Callable[[Block], None]) -> None:  # fmt: skip
-    """Walks the blocks and prunes each by the plan; ``done(block)`` is called when nothing needs the block any more."""
+def prune(architecture: Architecture, plan: dict[str, tuple[float, tuple[int, int] | None]], config: SparsifyConfig,
+          tokens: Tensor | None) -> Iterator[Block]:  # fmt: skip
+    """Walks the blocks and prunes each by the plan; yields each when nothing needs it any more."""
     method: Sparsifier = SPARSIFIERS[config.method]
-    pending: list[Block] = []
 
-    def change(index: int, block: Block, statistics: dict[str, ColumnNorm]) -> None:
-        for earlier in pending:  # the walker has replayed it
-            done(earlier)
-        pending[:] = [block]
+    def change(block: Block, statistics: dict[str, ColumnNorm]) -> None:
         for name, module in block.linears.items():
             if name not in plan:
                 continue
             sparsity, pattern = plan[name]
             norm_I = statistics[name].norm() if name in statistics else None
-            mask_OI = method(module.weight, norm_I, sparsity, pattern)
-            _apply(module, mask_OI)
+            _apply(module, method(module.weight, norm_I, sparsity, pattern))
 
-    walk(architecture, tokens, config.batch_size, ColumnNorm, change, f"Sparsify ({config.method})", _device())
-    for block in pending:
-        done(block)
+    progress = f"Sparsify ({config.method})"
+    return walk(architecture, tokens, config.batch_size, ColumnNorm, change, progress, accelerator())
 
 
 def _apply(module: nn.Linear, mask_OI: Tensor) -> None:
@@ -191,14 +187,15 @@ def _apply(module: nn.Linear, mask_OI: Tensor) -> None:
     set_mask(module, mask_OI)
 
 
-def _device() -> torch.device | None:
+def accelerator() -> torch.device | None:
+    """Where blocks are computed one by one: a GPU if there is one."""
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
-def _calibration_tokens(
-    config: SparsifyConfig, calibration: Tensor | str | None, tokenizer: PreTrainedTokenizerBase | None
-) -> Tensor | None:
-    if config.method in WITHOUT_CALIBRATION:
+def calibration_tokens(config: Any, calibration: Tensor | str | None, tokenizer: PreTrainedTokenizerBase | None,
+                       needless: bool = False) -> Tensor | None:  # fmt: skip
+    """int64 [N, T] of a stage's config (or ``calibration``, which replaces its source); None where ``needless``."""
+    if needless:
         return None
     if isinstance(calibration, Tensor):
         if calibration.dim() != 2 or calibration.dtype != torch.int64:
@@ -210,7 +207,7 @@ def _calibration_tokens(
     return token_blocks(tokenizer, calibration or config.calibration, config.samples, config.length, config.seed)
 
 
-def _identity(config: SparsifyConfig, calibration: Tensor | str | None) -> dict[str, Any]:
+def identity(config: Any, calibration: Tensor | str | None) -> dict[str, Any]:
     """The config as it goes into the manifest, with the calibration that was really used."""
     values = to_dict(config)
     if isinstance(calibration, str):
@@ -220,12 +217,13 @@ def _identity(config: SparsifyConfig, calibration: Tensor | str | None) -> dict[
     return values
 
 
-def _take_masks(block: Block) -> dict[str, Tensor]:
+def take_masks(block: Block) -> dict[str, Tensor]:
+    """The packed masks of a block's modules, by full name."""
     return {f"{block.name}.{name}": mask for name, mask in collect_masks(block.module).items()}
 
 
-def _count(architecture: Architecture) -> dict[str, tuple[int, int]]:
-    return {name: (count_zeros(module.weight), module.weight.numel()) for name, module in architecture.linears()}
+def _count(linears: Iterable[tuple[str, nn.Linear]]) -> dict[str, tuple[int, int]]:
+    return {name: (count_zeros(module.weight), module.weight.numel()) for name, module in linears}
 
 
 def _metrics(counts: dict[str, tuple[int, int]], model: nn.Module, seconds: float) -> dict[str, Any]:

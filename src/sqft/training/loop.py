@@ -23,6 +23,7 @@ from sqft.adapters.peft_bridge import attach
 from sqft.config import TrainConfig, to_dict
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, save
+from sqft.quantization.linear import QuantLinear
 from sqft.tasks.base import Example
 from sqft.training.callbacks import ProgressBar
 from sqft.training.data import load_examples, tokenize_all
@@ -31,14 +32,17 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
 
-MASKED_PIPELINES = ("sparse-peft",)
+PACKED_PIPELINES = ("qa-sparse-peft", "sqft")
 
 
 def adapter_config(config: TrainConfig) -> LoraConfig:
     """The adapters that a training config asks for; plain LoRA for the 'lora' pipeline."""
     return SqftConfig(
         r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
-        target_modules=list(config.target_modules) or None, sparse_adapter=config.pipeline in MASKED_PIPELINES,
+        target_modules=list(config.target_modules) or None,
+        sparse_adapter=config.pipeline in ("sparse-peft", "qa-sparse-peft"),
+        quantization_aware=config.pipeline == "qa-sparse-peft",
+        learn_scales=config.learn_scales, float_base=str(Path(config.base).absolute()) if config.base else None,
     )  # fmt: skip
 
 
@@ -78,6 +82,7 @@ def _train_folder(source: str, config: TrainConfig, examples: Sequence[Example],
     parent_key = artifact.folder_key(source)
     key = artifact.stage_key("train", to_dict(config), parent_key)
     base, tokenizer = load(source)
+    check_pipeline(base, config.pipeline, source)
     set_seed(config.seed)
     model = attach(base, adapter_config(config))
     work = out.absolute().with_name(f".{out.name}.training-{key[:12]}")
@@ -88,6 +93,18 @@ def _train_folder(source: str, config: TrainConfig, examples: Sequence[Example],
     for stale in out.absolute().parent.glob(f".{out.name}.training-*"):
         shutil.rmtree(stale, ignore_errors=True)
     return metrics
+
+
+def check_pipeline(base: nn.Module, pipeline: str, source: str) -> None:
+    """Raises UsageError if a pipeline for packed bases meets a float one, or the other way round."""
+    packed = any(isinstance(module, QuantLinear) for module in base.modules())
+    if packed == (pipeline in PACKED_PIPELINES):
+        return
+    if packed:
+        raise UsageError(f"{source} is an INT model: pipeline {pipeline} is for float ones; use qa-sparse-peft "
+                         "(merges) or sqft (INT base and float LoRA)")  # fmt: skip
+    raise UsageError(f"{source} is a float model: pipeline {pipeline} is for INT ones; quantize it first (sqft "
+                     "quantize), or use sparse-peft or lora")  # fmt: skip
 
 
 def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig,

@@ -1,0 +1,115 @@
+"""Adapters on a packed base: QA-SparsePEFT, which merges on the base's own grid, and plain LoRA, which cannot.
+
+QA-SparsePEFT (SQFT, arXiv 2410.03750, section 3.4) trains through the grid that the merged weight will be on:
+
+    y = x Q(W + (alpha / r) * M o (B A))^T        Q(w) = clamp(round(w / scale) + zero, 0, 2^bits - 1), de-quantized
+
+W is what the base's integers mean, or the un-quantized sparse weight they were made from (``float_base``, as in the
+paper). Merging stores the integers that training rounded to; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from sqft.adapters.sparse import MaskedLoraLinear
+from sqft.errors import SqftError, UsageError
+from sqft.kernels.quant_ops import Adapter, Packed, merged, quant_aware_linear, quant_aware_weight
+from sqft.quantization.linear import QuantLinear
+
+FLOAT_BASE = "sqft_float_base"  # buffer on a QuantLinear: the un-quantized sparse weight
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    if not isinstance(module, QuantLinear):
+        raise SqftError(f"{type(module).__name__} is not packed: quantize the model first (sqft quantize), or use "
+                        "adapters for a float base (--pipeline sparse-peft)")  # fmt: skip
+    return module.in_features, module.out_features
+
+
+class QuantAwareLoraLinear(MaskedLoraLinear):
+    """QA-SparsePEFT on a ``QuantLinear``."""
+
+    adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_scales")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self._before_merge: list[Packed] = []
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return _features(module)
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        if not hasattr(self, "lora_scales"):
+            self.lora_scales = nn.ParameterDict()
+        if getattr(config, "learn_scales", False):
+            self.lora_scales[adapter_name] = nn.Parameter(self._linear.scales.float().clone())
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
+
+    @property
+    def _linear(self) -> QuantLinear:
+        return cast(QuantLinear, self.get_base_layer())
+
+    def _adapter(self, name: str) -> Adapter:
+        a, b = self._factors(name)
+        new_scales = self.lora_scales.get(name, None)
+        base = getattr(self._linear, FLOAT_BASE, None)
+        return Adapter(a, b, self.mask, self.scaling[name], base, cast("Tensor | None", new_scales))
+
+    def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
+        linear = self._linear
+        return quant_aware_linear(x, linear.packed(), linear.bias, self._adapter(adapter), dropout, self.training)
+
+    def effective_weight(self, adapter: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[O, I]: the fake-quantized weight that training multiplies with."""
+        return quant_aware_weight(self._linear.packed(), self._adapter(adapter), dtype).mT
+
+    def merged_packed(self, adapter: str) -> Packed:
+        """The adapted weight as integers on the grid, packed: they mean ``effective_weight``."""
+        return merged(self._linear.packed(), self._adapter(adapter))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging changes of the de-quantized weight, float32 [O, I]."""
+        return self.effective_weight(adapter) - self._linear.dequantize()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.lora_A:
+                continue
+            if safe_merge and not all(torch.isfinite(factor).all() for factor in self._factors(name)):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            linear, packed = self._linear, self.merged_packed(name)
+            self._before_merge.append(linear.packed())
+            linear.qweight, linear.scales = packed.qweight, packed.scales
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Puts the base's integers back: rounding cannot be undone, so they were kept."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self.merged_adapters.pop()
+            before = self._before_merge.pop()
+            self._linear.qweight, self._linear.scales = before.qweight, before.scales
+
+
+class QuantLoraLinear(LoraLinear):
+    """Plain LoRA on a ``QuantLinear`` ("SQFT" in the paper: INT4 base, float adapter). It cannot be merged."""
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return _features(module)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise UsageError("a float LoRA cannot be merged into an INT model: the sum is not on its grid. Train "
+                         "quantization-aware adapters (--pipeline qa-sparse-peft) to merge")  # fmt: skip
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``alpha / r * B A``, [O, I]."""
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return self.scaling[adapter] * cast(Tensor, b) @ cast(Tensor, a)

@@ -1,0 +1,138 @@
+"""The quantization grid: the one definition of scales, integer zero points, rounding and de-quantization.
+
+A weight w of group g is stored as the integer ``q = clamp(round(w / scale_g) + zero_g, 0, 2^bits - 1)`` and means
+``(q - zero_g) * scale_g``. Zero points are integers in [0, 2^bits - 1], so 0.0 is always exactly on the grid.
+
+Shape letters: O output features, I input features, G groups along the input, S = I / G columns a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sqft.errors import UsageError
+
+GROUP_SIZES = (32, 64, 128, -1)
+SMALLEST_SCALE = 2.0**-24  # of float16
+# The search for clipped ranges as in GPTQ's code: shrink down to a fifth in steps of 1 %, by the error's 2.4th power.
+SHRINKS = tuple(1 - i / 100 for i in range(80))
+SHRINK_NORM = 2.4
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """What a grid is asked to be.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale and a zero point; -1: the whole row.
+        symmetric: the zero point is 2^(bits - 1) and the range is symmetric; otherwise it follows minimum and maximum.
+        clip: 'none' (the range covers every weight) or 'mse' (the range of least error, which may clip the largest).
+        scale_bits: round scales to so many significant bits; 7 makes 4-bit grids exact in GGUF's Q4_1.
+    """
+
+    bits: int = 4
+    group_size: int = 64
+    symmetric: bool = False
+    clip: str = "none"
+    scale_bits: int | None = None
+
+    @property
+    def largest(self) -> int:
+        """The largest integer, 2^bits - 1."""
+        return 2**self.bits - 1
+
+    def columns(self, inputs: int) -> int:
+        """Columns a group of a weight with so many inputs. Raises UsageError if the group size does not divide them."""
+        size = inputs if self.group_size == -1 else self.group_size
+        if inputs % size:
+            fit = ", ".join(str(s) for s in GROUP_SIZES if s == -1 or inputs % s == 0)
+            raise UsageError(f"group size {size} does not divide {inputs} inputs: choose from {fit}")
+        return size
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales float16 [O, G] and zero points uint8 [O, G] of one weight.
+
+    ``group_I``: int64 [I], the group of each column, where groups are not contiguous (act-order without static groups,
+    as other tools write it); None where column i is of group i // S.
+    """
+
+    bits: int
+    scale_OG: Tensor
+    zero_OG: Tensor
+    group_I: Tensor | None = None
+
+    @property
+    def largest(self) -> int:
+        return 2**self.bits - 1
+
+    def spread(self, value_OG: Tensor, columns: int) -> Tensor:
+        """float32 [O, I]: the value of each column's group."""
+        value = value_OG.float()
+        if self.group_I is not None:
+            return value.index_select(1, self.group_I)
+        return value.repeat_interleave(columns // value.shape[1], 1)
+
+    def integers(self, w_OI: Tensor) -> Tensor:
+        """uint8 [O, I] in [0, 2^bits - 1]: the nearest points of the grid."""
+        scale, zero = (self.spread(v, w_OI.shape[1]) for v in (self.scale_OG, self.zero_OG))
+        return (w_OI.float() / scale).round().add(zero).clamp(0, self.largest).to(torch.uint8)
+
+    def dequantize(self, q_OI: Tensor) -> Tensor:
+        """float32 [O, I]: what the integers mean, exactly (a float16 scale times at most 8 bits)."""
+        scale, zero = (self.spread(v, q_OI.shape[1]) for v in (self.scale_OG, self.zero_OG))
+        return (q_OI.float() - zero) * scale
+
+    def fake_quantize(self, w_OI: Tensor) -> Tensor:
+        """float32 [O, I]: the nearest points of the grid, as weights."""
+        return self.dequantize(self.integers(w_OI))
+
+
+def fit(w_OI: Tensor, spec: GridSpec) -> Grid:
+    """The grid of a weight: by minimum and maximum of each group, or by least error with ``clip='mse'``.
+
+    Scales are rounded to float16 (and to ``scale_bits``) here, so that every integer is computed with the scale that is
+    stored. Raises UsageError if the group size does not divide I.
+    """
+    rows, inputs = w_OI.shape
+    w_OGS = w_OI.detach().float().reshape(rows, -1, spec.columns(inputs))
+    low, high = w_OGS.amin(-1).clamp(max=0), w_OGS.amax(-1).clamp(min=0)
+    if spec.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    best = _from_range(low, high, spec)
+    if spec.clip == "mse":
+        error = _error(w_OGS, *best, spec.largest)
+        for shrink in SHRINKS[1:]:
+            candidate = _from_range(low * shrink, high * shrink, spec)
+            other = _error(w_OGS, *candidate, spec.largest)
+            better = other < error
+            error = torch.where(better, other, error)
+            best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
+    scale_OG, zero_OG = best
+    return Grid(spec.bits, scale_OG.half(), zero_OG.to(torch.uint8))
+
+
+def _from_range(low_OG: Tensor, high_OG: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (float32 [O, G]) of ranges that contain 0; an empty range gets the range [-1, 1]."""
+    empty = high_OG == low_OG
+    low, high = torch.where(empty, -1.0, low_OG), torch.where(empty, 1.0, high_OG)
+    scale = (high - low) / spec.largest
+    if spec.scale_bits is not None:
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp((mantissa * 2**spec.scale_bits).round() / 2**spec.scale_bits, exponent)
+    scale = scale.half().clamp(min=SMALLEST_SCALE).float()
+    if spec.symmetric:
+        return scale, torch.full_like(scale, 2 ** (spec.bits - 1))
+    return scale, (-low / scale).round().clamp(0, spec.largest)
+
+
+def _error(w_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, largest: int) -> Tensor:
+    scale, zero = scale_OG[..., None], zero_OG[..., None]
+    q = (w_OGS / scale).round().add(zero).clamp(0, largest)
+    return (w_OGS - (q - zero) * scale).abs().pow(SHRINK_NORM).sum(-1)
