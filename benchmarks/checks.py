@@ -49,9 +49,63 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+def markdown_quantize() -> str:
+    """The tables of docs/quantization.md, from the result files."""
+    lines = []
+    file = RESULTS / "quantize.json"
+    if file.is_file():
+        content = json.loads(file.read_text())
+        results = content["results"]
+        texts = list(results["dense"]["float"]["perplexity"])
+        lines += [
+            f"**{content['machine']['processor']}, {content['machine']['threads']} threads** "
+            f"(`benchmarks/results/{file.name}`, torch {content['versions']['torch']}, {content['date'][:10]})", "",
+            "| SmolLM2-135M, 4 bits, groups of 64, asymmetric | seconds | peak MiB of the process | zeros kept | "
+            + " | ".join(f"ppl {text}" for text in texts) + " |",
+            "|---|---|---|---|" + "---|" * len(texts),
+        ]  # fmt: skip
+        names = {
+            "float": "not quantized",
+            "sqft": "sqft",
+            "dropped": "sqft, corrections dropped",
+            "gptqmodel": "GPTQModel",
+        }
+        for kind, title in (("dense", "dense"), ("sparse", "Wanda-50")):
+            for key, case in results[kind].items():
+                name = f"{title}, {names[key]}"
+                if (kind, key) == ("sparse", "gptqmodel"):
+                    name += ", mask applied again"
+                kept = case.get("zeros_kept") if kind == "sparse" else None
+                shown = [f"{case[k]:.0f}" if k in case else "-" for k in ("seconds", "maxrss_mib")]
+                shown.append("-" if kept is None else f"{int(kept * 1e5) / 1e3:.3f} %")
+                lines.append(
+                    f"| {name} | " + " | ".join(shown + [f"{case['perplexity'][t]:.2f}" for t in texts]) + " |"
+                )
+        lines.append("")
+    file = RESULTS / "qa_sparse_peft.json"
+    if file.is_file():
+        results = json.loads(file.read_text())["results"]
+        lines += ["| float32 | SparsePEFT s/step | QA-SparsePEFT s/step | ratio |", "|---|---|---|---|"]
+        cases = [(f"SmolLM2-135M, batch 4 x 256, checkpointing {'on' if c['checkpointing'] else 'off'}", c["seconds"])
+                 for c in results["model"]]  # fmt: skip
+        cases += [
+            (f"layer {c['layer'][0]}x{c['layer'][1]}, {c['tokens']} tokens", c["seconds"]) for c in results["layers"]
+        ]
+        for name, s in cases:
+            ours = s["qa_sparse_peft"]
+            lines.append(f"| {name} | {s['sparse_peft']:.3f} | {ours:.3f} | {ours / s['sparse_peft']:.2f} |")
+        size, merge = results["resident"], results["merge"]
+        lines += ["", f"Resident decoder weights: {size['packed'] / 1e6:.1f} MB packed with masks, {size['float16'] / 1e6:.1f} "
+                  f"MB in float16 ({size['packed'] / size['float16']:.3f}). Merged weights file: {merge['bytes'] / 1e6:.2f} MB, "
+                  f"on paper {merge['bytes_on_paper'] / 1e6:.2f} MB; the masks beside it take {merge['bytes_of_masks'] / 1e6:.2f}"
+                  " MB."]  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> int:
     if "--markdown" in sys.argv:
         print(markdown())
+        print(markdown_quantize())
         return 0
     table = Table("benchmark", "check", "value", "limit", "holds")
     failed = 0

@@ -11,8 +11,8 @@ from torch import nn
 
 from sqft import artifact
 from sqft.errors import SqftError
-from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, write_packed
-from sqft.models.dense import load_dense, load_tokenizer, save_settings
+from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_packed
+from sqft.models.dense import load_dense, load_tokenizer
 from sqft.models.tensors import MAX_SHARD_BYTES
 from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, save_masks
 
@@ -75,8 +75,7 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, 
     """
     with artifact.writing(out, overwrite) as folder:
         if packed_layers(model) and not getattr(model, "peft_config", None):
-            write_packed(model, folder, MAX_SHARD_BYTES)  # pyright: ignore[reportArgumentType]
-            save_settings(model, tokenizer, folder)  # pyright: ignore[reportArgumentType]
+            save_packed(model, tokenizer, folder, MAX_SHARD_BYTES)
         else:
             model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
         tokenizer.save_pretrained(folder)

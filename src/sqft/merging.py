@@ -22,7 +22,7 @@ from sqft.calibration.data import token_blocks
 from sqft.config import MergeConfig, parse_size, to_dict
 from sqft.errors import UsageError, VerificationError
 from sqft.folders import is_adapter, load
-from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, write_packed
+from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_packed
 from sqft.kernels.quant_ops import Packed, dequantized
 from sqft.kernels.torch_ops import pack_mask, unpack_mask
 from sqft.models.dense import load_dense, save_settings
@@ -85,16 +85,16 @@ def _merge_folder(adapter: Path, config: MergeConfig, out: Path, overwrite: bool
         if is_quant_aware(model):
             expected = expected_integers(model)
             base: Any = model.merge_and_unload()
-            write_packed(base, folder, parse_size(config.max_shard_size))
+            save_packed(base, tokenizer, folder, parse_size(config.max_shard_size))
         else:
             layers = {f"{path}.weight": layer for path, layer in adapter_layers(model).items()}
             base = model.unload()
             _write_merged(base, layers, name, folder, config)
+            save_settings(base, tokenizer, folder)
             del layers
         del model
         if masked:
             save_masks(_all_masks(base), folder)
-        save_settings(base, tokenizer, folder)
         dense_masks = {} if masked else _all_masks(base)
         del base
         metrics = verify_folder(folder, before, tokens, config, dense_masks, expected)

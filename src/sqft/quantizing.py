@@ -19,7 +19,7 @@ from sqft.calibration.statistics import Hessian
 from sqft.calibration.walker import walk
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import UsageError
-from sqft.formats.checkpoint import encoded, packed_layers, plan_tensors, quantization_config, write_quantize_config
+from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantization_config, write_quantize_config
 from sqft.models.discover import Architecture, Block, describe, match_modules
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
 from sqft.quantization.grid import GROUP_SIZES, GridSpec
@@ -77,7 +77,7 @@ def quantize(model: PreTrainedModel | str | Path, config: QuantizeConfig | None 
     counts = Counts()
     for block in _steps(architecture, names, config, calibration, first, tokenizer):
         counts.add(block.linears.values())
-    model.config.quantization_config = quantization_config(model, packed_layers(model), config.format)
+    mark_packed(model, config.format)
     return counts.metrics(config, model, time.perf_counter() - started)
 
 

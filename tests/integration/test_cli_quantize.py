@@ -46,6 +46,7 @@ def test_all_stages(dense: Path, tmp_path: Path, capsys) -> None:
     assert code == 0 and "bits per weight" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["qa-sparse-peft", "sparse-peft", "sqft", "lora"])
 def test_a_recipe_runs_with_each_pipeline(pipeline: str, dense: Path, tmp_path: Path, capsys) -> None:
     recipe = tmp_path / "recipe.yaml"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sqft
-from sqft.formats.checkpoint import packed_layers, quantization_config
+from sqft.formats.checkpoint import mark_packed, packed_layers
 from sqft.quantization.gptq import gptq
 from sqft.quantization.grid import Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
@@ -73,7 +73,7 @@ def write(folder: Path, spec: GridSpec, format: str, order: str = "", keep: str 
             layer = QuantLinear.from_quantized(quantized, spec.group_size, spec.symmetric)
             parent, _, leaf = name.rpartition(".")
             setattr(model.model.get_submodule(parent), leaf, layer)
-    model.config.quantization_config = quantization_config(model, packed_layers(model), format)
+    mark_packed(model, format)
     sqft.save(model, pico_tokenizer(), folder)
     return folder
 
@@ -99,7 +99,7 @@ def run_jobs(peer: str, jobs: dict[str, dict], folder: Path) -> dict[str, str]:
     """Runs the peer's worker; what went wrong, by job."""
     python = ROOT / f".venv-{peer}" / "bin" / "python"
     if not python.exists():
-        pytest.skip(f"needs the peer's virtual environment: make {peer}")
+        pytest.skip("needs the peer's virtual environment: make peers")
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1",

@@ -45,6 +45,7 @@ def trained_packed(packed: Path, examples, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_goes_through_the_pipeline(family: str, tmp_path: Path, tokens, examples) -> None:
     pico_folder(tmp_path / "dense", family)
@@ -61,6 +62,7 @@ def test_every_family_goes_through_the_pipeline(family: str, tmp_path: Path, tok
     assert changed and changed <= {f"{name}.qweight" for name in adapter_layers(sqft.load(tmp_path / "adapter")[0])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     {"bits": 2}, {"bits": 3, "symmetric": True, "exclude": ["k_proj", "v_proj"]}, {"bits": 8}, {"act_order": True}, {"symmetric": True, "clip": "mse"},
     {"method": "rtn"}, {"group_size": -1, "scale_bits": 7}, {"true_sequential": False}, {"format": "compressed-tensors"},
@@ -110,6 +112,23 @@ def test_streaming_from_a_folder_equals_quantizing_in_memory(
     sqft.save(model, tokenizer, tmp_path / "live")
     for file in ("model.safetensors", "masks/masks.safetensors"):
         assert (tmp_path / "live" / file).read_bytes() == (packed / file).read_bytes()
+
+
+@pytest.mark.parametrize("options", [{"symmetric": True}, {}, {"format": "compressed-tensors"}], ids=str)
+def test_save_pretrained_of_a_live_packed_model_is_right_too(options: dict, sparse: Path, tokens, tmp_path: Path) -> None:
+    """Its config describes its own state dict, whatever format sqft.save writes."""
+    model, tokenizer = sqft.load(sparse)
+    sqft.quantize(model, sqft.QuantizeConfig(group_size=32, **options), tokens)
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    sqft.save(model, tokenizer, tmp_path / "ours")
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for name in ("theirs", "ours"):
+            again, _ = sqft.load(tmp_path / name)
+            assert torch.equal(again(tokens).logits, expected)
+            assert all(a.symmetric == b.symmetric for a, b in zip(packed_layers(again).values(), packed_layers(model).values(),
+                                                                   strict=True))  # fmt: skip
 
 
 def test_live_model_in_a_notebook(tokens, examples) -> None:
@@ -220,13 +239,13 @@ def test_evaluation_holds_packed_weights_unpacked_and_gives_the_same(trained_pac
 def test_a_merge_that_changes_an_integer_is_not_written(trained_packed: Path, tmp_path: Path, monkeypatch) -> None:
     import sqft.merging
 
-    original = sqft.merging.write_packed
+    original = sqft.merging.save_packed
 
-    def corrupt(model, folder, size) -> None:
+    def corrupt(model, tokenizer, folder, size) -> None:
         next(iter(packed_layers(model).values())).qweight[0, 0] ^= 1
-        original(model, folder, size)
+        original(model, tokenizer, folder, size)
 
-    monkeypatch.setattr(sqft.merging, "write_packed", corrupt)
+    monkeypatch.setattr(sqft.merging, "save_packed", corrupt)
     with pytest.raises(sqft.VerificationError, match="not what training rounded to|not zero"):
         sqft.merge(trained_packed, out=tmp_path / "merged")
     assert not list(tmp_path.iterdir())

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from sqft.errors import SqftError
 from sqft.formats import compressed_tensors, gptq
 from sqft.formats.settings import Settings
-from sqft.models.dense import DTYPES, check_weights
+from sqft.models.dense import DTYPES, check_weights, save_settings
 from sqft.models.discover import describe
 from sqft.models.tensors import ModelWriter, layout, read_tensors
 from sqft.quantization.linear import QuantLinear
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMATS: dict[str, Any] = {"gptq": gptq, "compressed-tensors": compressed_tensors}
 
@@ -71,14 +71,29 @@ def plan_tensors(model: PreTrainedModel, layers: Mapping[str, QuantLinear], form
     return planned
 
 
-def write_packed(model: PreTrainedModel, folder: Path, max_shard_size: int) -> None:
-    """Writes the weights of a live packed model in the format that its config names."""
-    format = format_option(packed_config(model.config))
-    writer = ModelWriter(plan_tensors(model, packed_layers(model), format), folder, max_shard_size)
-    for name, tensor in encoded(model, format):
+def mark_packed(model: Any, format: str) -> None:
+    """Notes on a live packed model in which format it is to be saved.
+
+    Its config describes its state dict, which is always GPTQ version 2: so ``save_pretrained`` is right as well.
+    """
+    model.config.quantization_config = quantization_config(model, packed_layers(model), "gptq_v2")
+    model.sqft_format = format
+
+
+def save_packed(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: int) -> None:
+    """Writes a live packed model and its tokenizer in the format noted on it."""
+    layers = packed_layers(model)
+    writer = ModelWriter(plan_tensors(model, layers, model.sqft_format), folder, max_shard_size)
+    for name, tensor in encoded(model, model.sqft_format):
         writer.add(name, tensor)
     writer.close()
-    write_quantize_config(packed_config(model.config), folder)
+    live = model.config.quantization_config
+    model.config.quantization_config = stored = quantization_config(model, layers, model.sqft_format)
+    try:
+        save_settings(model, tokenizer, folder)
+    finally:
+        model.config.quantization_config = live
+    write_quantize_config(stored, folder)
 
 
 def write_quantize_config(config: Mapping[str, Any], folder: Path) -> None:
@@ -132,8 +147,7 @@ def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
         parameter.requires_grad_(False)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config = config
-    model.config.quantization_config = settings
+    mark_packed(model, format_option(settings))
     model.name_or_path = str(folder)
     return (model if dtype == "auto" else model.to(DTYPES[dtype])).eval()  # pyright: ignore[reportArgumentType]
 
