@@ -115,7 +115,9 @@ def test_streaming_from_a_folder_equals_quantizing_in_memory(
 
 
 @pytest.mark.parametrize("options", [{"symmetric": True}, {}, {"format": "compressed-tensors"}], ids=str)
-def test_save_pretrained_of_a_live_packed_model_is_right_too(options: dict, sparse: Path, tokens, tmp_path: Path) -> None:
+def test_save_pretrained_of_a_live_packed_model_is_right_too(
+    options: dict, sparse: Path, tokens, tmp_path: Path
+) -> None:
     """Its config describes its own state dict, whatever format sqft.save writes."""
     model, tokenizer = sqft.load(sparse)
     sqft.quantize(model, sqft.QuantizeConfig(group_size=32, **options), tokens)
