@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -37,7 +36,7 @@ from sqft.sparsity.masks import mask_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = ROOT / ".venv-gptqmodel" / "bin" / "python"
-CONFIG = sqft.QuantizeConfig(samples=32, length=512, batch_size=1)  # one block a pass, as GPTQModel's default
+CONFIG = sqft.QuantizeConfig(samples=32, length=512)  # else the defaults, as GPTQModel has its own
 SPARSIFY = sqft.SparsifyConfig(samples=32, length=512, batch_size=4)
 
 
@@ -48,8 +47,7 @@ def quantize_here(folder: str, tokens: str, out: str, propagate: bool) -> dict[s
         sqft.quantizing.QUANTIZERS = {"gptq": functools.partial(gptq, propagate=False)}  # type: ignore[assignment]
     with PeakMemory() as peak:
         metrics = sqft.quantize(folder, CONFIG, ids, out=out)
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {**metrics, "peak_mib": peak.mib, "maxrss_mib": highest}
+    return {**metrics, "peak_mib": peak.mib, "highest_mib": peak.highest_mib}
 
 
 def in_process(*arguments: Any) -> dict[str, Any]:
@@ -68,7 +66,8 @@ def quantize_there(folder: str, tokens: str, out: Path) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=out, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
+    return {**result, "highest_mib": result["start_mib"] + result["peak_mib"]}
 
 
 def scores(model: Any, tokenizer: Any, texts: list[str], tokens: int) -> dict[str, float]:
@@ -164,7 +163,7 @@ def make_checks(results: dict[str, Any]) -> list[dict[str, Any]]:
                 check(f"{kind}: time / GPTQModel's", mine["seconds"] / his["seconds"], 0.5),
                 check(
                     f"{kind}: peak resident memory of the process / GPTQModel's",
-                    mine["maxrss_mib"] / his["maxrss_mib"],
+                    mine["highest_mib"] / his["highest_mib"],
                     1.0,
                 ),
             ]

@@ -76,7 +76,7 @@ def markdown_quantize() -> str:
                 if (kind, key) == ("sparse", "gptqmodel"):
                     name += ", mask applied again"
                 kept = case.get("zeros_kept") if kind == "sparse" else None
-                shown = [f"{case[k]:.0f}" if k in case else "-" for k in ("seconds", "maxrss_mib")]
+                shown = [f"{case[k]:.0f}" if k in case else "-" for k in ("seconds", "highest_mib")]
                 shown.append("-" if kept is None else f"{int(kept * 1e5) / 1e3:.3f} %")
                 lines.append(
                     f"| {name} | " + " | ".join(shown + [f"{case['perplexity'][t]:.2f}" for t in texts]) + " |"

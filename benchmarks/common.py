@@ -85,5 +85,10 @@ class PeakMemory:
         self._thread.join()
 
     @property
+    def highest_mib(self) -> float:
+        """Highest resident memory of the process."""
+        return self._highest / 2**20
+
+    @property
     def mib(self) -> float:
         return (self._highest - self._start) / 2**20

@@ -62,7 +62,7 @@ class QuantizeConfig:
     symmetric: bool = option(False, "zero points in the middle, instead of where minimum and maximum put them")
     clip: str = option("none", "search ranges that clip the largest weights", ("none", "mse"))
     scale_bits: int | None = option(None, "round scales to N significant bits (7: exact in GGUF's Q4_1)")
-    act_order: bool = option(False, "quantize the most active inputs first (static groups)")
+    act_order: bool = option(True, "quantize the most active inputs first (groups stay contiguous)")
     true_sequential: bool = option(True, "quantize o after q,k,v with the inputs that these then give, and so on")
     exclude: list[str] = option(help="module patterns that stay float, e.g. 'model.layers.0.*'", factory=list)
     format: str = option("auto", "of the checkpoint; auto: gptq (v1 if symmetric, else v2)",

@@ -8,10 +8,11 @@ result is that of the two stages run one after the other, bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from sqft import artifact
@@ -22,7 +23,7 @@ from sqft.errors import UsageError
 from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantization_config, write_quantize_config
 from sqft.models.discover import Architecture, Block, describe, match_modules
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
-from sqft.quantization.grid import GROUP_SIZES, GridSpec
+from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.rtn import Quantized
 from sqft.registry import Registry
@@ -171,18 +172,22 @@ def quantize_blocks(architecture: Architecture, names: set[str], config: Quantiz
     done: dict[str, QuantLinear] = {}
 
     def change(block: Block, statistics: dict[str, Hessian]) -> None:
+        groups: dict[int, list[str]] = {}
         for name in statistics or block.linears:
-            module = block.linears[name]
-            if name not in names:
-                continue
-            mask_OI = mask_or_zeros(module)
-            h_II = statistics[name].matrix() if statistics else None
-            quantized = method(module.weight, h_II, mask_OI, spec, act_order=config.act_order)
-            done[name] = QuantLinear.from_quantized(quantized, config.group_size, config.symmetric, module.bias)
-            if mask_OI is not None:
-                set_mask(done[name], mask_OI)
-            # Until the block is finished it computes with the float form of its integers, which gives the same.
-            module.weight = nn.Parameter(quantized.weight().to(module.weight.dtype), requires_grad=False)
+            if name in names:
+                groups.setdefault(id(statistics.get(name, name)), []).append(name)
+        for group in groups.values():
+            modules = [block.linears[name] for name in group]
+            h_II = statistics[group[0]].matrix() if statistics else None
+            masks = [mask_or_zeros(module) for module in modules]
+            quantized = _together(method, modules, masks, h_II, spec, config.act_order)
+            for name, module, mask_OI, result in zip(group, modules, masks, quantized, strict=True):
+                layer = QuantLinear.from_quantized(result, config.group_size, config.symmetric, module.bias)
+                if mask_OI is not None:
+                    set_mask(layer, mask_OI)
+                done[name] = layer
+                # Until the block is finished it computes with the float form of its integers, which gives the same.
+                module.weight = nn.Parameter(result.weight().to(module.weight.dtype), requires_grad=False)
 
     progress = f"Quantize ({config.method}, {config.bits} bits)"
     for block in walk(architecture, tokens, config.batch_size, Hessian, change, progress, sparsity.accelerator(),
@@ -190,6 +195,20 @@ def quantize_blocks(architecture: Architecture, names: set[str], config: Quantiz
         for name in [name for name in block.linears if name in done]:
             block.replace(name, done.pop(name).to(block.linears[name].weight.device))
         yield block
+
+
+def _together(method: Quantizer, modules: Sequence[nn.Linear], masks: Sequence[Tensor | None], h_II: Tensor | None,
+              spec: GridSpec, act_order: bool) -> list[Quantized]:  # fmt: skip
+    """Quantizes modules that share an input (q, k and v) as one weight: rows do not depend on each other."""
+    weight = torch.cat([module.weight.detach() for module in modules])
+    mask = None
+    if any(mask is not None for mask in masks):
+        mask = torch.cat([torch.ones_like(module.weight, dtype=torch.bool) if mask is None else mask
+                          for module, mask in zip(modules, masks, strict=True)])  # fmt: skip
+    q_OI, grid = method(weight, h_II, mask, spec, act_order=act_order)
+    rows = [module.out_features for module in modules]
+    parts = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), strict=True)
+    return [Quantized(q, Grid(spec.bits, scale, zero)) for q, scale, zero in parts]
 
 
 class Counts:

@@ -29,10 +29,10 @@ def packed(sparse: Path, tmp_path_factory) -> Path:
 def test_all_stages(dense: Path, tmp_path: Path, capsys) -> None:
     packed, adapter, merged = tmp_path / "packed", tmp_path / "adapter", tmp_path / "merged"
     code, out, _ = call(capsys, "sparsify", dense, packed, *FAST, "--sparsity", "0.5", "--json", "--then", "quantize", *GROUP,
-                        *FAST, "--act-order")  # fmt: skip
+                        *FAST, "--no-act-order")  # fmt: skip
     assert code == 0 and json.loads(out)["zeros_kept"] == 1.0
     config = json.loads((packed / "sqft.json").read_text())["config"]
-    assert config["act_order"] is True and config["first"]["method"] == "wanda"
+    assert config["act_order"] is False and config["first"]["method"] == "wanda"
     code, out, _ = call(capsys, "train", packed, adapter, *TRAIN, "--pipeline", "qa-sparse-peft", "--json")
     assert code == 0 and json.loads(out)["steps"] == 3
     code, out, _ = call(capsys, "merge", adapter, merged, "--json")

@@ -8,14 +8,17 @@ SparseGPT do). The cost is two forward passes of the blocks; the memory one bloc
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sqft.kernels.dispatch import product
 from sqft.models.discover import Architecture, Block
 
 
@@ -52,7 +55,7 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
     with torch.no_grad():
         calls = None if tokens is None else capture(architecture, tokens, batch_size)
     for index, block in enumerate(tqdm(architecture.blocks, desc=progress, unit="block", disable=None)):
-        with torch.no_grad():
+        with torch.no_grad(), _fast_products(block):
             home = next(block.module.parameters()).device
             target = device or home
             if calls is None:
@@ -66,6 +69,28 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
                 if target != home:
                     block.module.to(home)
         yield block
+
+
+@contextlib.contextmanager
+def _fast_products(block: Block) -> Iterator[None]:
+    """Lets the block's linear layers multiply by the fastest library: these passes are most of the work."""
+    chosen: list[Any] = [
+        linear for linear in block.linears.values() if isinstance(linear, nn.Linear) and "forward" not in vars(linear)
+    ]
+
+    def forward(linear: nn.Linear, x: Tensor) -> Tensor:
+        if x.dtype != linear.weight.dtype:
+            return F.linear(x, linear.weight, linear.bias)
+        y = product(x.reshape(-1, x.shape[-1]), linear.weight, linear.bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    for linear in chosen:
+        linear.forward = functools.partial(forward, linear)
+    try:
+        yield
+    finally:
+        for linear in chosen:
+            del linear.forward
 
 
 def _observe(block: Block, index: int, calls: Calls, device: torch.device, new_statistic: Callable[[], Statistic],

@@ -41,47 +41,47 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
 
     Raises SqftError if H cannot be factorized even with heavy damping (not-a-number in the inputs).
     """
-    inputs = w_OI.shape[1]
+    rows, inputs = w_OI.shape
     size = spec.columns(inputs)
     # A column of the paper is a row here, so that it is contiguous.
     w_IO = w_OI.detach().to(accumulation_dtype(w_OI.dtype)).mT.contiguous()
     mask_IO = None if mask_OI is None else mask_OI.mT.contiguous()
     if mask_IO is not None:
         w_IO = torch.where(mask_IO, w_IO, 0)
-    static = fit(w_IO.mT, spec) if act_order or spec.group_size == -1 else None
+    scale_GO, zero_GO = (w_IO.new_empty(inputs // size, rows) for _ in range(2))
+    static = act_order or size == inputs
+    if static:
+        _set(scale_GO, zero_GO, fit(w_IO.mT, spec))
     order = h_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inputs)
-    order = order.to(w_IO.device)
     u_II = inverse_factor(h_II[order][:, order]).to(w_IO.dtype)
     w_IO = w_IO[order]
     q_IO = torch.empty_like(w_IO)
-    grids: list[Grid] = []
-    step = BLOCK if static is not None or BLOCK % size == 0 else size  # a group never straddles two steps
+    columns, diagonal = order.tolist(), u_II.diagonal().tolist()
+    step = BLOCK if static or BLOCK % size == 0 else size  # a group never straddles two steps
     for start in range(0, inputs, step):
         end = min(start + step, inputs)
         errors = torch.empty_like(w_IO[start:end])
         for j in range(start, end):
-            column = int(order[j]) if act_order else j
-            if static is not None:
-                grid, group = static, column // size
-            else:
-                if j % size == 0:
-                    grids.append(fit(w_IO[j : j + size].mT, spec))
-                grid, group = grids[-1], 0
-            scale, zero = grid.scale_OG[:, group].to(w_IO.dtype), grid.zero_OG[:, group].to(w_IO.dtype)
+            column, group = columns[j], columns[j] // size
+            if not static and j % size == 0:
+                _set(scale_GO[group : group + 1], zero_GO[group : group + 1], fit(w_IO[j : j + size].mT, spec))
+            scale, zero = scale_GO[group], zero_GO[group]
             q = (w_IO[j] / scale).round_().add_(zero).clamp_(0, spec.largest)
             if mask_IO is not None:
                 q = torch.where(mask_IO[column], q, zero)
             q_IO[column] = q
-            error = torch.sub(w_IO[j], q.sub(zero).mul_(scale), out=errors[j - start]).div_(u_II[j, j])
+            error = torch.sub(w_IO[j], q.sub_(zero).mul_(scale), out=errors[j - start]).div_(diagonal[j])
             if mask_IO is not None and not propagate:
                 error.mul_(mask_IO[column])
             w_IO[j + 1 : end].addr_(u_II[j, j + 1 : end], error, alpha=-1)
         w_IO[end:].addmm_(u_II[start:end, end:].mT, errors, alpha=-1)
-    if static is None:
-        static = Grid(
-            spec.bits, *(torch.cat(v, 1) for v in zip(*((g.scale_OG, g.zero_OG) for g in grids), strict=True))
-        )
-    return Quantized(q_IO.mT.contiguous().to(torch.uint8), static)
+    grid = Grid(spec.bits, scale_GO.mT.half(), zero_GO.mT.to(torch.uint8))
+    return Quantized(q_IO.mT.contiguous().to(torch.uint8), grid)
+
+
+def _set(scale_GO: Tensor, zero_GO: Tensor, grid: Grid) -> None:
+    scale_GO.copy_(grid.scale_OG.mT)
+    zero_GO.copy_(grid.zero_OG.mT)
 
 
 def inverse_factor(h_II: Tensor) -> Tensor:
