@@ -5,8 +5,9 @@ inverse of the Hessian ``H = X^T X`` of the layer's inputs. With U the upper Cho
 step 3), rounding column j to q_j changes the later columns by ``- (w_j - q_j) / U_jj * U_j,later``.
 
 A pruned weight is "rounded" to exactly 0, whatever corrections it has received: they are passed on as its error to
-the columns after it, as SparseGPT (arXiv 2301.00774, section 3) does with a weight that it prunes. (Dropping them
-instead is worse: ``benchmarks/bench_quantize.py`` prints both.)
+the columns after it, as SparseGPT (arXiv 2301.00774, section 3) does with a weight that it prunes. Dropping them
+instead leaves a larger error of the layer's outputs (``tests/oracles/test_gptq.py``); what it does to perplexity,
+``benchmarks/bench_quantize.py`` prints.
 
 Shape letters: O output features, I input features, S columns a group.
 """
