@@ -9,6 +9,7 @@ import pytest
 import torch
 from pico import FAMILIES, pico_folder, pico_model, pico_tokenizer
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers, is_quant_aware
@@ -172,6 +173,24 @@ def test_the_un_quantized_weight_as_base(sparse: Path, packed: Path, tokens, exa
     adapter.write_text(adapter.read_text().replace(str(sparse), str(tmp_path / "other")))
     with pytest.raises(sqft.SqftError, match="has changed since"):
         sqft.load(tmp_path / "adapter")
+
+
+def test_a_float_base_is_found_again_for_twenty_and_more_modules(tokens, examples, tmp_path: Path) -> None:
+    """PEFT then saves shortened module names. What is loaded has to be what was trained."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "num_hidden_layers": 5})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    pico_tokenizer().save_pretrained(tmp_path / "dense")
+    sqft.sparsify(tmp_path / "dense", sqft.SparsifyConfig(), tokens, out=tmp_path / "sparse")
+    sqft.quantize(tmp_path / "sparse", QUANTIZE, tokens, out=tmp_path / "packed")
+    model, tokenizer = sqft.load(tmp_path / "packed")
+    peft_model = sqft.attach(model, sqft.SqftConfig(r=4, quantization_aware=True, float_base=str(tmp_path / "sparse")))
+    assert len(adapter_layers(peft_model)) == 25
+    sqft.train(peft_model, TRAIN, examples, tokenizer=tokenizer)
+    sqft.save(peft_model, tokenizer, tmp_path / "adapter")
+    assert len(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]) < 20
+    with torch.no_grad():
+        assert torch.equal(sqft.load(tmp_path / "adapter")[0](tokens).logits, peft_model(tokens).logits)
 
 
 def test_learnt_scales_are_merged(packed: Path, examples, tmp_path: Path) -> None:

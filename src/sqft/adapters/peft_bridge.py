@@ -109,16 +109,30 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # PEFT only warns when weights are missing
             config: Any = PeftConfig.from_pretrained(str(folder))
-            targets = set(config.target_modules or ())
-            modules = {n: m for n, m in model.named_modules() if n in targets and is_linear(m)}
+            modules = _targeted(model, config.target_modules or ())
             config.inference_mode = not trainable
             _prepare_bases(model, modules, config)
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
     except SqftError:
         raise
     except Exception as error:  # PEFT raises many kinds; each means adapter and model do not fit, or a corrupt file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: {reason}") from error
+    if getattr(config, "float_base", None):
+        for path, layer in adapter_layers(loaded).items():
+            if getattr(layer.get_base_layer(), FLOAT_BASE, None) is None:
+                raise SqftError(f"adapter {folder} adapts {path}, for which its float base was not found")
+    return loaded
+
+
+def _targeted(model: nn.Module, targets: Any) -> dict[str, Any]:
+    """The linear modules that a saved config names: PEFT shortens twenty and more full names to their endings."""
+    names = [targets] if isinstance(targets, str) else list(targets)
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if is_linear(module) and any(path == name or path.endswith(f".{name}") for name in names)
+    }
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:
