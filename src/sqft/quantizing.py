@@ -191,7 +191,7 @@ def quantize_blocks(architecture: Architecture, names: set[str], config: Quantiz
 
     progress = f"Quantize ({config.method}, {config.bits} bits)"
     for block in walk(architecture, tokens, config.batch_size, Hessian, change, progress, sparsity.accelerator(),
-                      config.true_sequential):  # fmt: skip
+                      config.true_sequential, fast=True):  # fmt: skip
         for name in [name for name in block.linears if name in done]:
             block.replace(name, done.pop(name).to(block.linears[name].weight.device))
         yield block

@@ -37,7 +37,7 @@ class Calls:
 
 def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: Callable[[], Statistic],
          change: Callable[[Block, dict[str, Any]], None], progress: str, device: torch.device | None = None,
-         sequential: bool = False) -> Iterator[Block]:  # fmt: skip
+         sequential: bool = False, fast: bool = False) -> Iterator[Block]:  # fmt: skip
     """Lets ``change(block, statistics)`` change one block after the other; yields each when the walk is done with it.
 
     It is a generator so that a caller can write and drop a block before the next one is touched, or let two walks with
@@ -51,11 +51,12 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
         device: where a block is computed; default: where it lies.
         sequential: call ``change`` for each group of layers that share an input, in the order in which they run, with
             the inputs that the already changed layers give ("true sequential"). Each pass stops at the group.
+        fast: multiply by the fastest library, instead of exactly as the model does.
     """
     with torch.no_grad():
         calls = None if tokens is None else capture(architecture, tokens, batch_size)
     for index, block in enumerate(tqdm(architecture.blocks, desc=progress, unit="block", disable=None)):
-        with torch.no_grad(), _fast_products(block):
+        with torch.no_grad(), _fast_products(block) if fast else contextlib.nullcontext():
             home = next(block.module.parameters()).device
             target = device or home
             if calls is None:
