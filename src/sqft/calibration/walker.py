@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import greenlet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
         progress: what the progress bar says.
         device: where a block is computed; default: where it lies.
         sequential: call ``change`` for each group of layers that share an input, in the order in which they run, with
-            the inputs that the already changed layers give ("true sequential"). Each pass stops at the group.
+            the inputs that the already changed layers give ("true sequential"). Costs one pass instead of two, and
+            the memory of what a block's forward holds in its middle, for all tokens.
         fast: multiply by the fastest library, instead of exactly as the model does.
     """
     with torch.no_grad():
@@ -63,10 +65,14 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
                 change(block, {})
             else:
                 block.module.to(target)
-                for statistics in _observe(block, index, calls, target, new_statistic, sequential):
+                if sequential:
+                    _in_groups(block, index, calls, target, new_statistic, change)
+                else:
+                    with observing(block, new_statistic) as statistics:
+                        replay(block.module, index, calls, target)
                     change(block, statistics)
-                if index + 1 < len(architecture.blocks):
-                    replay(block.module, index, calls, target, keep=True)
+                    if index + 1 < len(architecture.blocks):
+                        replay(block.module, index, calls, target, keep=True)
                 if target != home:
                     block.module.to(home)
         yield block
@@ -94,24 +100,44 @@ def _fast_products(block: Block) -> Iterator[None]:
             del linear.forward
 
 
-def _observe(block: Block, index: int, calls: Calls, device: torch.device, new_statistic: Callable[[], Statistic],
-             sequential: bool) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The statistics of a block's linear layers: of all at once, or of one group after the other."""
-    if not sequential:
-        with observing(block, new_statistic) as statistics:
-            replay(block.module, index, calls, device, keep=False)
-        yield statistics
-        return
+def _in_groups(block: Block, index: int, calls: Calls, device: torch.device, new_statistic: Callable[[], Statistic],
+               change: Callable[[Block, dict[str, Any]], None]) -> None:  # fmt: skip
+    """Changes a block group after group in one pass over the batches.
+
+    Each batch's forward is a greenlet, which stops when it comes to a group and hands over the group's input. When the
+    inputs of all batches are seen the group is changed, and the forwards go on with what it gives now.
+    """
     with observing(block, _Nothing) as sharing:
-        replay(block.module, index, calls, device, keep=False, batches=1)
+        replay(block.module, index, calls, device, batches=range(1))
     groups: dict[int, list[str]] = {}
     for name, shared in sharing.items():
         groups.setdefault(id(shared), []).append(name)
-    for names in groups.values():
-        statistic = new_statistic()
-        with _stopping_at(block.linears[names[0]], statistic):
-            replay(block.module, index, calls, device, keep=False)
-        yield dict.fromkeys(names, statistic)
+    scheduler = greenlet.getcurrent()
+
+    def stop(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        scheduler.switch((module, arguments[0]))
+
+    leaders = [block.linears[names[0]] for names in groups.values()]
+    handles = [leader.register_forward_pre_hook(stop) for leader in leaders]
+    forwards = [greenlet.greenlet(functools.partial(replay, block.module, index, calls, device, True, range(i, i + 1)))
+                for i in range(len(calls.hidden))]  # fmt: skip
+    try:
+        stops = [forward.switch() for forward in forwards]  # (module, input) where it waits; None: it has ended
+        for leader, names in zip(leaders, groups.values(), strict=True):
+            statistic = new_statistic()
+            here = [i for i, stop in enumerate(stops) if stop and stop[0] is leader]
+            for i in here:
+                statistic.update(stops[i][1])
+            change(block, dict.fromkeys(names, statistic))
+            for i in here:
+                stops[i] = None
+                stops[i] = forwards[i].switch()
+        for forward in forwards:  # those that came to a group a second time
+            while not forward.dead:
+                forward.switch()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Nothing:
@@ -120,33 +146,18 @@ class _Nothing:
 
 
 class _Stop(Exception):
-    """Ends a block's forward where nothing further is wanted of it."""
+    """Ends a forward where nothing further is wanted of it."""
 
 
-@contextlib.contextmanager
-def _stopping_at(linear: nn.Module, statistic: Statistic) -> Iterator[None]:
-    """Feeds the inputs of one layer to a statistic, and ends each forward there."""
-
-    def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        statistic.update(arguments[0])
-        raise _Stop
-
-    handle = linear.register_forward_pre_hook(observe)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def replay(module: nn.Module, index: int, calls: Calls, device: torch.device, keep: bool,
-           batches: int | None = None) -> None:  # fmt: skip
-    """Runs one block over all (or the first) batches; with ``keep`` its outputs become the hidden states."""
+def replay(module: nn.Module, index: int, calls: Calls, device: torch.device, keep: bool = False,
+           batches: range | None = None) -> None:  # fmt: skip
+    """Runs one block over all (or some) batches; with ``keep`` its outputs become the hidden states."""
     arguments, keywords = _to(calls.arguments[index], device)
-    for i, hidden in enumerate(calls.hidden[:batches]):
-        with contextlib.suppress(_Stop):
-            out = module(hidden.to(device), *arguments, **keywords)
-            if keep:
-                calls.hidden[i] = (out[0] if calls.returns_tuple else out).to(hidden.device)
+    for i in range(len(calls.hidden)) if batches is None else batches:
+        hidden = calls.hidden[i]
+        out = module(hidden.to(device), *arguments, **keywords)
+        if keep:
+            calls.hidden[i] = (out[0] if calls.returns_tuple else out).to(hidden.device)
 
 
 def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Calls:
