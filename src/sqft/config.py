@@ -60,7 +60,7 @@ class QuantizeConfig:
     bits: int = option(4, "bits a weight: 2, 3, 4 or 8")
     group_size: int = option(64, "neighbours that share a scale: 32, 64, 128, or -1 for a whole row")
     symmetric: bool = option(False, "zero points in the middle, instead of where minimum and maximum put them")
-    clip: str = option("none", "search ranges that clip the largest weights", ("none", "mse"))
+    clip: str = option("mse", "clip the largest weights where that gives the least error, or never", ("none", "mse"))
     scale_bits: int | None = option(None, "round scales to N significant bits (7: exact in GGUF's Q4_1)")
     act_order: bool = option(True, "quantize the most active inputs first (groups stay contiguous)")
     true_sequential: bool = option(True, "quantize o after q,k,v with the inputs that these then give, and so on")
@@ -103,7 +103,14 @@ class TrainConfig:
     eval_data: str | None = option(None, "file or datasets name to evaluate on while training")
     limit: int | None = option(None, "use the first N training examples")
     eval_limit: int | None = option(200, "use the first N evaluation examples while training")
-    r: int = option(32, "rank of the adapters")
+    r: int = option(32, "rank of the adapters; with a search space, its largest is used")
+    search_space: list[int] = option(help="elastic rank (NLS): ranks that sub-adapters may have, e.g. 32,24,16",
+                                     factory=list)  # fmt: skip
+    rank_groups: list[str] = option(help="modules that share an elastic rank: 'module', 'layer', or e.g. "
+                                    "q_proj+k_proj up_proj=32/16; default: q,k,v share", factory=list)  # fmt: skip
+    rank_strategy: str = option("uniform", "ranks of a step: drawn; largest, smallest, drawn in turn; or drawn with a "
+                                "preference for large ones", ("uniform", "sandwich", "weighted"))  # fmt: skip
+    rank_every: str = option("step", "set ranks anew for each", ("step", "micro-batch"))
     lora_alpha: int = option(64, "the adapter is scaled by alpha / r")
     lora_dropout: float = option(0.0, "dropout on the adapter's input")
     target_modules: list[str] = option(help="modules to adapt; default: the family's q,k,v,up,down", factory=list)
@@ -134,14 +141,53 @@ class TrainConfig:
             raise UsageError(f"lora_dropout is {self.lora_dropout}: it has to lie in [0, 1)")
         if (self.base or self.learn_scales) and self.pipeline != "qa-sparse-peft":
             raise UsageError(f"base and learn_scales go with pipeline qa-sparse-peft, not {self.pipeline}")
+        if self.rank_groups and not self.search_space:
+            raise UsageError("rank_groups go with a search_space, e.g. 32,24,16")
+        if any(rank < 1 for rank in self.search_space):
+            raise UsageError(f"search_space is {self.search_space}: ranks are greater than 0")
         if self.task and self.data:
             raise UsageError("task and data exclude each other: give one of them")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Find the best sub-adapter of an elastic adapter (NLS), by a validation split."""
+
+    strategy: str = option("hill-climb", "a heuristic, or a search", ("maximal", "minimal", "median", "most-frequent",
+                           "min-loss", "random", "hill-climb", "nsga2"))  # fmt: skip
+    start: str = option("median", "sub-adapter that a search starts from; it also tries the largest and the smallest",
+                        ("maximal", "minimal", "median", "most-frequent", "min-loss"))  # fmt: skip
+    evaluations: int = option(20, "sub-adapters to try")
+    pick: str = option("best", "of what was tried: best, knee (of the Pareto front) or 'smallest-within 1%'")
+    task: str | None = option(None, "a built-in task, e.g. arithmetic")
+    split: str = option("validation", "split to choose by; the test split is refused")
+    limit: int | None = option(100, "score on the first N problems")
+    metric: str = option("accuracy", "accuracy (by generation) or loss (of the completions: faster, finer)",
+                         ("accuracy", "loss"))  # fmt: skip
+    cost: str = option("parameters", "what the second axis is: adapter parameters, or seconds of a forward pass",
+                       ("parameters", "latency"))  # fmt: skip
+    screen: int | None = option(None, "score on the first N problems first; go on with the most promising only")
+    screen_keep: float = option(0.5, "share of the screened sub-adapters to go on with")
+    batch_size: int = option(32, "problems a forward pass")
+    workers: int = option(1, "processes that share the search")
+    storage: str | None = option(None, "keep the trials in journal:PATH or a database (sqlite:///PATH), which other "
+                                 "machines may share; default: a journal beside OUT until it is done")  # fmt: skip
+    seed: int = option(0, "of the proposals")
+
+    def __post_init__(self) -> None:
+        _positive(self, "evaluations", "batch_size", "workers")
+        if not 0 < self.screen_keep <= 1:
+            raise UsageError(f"screen_keep is {self.screen_keep}: it has to lie in (0, 1]")
+        if self.screen is not None and not 0 < self.screen < (self.limit or self.screen + 1):
+            raise UsageError(f"screen is {self.screen}: it has to be smaller than limit, {self.limit}")
 
 
 @dataclass(frozen=True)
 class MergeConfig:
     """Merge an adapter into its base, verify the result, write one model."""
 
+    ranks: str | None = option(None, "of an elastic adapter: a heuristic (median, say) or a YAML file of ranks; "
+                               "default: the largest")  # fmt: skip
     allow_dense: bool = option(False, "merge plain LoRA although it fills the pruned weights")
     tolerance: float = option(1e-4, "largest difference allowed between merged and un-merged logits")
     max_shard_size: str = option("5GB", "split the weights into files of at most this size")
@@ -158,6 +204,8 @@ class EvaluateConfig:
     split: str = option("test", "split of the task")
     limit: int | None = option(None, "use the first N problems")
     text: str | None = option(None, "perplexity of: 'builtin', a .txt/.jsonl file or a datasets name")
+    ranks: str | None = option(None, "of an elastic adapter: a heuristic (median, say) or a YAML file of ranks; "
+                               "default: the largest")  # fmt: skip
     length: int = option(1024, "window of the perplexity in tokens")
     max_tokens: int | None = option(None, "use the first N tokens of the text")
     batch_size: int = option(32, "problems, or windows, a forward pass")
@@ -227,7 +275,8 @@ def coerce(value: Any, hint: Any) -> Any:
     origin = typing.get_origin(hint) or hint
     if origin is list and isinstance(value, (list, tuple, str)):
         items = value.split(",") if isinstance(value, str) else [str(v) for v in value]
-        return [piece for item in items for piece in item.split(",") if piece]
+        (kind,) = typing.get_args(hint) or (str,)
+        return [coerce(piece, kind) for item in items for piece in item.split(",") if piece]
     if origin is dict and isinstance(value, dict):
         return {str(k): coerce(v, float) for k, v in value.items()}
     if hint is bool and isinstance(value, bool):

@@ -11,10 +11,11 @@ from sqft.errors import UsageError
 
 # What stands as ``peft_type`` in a saved adapter. PEFT looks the config class up by it; without sqft it stops with
 # ``KeyError: <this text>`` instead of loading a dense LoRA, which would give wrong answers. So the text is the message.
-PEFT_TYPE = "SQFT (a masked adapter that plain PEFT cannot apply: load this folder with sqft.load)"
+PEFT_TYPE = "SQFT (a masked or elastic adapter that plain PEFT cannot apply: load this folder with sqft.load)"
 
 _UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora")
-_OWN = ("sparse_adapter", "quantization_aware", "learn_scales", "float_base", "float_base_key")
+_OWN = ("sparse_adapter", "quantization_aware", "learn_scales", "float_base", "float_base_key", "search_space",
+        "rank_groups")  # fmt: skip
 
 
 @dataclass
@@ -29,6 +30,8 @@ class SqftConfig(LoraConfig):
         learn_scales: with ``quantization_aware``, train the grid's scales too (LSQ); merging then stores them.
         float_base: with ``quantization_aware``, folder of the un-quantized sparse model to add the adapter to (as in
             the paper), instead of what the base's integers mean. ``float_base_key`` identifies its contents.
+        search_space: ranks that a sub-adapter may have (NLS); none: the rank is fixed. ``r`` is the largest of them.
+        rank_groups: which modules share a rank, and choices of their own: see ``elastic.make_groups``.
 
     ``target_modules`` left empty means the family's q, k, v, up and down projections when attached by ``sqft.attach``.
     """
@@ -39,8 +42,15 @@ class SqftConfig(LoraConfig):
     float_base: str | None = field(default=None, metadata={"help": "folder of the un-quantized sparse base"})
     float_base_key: str = field(default="", metadata={"help": "key of the float base's contents"})
 
+    search_space: list[int] | None = field(default=None, metadata={"help": "ranks that a sub-adapter may have"})
+    rank_groups: list[str] | None = field(default=None, metadata={"help": "which modules share a rank"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rank_groups and not self.search_space:
+            raise UsageError("rank_groups go with a search_space, e.g. [32, 24, 16]")
+        if self.search_space and min(self.search_space) < 1:
+            raise UsageError(f"search_space is {self.search_space}: ranks are greater than 0")
         for name in ("learn_scales", "float_base"):
             if getattr(self, name) and not self.quantization_aware:
                 raise UsageError(f"{name} goes with quantization_aware=True only")
@@ -48,7 +58,7 @@ class SqftConfig(LoraConfig):
             return
         for name in _UNSUPPORTED:
             if getattr(self, name, False):
-                raise UsageError(f"{name} does not go with masked adapters: leave it out, or set sparse_adapter=False")
+                raise UsageError(f"{name} does not go with masked or elastic adapters: leave it out")
         from sqft.adapters.peft_bridge import register
 
         register(self)
@@ -56,7 +66,7 @@ class SqftConfig(LoraConfig):
     @property
     def is_sqft(self) -> bool:
         """Whether the adapters are ours; otherwise they are plain LoRA."""
-        return self.sparse_adapter or self.quantization_aware
+        return self.sparse_adapter or self.quantization_aware or bool(self.search_space)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

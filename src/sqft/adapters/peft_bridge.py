@@ -15,6 +15,7 @@ from torch import nn
 
 from sqft import artifact
 from sqft.adapters.config import PEFT_TYPE, SqftConfig
+from sqft.adapters.elastic import ElasticLora, make_groups
 from sqft.adapters.quant_aware import FLOAT_BASE, QuantAwareLoraLinear, QuantLoraLinear
 from sqft.adapters.sparse import MaskedLoraLinear, SparseLoraLinear
 from sqft.errors import SqftError, UsageError
@@ -38,6 +39,8 @@ def register(config: LoraConfig) -> None:
         layers = {nn.Linear: SparseLoraLinear, QuantLinear: SparseLoraLinear}
     else:
         layers = {QuantLinear: QuantLoraLinear}
+        if getattr(config, "search_space", None):
+            layers[nn.Linear] = ElasticLora
     config._register_custom_module(layers)  # a layer that does not go with its base says so
 
 
@@ -54,6 +57,9 @@ def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMode
     names = resolve_targets(architecture, sorted(targets))
     config.target_modules = set(names)  # pyright: ignore[reportAttributeAccessIssue]
     config.task_type = config.task_type or "CAUSAL_LM"
+    if isinstance(config, SqftConfig) and config.search_space:
+        groups = make_groups(names, config.rank_groups or (), config.search_space)
+        config.r = max(group.choices[0] for group in groups)
     _prepare_bases(model, {name: model.get_submodule(name) for name in names}, config)
     return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
 

@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from sqft.adapters.elastic import ElasticLora
 from sqft.adapters.sparse import MaskedLoraLinear
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.quant_ops import Adapter, Packed, merged, quant_aware_linear, quant_aware_weight
@@ -99,7 +100,7 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
             self._linear.qweight, self._linear.scales = before.qweight, before.scales
 
 
-class QuantLoraLinear(LoraLinear):
+class QuantLoraLinear(ElasticLora):
     """Plain LoRA on a ``QuantLinear`` ("SQFT" in the paper: INT4 base, float adapter). It cannot be merged."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -108,8 +109,3 @@ class QuantLoraLinear(LoraLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise UsageError("a float LoRA cannot be merged into an INT model: the sum is not on its grid. Train "
                          "quantization-aware adapters (--pipeline qa-sparse-peft) to merge")  # fmt: skip
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """``alpha / r * B A``, [O, I]."""
-        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return self.scaling[adapter] * cast(Tensor, b) @ cast(Tensor, a)

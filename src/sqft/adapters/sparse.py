@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from sqft.adapters.elastic import factors
 from sqft.errors import SqftError
 from sqft.kernels.torch_ops import masked_weight, sparse_linear
 from sqft.sparsity.masks import derive_mask, packed_mask, set_mask
@@ -37,8 +38,8 @@ class MaskedLoraLinear(LoraLinear):
         return packed
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A [R, I] and B [O, R]."""
-        return cast(Tensor, self.lora_A[adapter].weight), cast(Tensor, self.lora_B[adapter].weight)
+        """A [r, I] and B [O, r] of the active rank."""
+        return factors(self, adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)

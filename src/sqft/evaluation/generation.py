@@ -36,7 +36,7 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
 
 
 def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, split: str, limit: int | None,
-                batch_size: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+                batch_size: int, quiet: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """Accuracy with Wilson's 95 % interval, and one record a problem (prompt, generated, answer, correct).
 
     Problems are batched by length of prompt, so that little is padded; records are in the task's order.
@@ -44,7 +44,8 @@ def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task
     examples = task.examples(split, limit)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     records: dict[int, dict[str, Any]] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc=f"Evaluate ({task.name})", unit="batch", disable=None):
+    for start in tqdm(range(0, len(order), batch_size), desc=f"Evaluate ({task.name})", unit="batch",
+                      disable=quiet or None):  # fmt: skip
         chosen = order[start : start + batch_size]
         prompts = [examples[i].prompt for i in chosen]
         for i, text in zip(chosen, generate(model, tokenizer, prompts, task.max_new_tokens, task.stop), strict=True):

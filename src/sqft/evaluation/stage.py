@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sqft import artifact
-from sqft.adapters.peft_bridge import is_quant_aware
+from sqft.adapters.peft_bridge import adapter_layers, is_masked
+from sqft.adapters.sparse import SparseLoraLinear
 from sqft.config import EvaluateConfig, to_dict
 from sqft.errors import UsageError
 from sqft.evaluation.generation import exact_match
@@ -65,19 +66,25 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
 
 @contextlib.contextmanager
 def unpacked(model: Any) -> Iterator[None]:
-    """Holds packed weights de-quantized for a while: the same results, much faster where every token de-quantizes.
+    """Holds packed weights de-quantized, and masked adapters merged, for a while: the same results, much faster.
 
-    Quantization-aware adapters are merged for that while, which is exact.
+    Every token of a generation would otherwise build the weights anew. Both are undone exactly.
     """
-    merge = is_quant_aware(model)
+    merge = is_masked(model)
+    weights: dict[Any, Any] = {}
     if merge:
+        weights = {layer: layer.get_base_layer().weight.data for layer in adapter_layers(model).values()
+                   if isinstance(layer, SparseLoraLinear)}  # fmt: skip
         model.merge_adapter()
     layers = unpack_model(model)
     try:
         yield
     finally:
         repack(model, layers)
-        if merge:
+        for layer, weight in weights.items():  # subtracting the adapter again would round
+            layer.get_base_layer().weight.data = weight
+            layer.merged_adapters.clear()
+        if merge and not weights:
             model.unmerge_adapter()
 
 

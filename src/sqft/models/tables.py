@@ -24,6 +24,7 @@ class Family:
     fused: dict[str, str] = field(default_factory=dict)
 
 
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")  # they share a rank, where ranks are elastic
 _LLAMA_LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",

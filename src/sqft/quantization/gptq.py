@@ -23,7 +23,7 @@ from sqft.quantization.grid import Grid, GridSpec, fit
 from sqft.quantization.rtn import Quantized
 
 BLOCK = 128  # columns whose corrections to the rest are applied at once (the paper's lazy batch updates)
-DAMPING = 0.01  # of the Hessian's mean diagonal, added to it; ten times as much after each failure
+DAMPING = 0.05  # of the Hessian's mean diagonal, added to it; ten times as much after each failure
 LARGEST_DAMPING = 10.0
 
 
@@ -37,6 +37,7 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
         mask_OI: bool, False where pruned: these end exactly at 0. None: no weight is pruned.
         spec: the grid that is asked for. Scales of a group are fitted when the group is reached, on the corrected
             weights; with ``act_order`` before, on the original ones, so that groups stay contiguous ("static groups").
+            A search for clipped ranges weighs errors by the Hessian's diagonal.
         act_order: take columns in the order of falling diagonal of H instead of from left to right.
         propagate: hand the corrections that a pruned weight received to later columns, instead of dropping them.
 
@@ -50,9 +51,10 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
     if mask_IO is not None:
         w_IO = torch.where(mask_IO, w_IO, 0)
     scale_GO, zero_GO = (w_IO.new_empty(inputs // size, rows) for _ in range(2))
+    importance_I = h_II.diagonal()  # a column's error counts in the output by the square of its input
     static = act_order or size == inputs
     if static:
-        _set(scale_GO, zero_GO, fit(w_IO.mT, spec))
+        _set(scale_GO, zero_GO, fit(w_IO.mT, spec, importance_I))
     order = h_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inputs)
     u_II = inverse_factor(h_II[order][:, order]).to(w_IO.dtype)
     w_IO = w_IO[order]
@@ -65,7 +67,11 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
         for j in range(start, end):
             column, group = columns[j], columns[j] // size
             if not static and j % size == 0:
-                _set(scale_GO[group : group + 1], zero_GO[group : group + 1], fit(w_IO[j : j + size].mT, spec))
+                _set(
+                    scale_GO[group : group + 1],
+                    zero_GO[group : group + 1],
+                    fit(w_IO[j : j + size].mT, spec, importance_I[j : j + size]),
+                )
             scale, zero = scale_GO[group], zero_GO[group]
             q = (w_IO[j] / scale).round_().add_(zero).clamp_(0, spec.largest)
             if mask_IO is not None:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from sqft.errors import UsageError
+from sqft.kernels.torch_ops import row_chunks
 
 GROUP_SIZES = (32, 64, 128, -1)
 SMALLEST_SCALE = 2.0**-24  # of float16
-# The search for clipped ranges as in GPTQ's code: shrink down to a fifth in steps of 1 %, by the error's 2.4th power.
-SHRINKS = tuple(1 - i / 100 for i in range(80))
-SHRINK_NORM = 2.4
+SHRINKS = tuple(1 - i / 64 for i in range(33))  # of the range, when searching the one of least error: down to a half
 
 
 @dataclass(frozen=True)
@@ -93,29 +92,42 @@ class Grid:
         return self.dequantize(self.integers(w_OI))
 
 
-def fit(w_OI: Tensor, spec: GridSpec) -> Grid:
-    """The grid of a weight: by minimum and maximum of each group, or by least error with ``clip='mse'``.
+def fit(w_OI: Tensor, spec: GridSpec, importance_I: Tensor | None = None) -> Grid:
+    """The grid of a weight: by minimum and maximum of each group, or by least squared error with ``clip='mse'``.
 
     Scales are rounded to float16 (and to ``scale_bits``) here, so that every integer is computed with the scale that is
-    stored. Raises UsageError if the group size does not divide I.
+    stored. ``importance_I`` weighs the columns' squared errors. Raises UsageError if the group size does not divide I.
     """
     rows, inputs = w_OI.shape
-    w_OGS = w_OI.detach().float().reshape(rows, -1, spec.columns(inputs))
+    size = spec.columns(inputs)
+    w_OGS = w_OI.detach().float().reshape(rows, -1, size)
     low, high = w_OGS.amin(-1).clamp(max=0), w_OGS.amax(-1).clamp(min=0)
     if spec.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    best = _from_range(low, high, spec)
+    scale_OG, zero_OG = _from_range(low, high, spec)
     if spec.clip == "mse":
-        error = _error(w_OGS, *best, spec.largest)
-        for shrink in SHRINKS[1:]:
-            candidate = _from_range(low * shrink, high * shrink, spec)
-            other = _error(w_OGS, *candidate, spec.largest)
-            better = other < error
-            error = torch.where(better, other, error)
-            best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
-    scale_OG, zero_OG = best
+        weights_GS = w_OI.new_ones(1) if importance_I is None else importance_I.float().view(-1, size)
+        for chunk in row_chunks(rows, 4 * inputs, w_OI.device):
+            scale_OG[chunk], zero_OG[chunk] = _least_error(w_OGS[chunk], low[chunk], high[chunk], weights_GS, spec)
     return Grid(spec.bits, scale_OG.half(), zero_OG.to(torch.uint8))
+
+
+def _least_error(w_OGS: Tensor, low_OG: Tensor, high_OG: Tensor, weights_GS: Tensor,
+                 spec: GridSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Scale and zero point of the shrunk range with the least weighted squared error."""
+    best_scale, best_zero = _from_range(low_OG, high_OG, spec)
+    least = torch.full_like(low_OG, torch.inf)
+    for shrink in SHRINKS:
+        scale, zero = _from_range(low_OG * shrink, high_OG * shrink, spec)
+        q = torch.mul(w_OGS, (1 / scale)[..., None])
+        below = -zero[..., None]
+        error = q.round().clamp_(below, below + spec.largest).sub_(q).square_().mul_(weights_GS).sum(-1)
+        error.mul_(scale.square())
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
 
 
 def _from_range(low_OG: Tensor, high_OG: Tensor, spec: GridSpec) -> tuple[Tensor, Tensor]:
@@ -130,9 +142,3 @@ def _from_range(low_OG: Tensor, high_OG: Tensor, spec: GridSpec) -> tuple[Tensor
     if spec.symmetric:
         return scale, torch.full_like(scale, 2 ** (spec.bits - 1))
     return scale, (-low / scale).round().clamp(0, spec.largest)
-
-
-def _error(w_OGS: Tensor, scale_OG: Tensor, zero_OG: Tensor, largest: int) -> Tensor:
-    scale, zero = scale_OG[..., None], zero_OG[..., None]
-    q = (w_OGS / scale).round().add(zero).clamp(0, largest)
-    return (w_OGS - (q - zero) * scale).abs().pow(SHRINK_NORM).sum(-1)

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from sqft import artifact
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.peft_bridge import attach
+from sqft.adapters.ranks import rank_groups
 from sqft.config import TrainConfig, to_dict
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, save
@@ -27,11 +28,13 @@ from sqft.quantization.linear import QuantLinear
 from sqft.tasks.base import Example
 from sqft.training.callbacks import ProgressBar
 from sqft.training.data import load_examples, tokenize_all
+from sqft.training.ranks import RankScheduler
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
 
+RECORDS = "ranks.json"  # in an adapter folder: the choices of every step of NLS, and the loss under them
 PACKED_PIPELINES = ("qa-sparse-peft", "sqft")
 
 
@@ -42,6 +45,7 @@ def adapter_config(config: TrainConfig) -> LoraConfig:
         target_modules=list(config.target_modules) or None,
         sparse_adapter=config.pipeline in ("sparse-peft", "qa-sparse-peft"),
         quantization_aware=config.pipeline == "qa-sparse-peft",
+        search_space=config.search_space or None, rank_groups=config.rank_groups or None,
         learn_scales=config.learn_scales, float_base=str(Path(config.base).absolute()) if config.base else None,
     )  # fmt: skip
 
@@ -145,8 +149,12 @@ def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: T
     )
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True, return_tensors="pt")
     tokenizer.padding_side = "right"
+    callbacks = []
+    if rank_groups(model):
+        callbacks.append(RankScheduler(config.rank_strategy, config.rank_every == "micro-batch", config.seed))
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, data_collator=collator  # pyright: ignore
+        model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, data_collator=collator,  # pyright: ignore
+        callbacks=callbacks,
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -191,8 +199,11 @@ def last_checkpoint(work: Path) -> Path | None:
 
 
 def _write_logs(trainer: Trainer, folder: Path) -> Path:
-    """Adds the trainer's log, one JSON object a line, to the folder of event files; it goes beside the weights."""
+    """Adds the trainer's log, one JSON object a line, and the record of ranks to the folder of event files."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
     (folder / "training_log.jsonl").write_text(lines)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, RankScheduler):
+            (folder / RECORDS).write_text(json.dumps({"records": callback.records}))
     return folder

@@ -1,0 +1,118 @@
+"""Elastic rank (NLS, Neural Low-rank adapter Search: Shears, arXiv 2404.10934; SQFT, arXiv 2410.03750, section 3.2).
+
+A super-adapter of rank R holds a sub-adapter for every choice of smaller ranks: the first r rows of A and the first r
+columns of B. Modules of one rank group share their rank. The rank is state that somebody sets (``set_ranks``), never
+drawn in a forward: whatever computes the layer again, as gradient checkpointing does, computes the same sub-adapter.
+Every sub-adapter keeps the scaling of the largest, alpha / R.
+
+Shape letters: O output features, I input features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor
+
+from sqft.errors import UsageError
+from sqft.models.discover import match_modules
+from sqft.models.tables import ATTENTION_INPUTS
+
+Ranks = dict[str, int]  # by the name of a rank group
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """Modules (full names) that share a rank, and its choices, the largest first."""
+
+    name: str
+    modules: tuple[str, ...]
+    choices: tuple[int, ...]
+
+
+def active_rank(layer: Any, adapter: str) -> int:
+    """The rank that a layer computes with."""
+    return getattr(layer, "sqft_ranks", {}).get(adapter, layer.r[adapter])
+
+
+def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """A [r, I] and B [O, r] of a layer's active rank r: views, so that gradients reach the super-adapter."""
+    a, b = cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
+    r = active_rank(layer, adapter)
+    return (a, b) if r == a.shape[0] else (a[:r], b[:, :r])
+
+
+class ElasticLora(LoraLinear):
+    """Plain LoRA whose rank can be set; on a float base, or with ``QuantLoraLinear`` on a packed one."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        whole = all(active_rank(self, name) == self.r[name] for name in active)
+        if whole or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        y = self.base_layer(x)
+        for name in active:
+            a, b = factors(self, name)
+            dropped = self.lora_dropout[name](self._cast_input_dtype(x, a.dtype))
+            y = y + (F.linear(F.linear(dropped, a), b) * self.scaling[name]).to(y.dtype)
+        return y
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``alpha / R * B A`` of the active rank, [O, I]."""
+        a, b = factors(self, adapter)
+        return self.scaling[adapter] * b @ a
+
+
+def make_groups(modules: Sequence[str], specs: Sequence[str], choices: Sequence[int]) -> tuple[RankGroup, ...]:
+    """Divides adapted modules into rank groups. Groups never span decoder blocks.
+
+    Args:
+        modules: full names, in execution order.
+        specs: none: q, k and v of a block share a rank (as in the paper), every other module has its own; 'module':
+            every module has its own; 'layer': all of a block share one; or a list of 'NAME+NAME' or 'NAME+NAME=32,16':
+            modules of a block that match (names or patterns) share a rank, from choices of their own if given. What no
+            spec matches keeps the full rank.
+        choices: ranks of groups that name none.
+
+    Raises UsageError for a name that matches no module, or one that two specs match.
+    """
+    choices = sorted(set(choices), reverse=True)
+    taken: dict[str, tuple[str, tuple[int, ...]]] = {}  # module -> label of its group, choices
+    if list(specs) == ["layer"]:
+        taken = {name: ("all", tuple(choices)) for name in modules}
+    elif not specs or list(specs) == ["module"]:
+        for name in modules:
+            leaf = name.rsplit(".", 1)[-1]
+            shared = not specs and leaf in ATTENTION_INPUTS
+            taken[name] = ("qkv" if shared else leaf, tuple(choices))
+    else:
+        for spec in specs:
+            label, _, own = spec.partition("=")
+            ranks = _parse_ranks(own, spec) if own else tuple(choices)
+            for hits in match_modules(label.split("+"), modules, "rank group").values():
+                for name in hits:
+                    if name in taken and taken[name][0] != label:
+                        raise UsageError(f"rank groups '{taken[name][0]}' and '{label}' both match {name}")
+                    taken[name] = (label, ranks)
+    members: dict[tuple[str, str], list[str]] = {}
+    for name in modules:
+        if name in taken:
+            members.setdefault((block_of(name), taken[name][0]), []).append(name)
+    return tuple(RankGroup(f"{block}.{label}", tuple(names), taken[names[0]][1])
+                 for (block, label), names in members.items())  # fmt: skip
+
+
+def _parse_ranks(text: str, spec: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split("/")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise UsageError(f"rank group '{spec}': ranks are numbers greater than 0, e.g. q_proj+k_proj=32/16")
+    return tuple(sorted({int(part) for part in parts}, reverse=True))
+
+
+def block_of(module: str) -> str:
+    """'model.layers.3.mlp.up_proj' -> '3'."""
+    return next((part for part in module.split(".") if part.isdigit()), "0")

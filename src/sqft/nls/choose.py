@@ -1,0 +1,137 @@
+"""From a name or a file to ranks, and from a super-adapter and ranks to a folder with that sub-adapter alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sqft import artifact
+from sqft.adapters.elastic import Ranks, active_rank
+from sqft.adapters.peft_bridge import active_adapter, adapter_layers
+from sqft.adapters.ranks import set_ranks
+from sqft.errors import SqftError, UsageError
+from sqft.folders import base_of, is_adapter, load
+from sqft.nls.heuristics import HEURISTICS, Records, heuristic
+from sqft.nls.picking import PICKS, Point, pick
+from sqft.nls.space import space_of
+
+TRIALS = "search.json"  # in the folder that a search writes: every trial, and which was chosen
+RECORDS = "ranks.json"  # in an adapter folder: the choices of every step of training, and the loss under them
+
+
+def read_records(folder: str | Path) -> Records:
+    """What training recorded beside an adapter; empty if it did not."""
+    path = Path(folder) / RECORDS
+    try:
+        return json.loads(path.read_text())["records"] if path.is_file() else []
+    except (OSError, ValueError, KeyError) as error:
+        raise SqftError(f"{path} is corrupt ({error}): train again") from None
+
+
+def resolve_ranks(model: Any, choice: str, folder: str | Path = "") -> Ranks:
+    """The ranks that ``choice`` names for a live super-adapter: a heuristic, or a YAML or JSON file (group: rank).
+
+    ``folder`` is the super-adapter's, for heuristics that need its training records. Raises UsageError.
+    """
+    space = space_of(model)
+    if choice in HEURISTICS:
+        return heuristic(choice, space, read_records(folder) if folder else ())
+    path = Path(choice)
+    if not path.is_file():
+        raise UsageError(f"'{choice}' is neither a file nor one of {', '.join(HEURISTICS)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        ranks = {str(name): int(rank) for name, rank in values.items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is not a list of ranks ({str(error).splitlines()[0]}): write 'group: rank' lines, as "
+                         "in the ranks.yaml that a search writes") from None  # fmt: skip
+    return {**heuristic("maximal", space), **ranks}
+
+
+def read_points(folder: str | Path) -> list[Point]:
+    """The evaluated configurations of a search's folder. Raises UsageError if it is none, SqftError if corrupt."""
+    path = Path(folder) / TRIALS
+    if not path.is_file():
+        raise UsageError(f"{folder} was not written by a search: it has no {TRIALS}")
+    try:
+        return [Point(**point) for point in json.loads(path.read_text(encoding="utf-8"))["points"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SqftError(f"{path} is corrupt ({error}): search again") from None
+
+
+def extract(adapter: str | Path, choice: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Writes one sub-adapter as an adapter folder of its own.
+
+    Args:
+        adapter: folder of a super-adapter, or what a search wrote (its super-adapter is then found through it).
+        choice: a heuristic, a YAML file of ranks, or of a search 'best', 'knee' or 'smallest-within 1%'.
+
+    A sub-adapter of plain LoRA is plain LoRA and loads in PEFT. Returns its ranks and cost. Raises UsageError.
+    """
+    artifact.check_output(out, overwrite)
+    folder = Path(adapter)
+    if not is_adapter(folder):
+        raise UsageError(f"{folder} is not an adapter folder: give what 'sqft train' or 'sqft search' wrote")
+    ranks: Ranks | None = None
+    if (folder / TRIALS).is_file():
+        if choice.split()[0] in PICKS:
+            ranks = pick(read_points(folder), choice).ranks
+        folder = Path(artifact.resolve_parent(folder, artifact.read_manifest(folder).metrics["super_adapter"]))
+        if not is_adapter(folder):
+            raise SqftError(f"the super-adapter of {adapter} is gone: its manifest names {folder}")
+    model, tokenizer = load(folder)
+    ranks = ranks or resolve_ranks(model, choice, folder)
+    space = space_of(model)
+    metrics = {"ranks": ranks, **space.cost(ranks), "super_adapter": artifact.relative_parent(folder, out)}
+    config = {"choice": choice}
+    with artifact.writing(out, overwrite) as target:
+        write_sub_adapter(model, ranks, target)
+        tokenizer.save_pretrained(target)
+        base = base_of(folder)
+        artifact.write_manifest(target, artifact.Manifest(
+            stage="extract", config=config, metrics=metrics, parent=artifact.relative_parent(base, out),
+            parent_key=artifact.folder_key(base),
+            key=artifact.stage_key("extract", {**config, "ranks": ranks}, artifact.folder_key(folder)),
+        ))  # fmt: skip
+    return metrics
+
+
+def write_sub_adapter(model: Any, ranks: Ranks, folder: Path) -> None:
+    """Writes a super-adapter's weights cut to ``ranks``, with a config that has no search space but a rank and an alpha
+    for each module (``rank_pattern``, ``alpha_pattern``), so that every module keeps its scaling, alpha / R."""
+    set_ranks(model, ranks)
+    name = active_adapter(model)
+    layers: dict[str, Any] = dict(adapter_layers(model))
+    state: dict[str, Tensor] = {}
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
+        path, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if kind.startswith("A."):
+            tensor = tensor[: active_rank(layers[path], name)]
+        elif kind.startswith("B."):
+            tensor = tensor[:, : active_rank(layers[path], name)]
+        state[key] = tensor.detach().contiguous()
+    config = copy.deepcopy(model.peft_config[name])
+    config.search_space = config.rank_groups = None
+    config.rank_pattern = {path: active_rank(layer, name) for path, layer in layers.items()}
+    config.alpha_pattern = {p: alpha_for(layer.scaling[name], config.rank_pattern[p]) for p, layer in layers.items()}
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    set_ranks(model)
+
+
+def alpha_for(scaling: float, rank: int) -> float:
+    """An alpha whose quotient by the rank is the scaling, to the last bit."""
+    alpha = scaling * rank
+    for candidate in (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
+        if candidate / rank == scaling:
+            return int(candidate) if candidate == int(candidate) else candidate
+    raise AssertionError(f"no alpha gives {scaling} at rank {rank}")

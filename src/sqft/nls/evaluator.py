@@ -1,0 +1,97 @@
+"""Scores sub-adapters of one live model: ranks are switched in place, nothing is loaded again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sqft.adapters.elastic import Ranks
+from sqft.adapters.ranks import set_ranks
+from sqft.config import SearchConfig
+from sqft.errors import UsageError
+from sqft.evaluation.generation import exact_match
+from sqft.evaluation.likelihood import completion_loss
+from sqft.evaluation.stage import unpacked
+from sqft.nls.space import SearchSpace
+from sqft.tasks.base import Task, get_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LATENCY_TOKENS, LATENCY_ROUNDS = 64, 5
+
+Scorer = Callable[[Any], float]  # (model with its ranks set) -> score, more is better
+
+
+def search_task(config: SearchConfig) -> Task:
+    """The config's task. Raises UsageError for a test split, or a validation split that shares a problem with it."""
+    if not config.task:
+        raise UsageError("nothing to score by: give a task, e.g. --task arithmetic")
+    if config.split == "test":
+        raise UsageError("a search must not see the test split: choose by validation, then evaluate on test once")
+    task = get_task(config.task)
+    test = {example.prompt for example in task.examples("test")}
+    shared = sum(example.prompt in test for example in task.examples(config.split, config.limit))
+    if shared:
+        raise UsageError(f"{shared} problems of {config.task}'s {config.split} split are in its test split too: "
+                         "a score chosen by them would not be a test score")  # fmt: skip
+    return task
+
+
+@dataclass
+class Evaluator:
+    """Score and cost of a configuration, and its score on the first ``config.screen`` problems alone."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase | None
+    config: SearchConfig
+    space: SearchSpace
+    scorer: Scorer | None = None
+
+    def __post_init__(self) -> None:
+        self._task = None if self.scorer else search_task(self.config)
+        if self.scorer and self.config.screen:
+            raise UsageError("screen goes with a task, not with a scorer of your own")
+
+    def score(self, ranks: Ranks) -> float:
+        return self._scored(ranks, self.config.limit)
+
+    def screen(self, ranks: Ranks) -> float:
+        return self._scored(ranks, self.config.screen)
+
+    def _scored(self, ranks: Ranks, limit: int | None) -> float:
+        set_ranks(self.model, ranks)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with unpacked(self.model):
+                return float(self.scorer(self.model)) if self.scorer else self._on(limit)
+        finally:
+            self.model.train(was_training)
+
+    def _on(self, limit: int | None) -> float:
+        assert self._task is not None and self.tokenizer is not None
+        if self.config.metric == "loss":
+            examples = self._task.examples(self.config.split, limit)
+            return -completion_loss(self.model, self.tokenizer, examples, self.config.batch_size)
+        metrics, _ = exact_match(self.model, self.tokenizer, self._task, self.config.split, limit,
+                                 self.config.batch_size, quiet=True)  # fmt: skip
+        return metrics["accuracy"]
+
+    def cost(self, ranks: Ranks) -> float:
+        """Adapter parameters, or with ``config.cost`` 'latency' the median seconds of a forward pass."""
+        if self.config.cost == "parameters":
+            return float(self.space.parameters(ranks))
+        set_ranks(self.model, ranks)
+        tokens = torch.zeros(1, LATENCY_TOKENS, dtype=torch.int64, device=next(self.model.parameters()).device)
+        seconds = []
+        with torch.no_grad():
+            for _ in range(LATENCY_ROUNDS):
+                started = time.perf_counter()
+                self.model(input_ids=tokens, use_cache=False)
+                seconds.append(time.perf_counter() - started)
+        return sorted(seconds)[LATENCY_ROUNDS // 2]

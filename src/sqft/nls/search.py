@@ -1,0 +1,198 @@
+"""``sqft.search``: the best sub-adapter of a super-adapter, by a validation split."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from optuna.study import Study
+
+from sqft import artifact
+from sqft.adapters.elastic import Ranks
+from sqft.adapters.ranks import set_ranks
+from sqft.config import SearchConfig, to_dict
+from sqft.errors import SqftError, UsageError
+from sqft.folders import base_of, is_adapter, load
+from sqft.nls.choose import TRIALS, read_records, write_sub_adapter
+from sqft.nls.evaluator import Evaluator, Scorer
+from sqft.nls.heuristics import HEURISTICS, Records, heuristic
+from sqft.nls.picking import Point, pareto_front, pick
+from sqft.nls.plots import plot_pareto, plot_progress
+from sqft.nls.space import SearchSpace, space_of
+from sqft.nls.strategies import SEARCHES, ranks_of
+from sqft.nls.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOOK_ONLY = ("pick", "workers", "storage")  # options that do not change what is tried
+
+
+def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | None = None, *,
+           tokenizer: PreTrainedTokenizerBase | None = None, records: Records = (), out: str | Path | None = None,
+           overwrite: bool = False) -> Any:  # fmt: skip
+    """Searches the best sub-adapter.
+
+    Args:
+        adapter: a live super-adapter (``PeftModel``; returns the chosen ranks, and leaves them set), or the folder of
+            one (then ``out`` is needed: the chosen sub-adapter is written there, ready to merge, with ``search.json``,
+            ``ranks.yaml`` and two plots; returns the metrics). A folder's search that was killed goes on where it was.
+        scorer: of a live model: a function of the model that gives a score, instead of the config's task.
+        records: of a live model's training (``RankScheduler.records``), for heuristics that need them.
+
+    Raises UsageError if the adapter's rank is fixed, or the split that is searched by shares problems with test.
+    """
+    config = config or SearchConfig()
+    pick([Point(0, {}, 0, 0)], config.pick)  # a wrong one is an error before any work
+    if isinstance(adapter, (str, Path)):
+        if out is None or scorer is not None:
+            raise UsageError("searching an adapter folder needs an output folder, and scores by a task")
+        return _search_folder(Path(adapter), config, Path(out), overwrite)
+    if out is not None or config.workers > 1:
+        raise UsageError("a live model is searched in memory by one process: give a folder for an output or workers")
+    space = space_of(adapter)
+    study = open_study(config.storage, _study_name(config, "live")) if config.storage else _in_memory()
+    _searcher(study, space, config, records, Evaluator(adapter, tokenizer, config, space, scorer)).run(left_over(study))
+    chosen = pick(_points(study, space, config, records), config.pick)
+    set_ranks(adapter, chosen.ranks)
+    return chosen.ranks
+
+
+def _in_memory() -> Study:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study(directions=["maximize", "minimize"])
+
+
+def _searcher(study: Study, space: SearchSpace, config: SearchConfig, records: Records, judge: Evaluator) -> Search:
+    names = (config.start, "maximal", "minimal") if config.strategy in SEARCHES else (config.strategy,)
+    anchors: list[Ranks] = []
+    for name in names:
+        ranks = heuristic(name, space, records)
+        if ranks not in anchors:
+            anchors.append(ranks)
+    evaluations = config.evaluations if config.strategy in SEARCHES else 1
+    return Search(study, space, config.strategy, anchors, evaluations, config.seed, judge.score, judge.cost,
+                  judge.screen if config.screen else None, config.screen_keep)  # fmt: skip
+
+
+def _study_name(config: SearchConfig, key: str) -> str:
+    settings = {k: v for k, v in to_dict(config).items() if k not in LOOK_ONLY}
+    return artifact.stage_key("search", settings, key)[:16]
+
+
+def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bool) -> dict[str, Any]:
+    artifact.check_output(out, overwrite)
+    if not is_adapter(adapter):
+        raise UsageError(f"{adapter} is not an adapter folder: give the folder that 'sqft train' wrote")
+    started = time.perf_counter()
+    parent = artifact.folder_key(adapter)
+    name = _study_name(config, parent)
+    work = out.absolute().with_name(f".{out.name}.searching-{name}")
+    url = config.storage or f"journal:{work / 'journal.log'}"
+    model, tokenizer = load(adapter)
+    space, records = space_of(model), read_records(adapter)
+    judge = Evaluator(model, tokenizer, config, space)
+    study = open_study(url, name)
+    left = left_over(study)
+    searcher = _searcher(study, space, config, records, judge)
+    if config.workers > 1 and searcher.evaluations > 1:
+        _share(adapter, replace(config, storage=url), name, left)
+    else:
+        searcher.run(left)
+    check_found(study)
+    points = _points(study, space, config, records)
+    chosen = pick(points, config.pick)
+    metrics = {
+        **_summary(study, points, chosen, space, config), **space.cost(chosen.ranks),
+        "super_adapter": artifact.relative_parent(adapter, out), "seconds": round(time.perf_counter() - started, 2),
+    }  # fmt: skip
+    base = base_of(adapter)
+    with artifact.writing(out, overwrite) as folder:
+        _write_trials(folder, study, points, chosen, metrics, config)
+        write_sub_adapter(model, chosen.ranks, folder)
+        tokenizer.save_pretrained(folder)
+        artifact.write_manifest(folder, artifact.Manifest(
+            stage="search", config=to_dict(config), metrics=metrics, seed=config.seed,
+            key=artifact.stage_key("search", to_dict(config), parent),
+            parent=artifact.relative_parent(base, out), parent_key=artifact.folder_key(base),
+        ))  # fmt: skip
+    for stale in out.absolute().parent.glob(f".{out.name}.searching-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    return metrics
+
+
+def _share(adapter: Path, config: SearchConfig, name: str, left: list[int]) -> None:
+    """Runs the search in several processes. Raises SqftError if one of them fails."""
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // config.workers)
+    workers = [context.Process(target=_work, args=(adapter, config, name, left if i == 0 else [], threads))
+               for i in range(config.workers)]  # fmt: skip
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            worker.terminate()
+    if any(worker.exitcode for worker in workers):
+        raise SqftError("a search process failed: the same command goes on with what was tried")
+
+
+def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], threads: int) -> None:
+    """One process's share of a folder's search."""
+    torch.set_num_threads(threads)
+    assert config.storage is not None
+    model, tokenizer = load(adapter)
+    space = space_of(model)
+    judge = Evaluator(model, tokenizer, config, space)
+    _searcher(open_study(config.storage, name), space, config, read_records(adapter), judge).run(left)
+
+
+def _points(study: Study, space: SearchSpace, config: SearchConfig, records: Records) -> list[Point]:
+    """The evaluated configurations, with the heuristics named."""
+    known = {}
+    for name in HEURISTICS:
+        if name in ("maximal", "minimal", "median") or name in (config.start, config.strategy):
+            known.setdefault(space.encode(heuristic(name, space, records)), name)
+    return [Point(trial.number, ranks_of(trial), trial.values[0], trial.values[1],
+                  known.get(space.encode(ranks_of(trial)), ""))
+            for trial in study.get_trials(deepcopy=False)
+            if trial.values and trial.user_attrs.get(PURPOSE) == EVALUATED]  # fmt: skip
+
+
+def _summary(
+    study: Study, points: list[Point], chosen: Point, space: SearchSpace, config: SearchConfig
+) -> dict[str, Any]:
+    screened = sum(t.user_attrs.get(PURPOSE) == SCREENED for t in study.get_trials(deepcopy=False))
+    return {
+        "score": chosen.score, "cost": chosen.cost, "ranks": chosen.ranks, "trial": chosen.number,
+        "configurations": space.size, "evaluated": len(points), "full_evaluations_saved": screened,
+        "scored_on": f"{config.task} {config.split} ({config.metric}, first {config.limit or 'all'} problems)",
+    }  # fmt: skip
+
+
+def _write_trials(folder: Path, study: Study, points: list[Point], chosen: Point, metrics: dict[str, Any],
+                  config: SearchConfig) -> None:  # fmt: skip
+    trials = [
+        {"number": t.number, "ranks": ranks_of(t), "values": t.values, **t.user_attrs}
+        for t in study.get_trials(deepcopy=False)
+    ]
+    result = {**metrics, "chosen": chosen.to_dict(), "points": [p.to_dict() for p in points], "trials": trials,
+              "front": [p.number for p in pareto_front(points)], "config": to_dict(config)}  # fmt: skip
+    (folder / TRIALS).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "ranks.yaml").write_text(yaml.safe_dump(chosen.ranks, sort_keys=False), encoding="utf-8")
+    score = "validation accuracy" if config.metric == "accuracy" else "validation log-likelihood a token"
+    plot_progress(points, chosen, score, folder / "progress.png")
+    cost = "adapter weights" if config.cost == "parameters" else "seconds of a forward pass"
+    plot_pareto(points, chosen, score, cost, folder / "pareto.png")

@@ -1,0 +1,66 @@
+"""The space of sub-adapters: how a configuration is written down, how many there are, what one costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from sqft.adapters.elastic import RankGroup, Ranks
+from sqft.adapters.peft_bridge import adapter_layers
+from sqft.adapters.ranks import rank_groups
+from sqft.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Rank groups and, for each, how many weights one rank takes: the sum of I + O over its modules.
+
+    ``fixed`` is the number of adapter weights outside the groups, ``itemsize`` the bytes of a weight.
+    """
+
+    groups: tuple[RankGroup, ...]
+    width: dict[str, int]
+    fixed: int = 0
+    itemsize: int = 4
+
+    @property
+    def size(self) -> int:
+        """Number of configurations."""
+        return math.prod(len(group.choices) for group in self.groups)
+
+    def encode(self, ranks: Ranks) -> tuple[int, ...]:
+        """The index of each group's choice, the largest rank first. Raises UsageError for a rank that is no choice."""
+        try:
+            return tuple(group.choices.index(ranks[group.name]) for group in self.groups)
+        except (KeyError, ValueError):
+            raise UsageError(f"{ranks} is not a configuration of this space") from None
+
+    def decode(self, choices: tuple[int, ...]) -> Ranks:
+        """Inverse of ``encode``."""
+        return {group.name: group.choices[i] for group, i in zip(self.groups, choices, strict=True)}
+
+    def parameters(self, ranks: Ranks) -> int:
+        """Weights of the sub-adapter."""
+        return self.fixed + sum(self.width[group.name] * ranks[group.name] for group in self.groups)
+
+    def cost(self, ranks: Ranks) -> dict[str, int]:
+        """Weights, bytes and FLOPs a token (a multiplication and an addition for each weight) of the sub-adapter."""
+        count = self.parameters(ranks)
+        return {"parameters": count, "bytes": count * self.itemsize, "flops": 2 * count}
+
+
+def space_of(model: Any) -> SearchSpace:
+    """The space of a live super-adapter. Raises UsageError if its rank is fixed."""
+    groups = rank_groups(model)
+    if not groups:
+        raise UsageError("the adapter's rank is fixed, there is nothing to search: train it with a search space "
+                         "(--search-space 32,24,16)")  # fmt: skip
+    layers: dict[str, Any] = dict(adapter_layers(model))
+    widths = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+    grouped = {module for group in groups for module in group.modules}
+    fixed = sum(max(layer.r.values()) * widths[name] for name, layer in layers.items() if name not in grouped)
+    weight = next(iter(next(iter(layers.values())).lora_A.values())).weight
+    return SearchSpace(
+        groups, {g.name: sum(widths[m] for m in g.modules) for g in groups}, fixed, weight.element_size()
+    )

@@ -1,0 +1,141 @@
+"""Which sub-adapter a training step trains: a Trainer callback that sets ranks, works with any Trainer, and records."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from sqft.adapters.elastic import Ranks, active_rank
+from sqft.adapters.peft_bridge import active_adapter, adapter_layers
+from sqft.adapters.ranks import get_ranks, rank_groups, set_ranks
+from sqft.errors import UsageError
+
+STRATEGIES = ("uniform", "sandwich", "weighted")
+
+
+class RankScheduler(TrainerCallback, ExportableState):
+    """Sets the ranks of a super-adapter before every optimiser step, or before every micro-batch.
+
+    The draw is a function of seed, step and micro-batch alone: it is the same on all processes of a distributed run
+    and after a resume, and no other random number changes it. Between steps (evaluation, checkpoints) the largest
+    sub-adapter is set. Ranks that took no part in a step are not moved by the optimiser's momentum.
+
+    Args:
+        strategy: 'uniform' draws each group's rank; 'sandwich' takes the largest, the smallest and a drawn sub-adapter
+            in turn; 'weighted' draws ranks with a probability in proportion to their size.
+        micro_batches: draw for every micro-batch, instead of for every optimiser step.
+        seed: of the draws.
+
+    ``records`` holds one pair for every draw: the choice of each group (its index among the choices, the largest
+    first) and the mean training loss under it. They are part of the Trainer's checkpoints.
+    """
+
+    def __init__(self, strategy: str = "uniform", micro_batches: bool = False, seed: int = 42) -> None:
+        if strategy not in STRATEGIES:
+            raise UsageError(f"unknown rank strategy '{strategy}': {', '.join(STRATEGIES)}")
+        self.strategy, self.micro_batches, self.seed = strategy, micro_batches, seed
+        self.records: list[tuple[list[int], float]] = []
+        self._losses: list[Tensor] = []
+        self._hook: Any = None
+        self._micro = 0
+        self._used: dict[str, int] = {}  # the largest rank of each layer in this step
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def state(self) -> dict[str, Any]:
+        arguments = {"strategy": self.strategy, "micro_batches": self.micro_batches, "seed": self.seed}
+        return {"args": arguments, "attributes": {"records": self.records}}
+
+    def draw(self, groups: Any, step: int, micro: int, micro_batches: int) -> Ranks:
+        """The ranks of one step or micro-batch."""
+        rng = random.Random(f"{self.seed}/{step}/{micro}")
+        turn = (step * micro_batches + micro if self.micro_batches else step) % 3
+        if self.strategy == "sandwich" and turn < 2:
+            return {group.name: group.choices[-turn] for group in groups}  # the largest, the smallest
+        if self.strategy == "weighted":
+            return {group.name: rng.choices(group.choices, weights=group.choices)[0] for group in groups}
+        return {group.name: rng.choice(group.choices) for group in groups}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                       **kwargs: Any) -> None:  # fmt: skip
+        model = kwargs["model"]
+        self._groups = rank_groups(model)
+        if not self._groups:
+            raise UsageError("the adapter's rank is fixed: give its config a search_space, e.g. [32, 24, 16]")
+        callbacks: Any = state.stateful_callbacks or {}
+        stored = callbacks.get(type(self).__name__)
+        if stored:  # of the checkpoint that is resumed
+            self.records = [(list(c), loss) for c, loss in _last(stored)["attributes"]["records"]]
+        self._hook = model.register_forward_hook(self._record)
+
+    def _record(self, module: Any, arguments: Any, out: Any) -> None:
+        loss = out.get("loss") if isinstance(out, dict) else getattr(out, "loss", None)
+        if module.training and isinstance(loss, Tensor):
+            self._losses.append(loss.detach())
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                      **kwargs: Any) -> None:  # fmt: skip
+        self._micro, self._used, self._losses = 0, {}, []
+        self._set(args, state, kwargs["model"])
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                       **kwargs: Any) -> None:  # fmt: skip
+        self._micro += 1
+        if self.micro_batches:
+            self._note(args, kwargs["model"])
+            self._set(args, state, kwargs["model"])
+
+    def _set(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        set_ranks(model, self.draw(self._groups, state.global_step, self._micro, args.gradient_accumulation_steps))
+        name = active_adapter(model)
+        for path, layer in adapter_layers(model).items():
+            self._used[path] = max(self._used.get(path, 0), active_rank(layer, name))
+
+    def _note(self, args: TrainingArguments, model: Any) -> None:
+        """Records the loss under the ranks that are set. A micro-batch's loss is its share of the step's mean."""
+        if self._losses:
+            share = args.gradient_accumulation_steps if self.micro_batches else 1
+            ranks = get_ranks(model)
+            choices = [group.choices.index(ranks[group.name]) for group in self._groups]
+            self.records.append((choices, share * float(torch.stack(self._losses).sum())))
+        self._losses = []
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                              **kwargs: Any) -> None:  # fmt: skip
+        self._kept = [(part, part.clone()) for part in self._inactive(kwargs["model"])]
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                          **kwargs: Any) -> None:  # fmt: skip
+        with torch.no_grad():
+            for part, before in self._kept:
+                part.copy_(before)
+        self._kept = []
+
+    def _inactive(self, model: Any) -> Iterator[Tensor]:
+        """The rows of A and columns of B that this step did not use."""
+        name = active_adapter(model)
+        layers: dict[str, Any] = dict(adapter_layers(model))
+        for path, layer in layers.items():
+            used = self._used[path]
+            if used < layer.r[name]:
+                yield layer.lora_A[name].weight.data[used:]
+                yield layer.lora_B[name].weight.data[:, used:]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                    **kwargs: Any) -> None:  # fmt: skip
+        self._note(args, kwargs["model"])
+        set_ranks(kwargs["model"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                     **kwargs: Any) -> None:  # fmt: skip
+        self._hook.remove()
+        set_ranks(kwargs["model"])
+
+
+def _last(stored: Any) -> dict[str, Any]:
+    return stored[-1] if isinstance(stored, list) else stored
