@@ -13,9 +13,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sqft.adapters.config import SqftConfig as SqftConfig
     from sqft.adapters.peft_bridge import attach as attach
+    from sqft.adapters.ranks import get_ranks as get_ranks
+    from sqft.adapters.ranks import set_ranks as set_ranks
     from sqft.config import EvaluateConfig as EvaluateConfig
     from sqft.config import MergeConfig as MergeConfig
     from sqft.config import QuantizeConfig as QuantizeConfig
+    from sqft.config import SearchConfig as SearchConfig
     from sqft.config import SparsifyConfig as SparsifyConfig
     from sqft.config import TrainConfig as TrainConfig
     from sqft.errors import SqftError as SqftError
@@ -25,18 +28,24 @@ if TYPE_CHECKING:
     from sqft.folders import load as load
     from sqft.folders import save as save
     from sqft.merging import merge as merge
+    from sqft.nls.choose import extract as extract
+    from sqft.nls.search import search as search
     from sqft.pipeline import run as run
     from sqft.quantizing import quantize as quantize
     from sqft.sparsity.stage import sparsify as sparsify
     from sqft.tasks.base import Example as Example
     from sqft.training.loop import train as train
+    from sqft.training.ranks import RankScheduler as RankScheduler
 
 _WHERE = {
     "SqftConfig": "sqft.adapters.config",
     "attach": "sqft.adapters.peft_bridge",
+    "get_ranks": "sqft.adapters.ranks",
+    "set_ranks": "sqft.adapters.ranks",
     "EvaluateConfig": "sqft.config",
     "MergeConfig": "sqft.config",
     "QuantizeConfig": "sqft.config",
+    "SearchConfig": "sqft.config",
     "SparsifyConfig": "sqft.config",
     "TrainConfig": "sqft.config",
     "SqftError": "sqft.errors",
@@ -46,11 +55,14 @@ _WHERE = {
     "load": "sqft.folders",
     "save": "sqft.folders",
     "merge": "sqft.merging",
+    "extract": "sqft.nls.choose",
+    "search": "sqft.nls.search",
     "run": "sqft.pipeline",
     "quantize": "sqft.quantizing",
     "sparsify": "sqft.sparsity.stage",
     "Example": "sqft.tasks.base",
     "train": "sqft.training.loop",
+    "RankScheduler": "sqft.training.ranks",
 }
 __all__ = sorted(_WHERE)
 

@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import sqft
-from sqft.config import EvaluateConfig, MergeConfig, QuantizeConfig, SparsifyConfig, TrainConfig, from_dict
+from sqft.config import (
+    EvaluateConfig,
+    MergeConfig,
+    QuantizeConfig,
+    SearchConfig,
+    SparsifyConfig,
+    TrainConfig,
+    from_dict,
+)
 from sqft.errors import SqftError, UsageError, did_you_mean
 
 
@@ -49,6 +57,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub = add("train", _train, "fine-tune adapters on a sparse model")
     _positional(sub, MODEL="folder of a sparse model, float or quantized", OUT="folder to write")
     add_flags(sub, TrainConfig)
+
+    sub = add("search", _search, "find the best sub-adapter of an elastic adapter (NLS) by a validation split")
+    _positional(sub, ADAPTER="folder that 'sqft train --search-space 32,24,16' wrote",
+                OUT="folder to write: the chosen sub-adapter, search.json and two plots")  # fmt: skip
+    add_flags(sub, SearchConfig)
+
+    sub = add("extract", _extract, "write one sub-adapter of an elastic adapter as a folder of its own")
+    _positional(sub, ADAPTER="folder that 'sqft train' or 'sqft search' wrote", OUT="folder to write")
+    choices = "a heuristic, a YAML file of ranks, or of a search: best, knee, 'smallest-within 1%%' [median]"
+    sub.add_argument("--config", default="median", metavar="STR", help=choices)
 
     sub = add("merge", _merge, "merge an adapter into its base and verify the result")
     _positional(sub, ADAPTER="folder that 'sqft train' wrote", OUT="folder to write")
@@ -81,7 +99,7 @@ def _adder(commands: Any) -> Callable[[str, Callable[..., Any], str], argparse.A
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-v", "--verbose", action="store_true", help="show logs and, on an error, where it came from")
-        if name in ("sparsify", "quantize", "train", "merge", "evaluate"):
+        if name in ("sparsify", "quantize", "train", "search", "extract", "merge", "evaluate"):
             sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
         sub.set_defaults(function=function)
         return sub
@@ -162,6 +180,15 @@ def _split_then(arguments: Sequence[str]) -> tuple[list[str], QuantizeConfig | N
 def _train(arguments: argparse.Namespace) -> dict[str, Any]:
     config = read_flags(arguments, TrainConfig)
     return sqft.train(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
+
+
+def _search(arguments: argparse.Namespace) -> dict[str, Any]:
+    config = read_flags(arguments, SearchConfig)
+    return sqft.search(arguments.adapter, config, out=arguments.out, overwrite=arguments.overwrite)
+
+
+def _extract(arguments: argparse.Namespace) -> dict[str, Any]:
+    return sqft.extract(arguments.adapter, arguments.config, arguments.out, overwrite=arguments.overwrite)
 
 
 def _merge(arguments: argparse.Namespace) -> dict[str, Any]:

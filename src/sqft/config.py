@@ -204,8 +204,6 @@ class EvaluateConfig:
     split: str = option("test", "split of the task")
     limit: int | None = option(None, "use the first N problems")
     text: str | None = option(None, "perplexity of: 'builtin', a .txt/.jsonl file or a datasets name")
-    ranks: str | None = option(None, "of an elastic adapter: a heuristic (median, say) or a YAML file of ranks; "
-                               "default: the largest")  # fmt: skip
     length: int = option(1024, "window of the perplexity in tokens")
     max_tokens: int | None = option(None, "use the first N tokens of the text")
     batch_size: int = option(32, "problems, or windows, a forward pass")

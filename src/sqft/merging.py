@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sqft import artifact
+from sqft.adapters.elastic import Ranks
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked, is_quant_aware, merged_weight
-from sqft.calibration.data import token_blocks
+from sqft.adapters.ranks import set_ranks
 from sqft.config import MergeConfig, parse_size, to_dict
 from sqft.errors import UsageError, VerificationError
 from sqft.folders import is_adapter, load
@@ -28,23 +29,25 @@ from sqft.kernels.torch_ops import pack_mask, unpack_mask
 from sqft.models.dense import load_dense, save_settings
 from sqft.models.discover import describe, weight_of
 from sqft.models.tensors import write_model
+from sqft.nls.choose import resolve_ranks
+from sqft.probe import check_probe, logits, sample_tokens, tolerance
 from sqft.sparsity.masks import collect_masks, count_zeros, derive_mask, load_masks, save_masks
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-SAMPLE_SHAPE = (4, 64)  # windows and tokens on which logits are compared
-
 
 def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
-          tokenizer: PreTrainedTokenizerBase | None = None, out: str | Path | None = None,
-          overwrite: bool = False) -> Any:  # fmt: skip
+          ranks: Ranks | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+          out: str | Path | None = None, overwrite: bool = False) -> Any:  # fmt: skip
     """Merges an adapter into its base and verifies the result.
 
     Args:
         adapter: a live ``PeftModel`` (returns the merged ``transformers`` model, with its masks), or an adapter folder
             (then ``out`` is needed; returns the metrics).
+        ranks: of a super-adapter (NLS), which of its sub-adapters, by rank group; or ``config.ranks`` names it. Without
+            either: of a live model the ranks that are set, of a folder the largest.
         tokenizer: of a live model: logits are compared on text instead of random tokens.
 
     Raises UsageError for plain LoRA unless ``config.allow_dense`` (naming the sparsity that would be left),
@@ -54,9 +57,10 @@ def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
     if isinstance(adapter, (str, Path)):
         if out is None:
             raise UsageError("merging an adapter folder needs an output folder")
-        return _merge_folder(Path(adapter), config, Path(out), overwrite)
+        return _merge_folder(Path(adapter), config, ranks, Path(out), overwrite)
     if out is not None:
         raise UsageError("a live model is merged in memory: write the result with sqft.save")
+    _set_ranks(adapter, config, ranks, "")
     check_mergeable(adapter, config)
     masked = is_masked(adapter)
     tokens = sample_tokens(adapter, tokenizer)
@@ -70,15 +74,25 @@ def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
     return merged
 
 
-def _merge_folder(adapter: Path, config: MergeConfig, out: Path, overwrite: bool) -> dict[str, Any]:
+def _set_ranks(model: Any, config: MergeConfig, ranks: Ranks | None, folder: str | Path) -> None:
+    if ranks is not None and config.ranks is not None:
+        raise UsageError("give ranks or config.ranks, not both")
+    if ranks is not None or config.ranks is not None:
+        set_ranks(model, ranks if config.ranks is None else resolve_ranks(model, config.ranks, folder))
+
+
+def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: Path,
+                  overwrite: bool) -> dict[str, Any]:  # fmt: skip
     artifact.check_output(out, overwrite)
     if not is_adapter(adapter):
         raise UsageError(f"{adapter} is not an adapter folder: give the folder that 'sqft train' wrote")
     started = time.perf_counter()
     model, tokenizer = load(adapter)
+    tokens = sample_tokens(model, tokenizer)
+    check_probe(logits(model, tokens), adapter)
+    _set_ranks(model, config, ranks, adapter)
     check_mergeable(model, config)
     masked, name = is_masked(model), active_adapter(model)
-    tokens = sample_tokens(model, tokenizer)
     before = logits(model, tokens)
     expected: dict[str, Packed] = {}
     with artifact.writing(out, overwrite) as folder:
@@ -99,8 +113,9 @@ def _merge_folder(adapter: Path, config: MergeConfig, out: Path, overwrite: bool
         del base
         metrics = verify_folder(folder, before, tokens, config, dense_masks, expected)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
+        settings = to_dict(config) | ({} if ranks is None else {"ranks": ranks})
         artifact.write_manifest(folder, artifact.Manifest(
-            stage="merge", config=to_dict(config), metrics=metrics,
+            stage="merge", config=settings, metrics=metrics,
             parent=artifact.relative_parent(adapter, out), parent_key=artifact.folder_key(adapter),
         ))  # fmt: skip
     return metrics
@@ -241,29 +256,8 @@ def check_logits(before: Tensor, after: Tensor, config: MergeConfig, masked: boo
     order of summation, so its tolerance follows the logits' size and precision.
     """
     difference = float((before.float() - after.float()).abs().max())
-    tolerance = config.tolerance
-    if not masked:
-        relative = 1e-3 if before.dtype == torch.float32 else 5e-2
-        tolerance = max(tolerance, relative * float(before.abs().max()))
-    if not difference <= tolerance:  # also catches NaN
-        raise VerificationError(f"merged and un-merged logits differ by {difference:.3g}, allowed are {tolerance:.3g}: "
+    allowed = config.tolerance if masked else max(config.tolerance, tolerance(before, before.dtype))
+    if not difference <= allowed:  # also catches NaN
+        raise VerificationError(f"merged and un-merged logits differ by {difference:.3g}, allowed are {allowed:.3g}: "
                                 "nothing was written")  # fmt: skip
     return difference
-
-
-def sample_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """int64 [4, 64]: from the built-in text, or seeded random ids without a tokenizer."""
-    windows, length = SAMPLE_SHAPE
-    if tokenizer is not None:
-        return token_blocks(tokenizer, "builtin", windows, length, seed=0)
-    return torch.randint(model.config.vocab_size, SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def logits(model: Any, tokens: Tensor) -> Tensor:
-    """Logits [N, T, vocabulary] in eval mode, on the CPU."""
-    was_training = model.training
-    model.eval()
-    out = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits.cpu()
-    model.train(was_training)
-    return out

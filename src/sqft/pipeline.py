@@ -14,6 +14,7 @@ from sqft.config import (
     EvaluateConfig,
     MergeConfig,
     QuantizeConfig,
+    SearchConfig,
     SparsifyConfig,
     TrainConfig,
     from_dict,
@@ -22,9 +23,9 @@ from sqft.config import (
 )
 from sqft.errors import SqftError, UsageError, did_you_mean
 
-STAGES = ("sparsify", "quantize", "train", "merge")  # those that write a model or adapter, in order
-STAGE_CONFIGS = {"sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig, "merge": MergeConfig,
-                 "evaluate": EvaluateConfig}  # fmt: skip
+STAGES = ("sparsify", "quantize", "train", "search", "merge")  # those that write a model or adapter, in order
+STAGE_CONFIGS = {"sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig, "search": SearchConfig,
+                 "merge": MergeConfig, "evaluate": EvaluateConfig}  # fmt: skip
 DEMO_MODEL = "demo-model"
 
 
@@ -40,6 +41,7 @@ class Recipe:
     sparsify: SparsifyConfig | None = None
     quantize: QuantizeConfig | None = None
     train: TrainConfig | None = None
+    search: SearchConfig | None = None
     merge: MergeConfig | None = None
     evaluate: EvaluateConfig | None = None
     evaluate_on: tuple[str, ...] = ("model", "sparsify", "quantize", "merge")
@@ -47,6 +49,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.merge and not self.train:
             raise UsageError("a recipe with 'merge' needs 'train': without adapters there is nothing to merge")
+        if self.search and not (self.train and self.train.search_space):
+            raise UsageError("a recipe with 'search' needs 'train' with a search_space, e.g. [32, 24, 16]")
 
 
 def load_recipe(source: str | Path) -> Recipe:
@@ -99,10 +103,11 @@ def with_pipeline(recipe: Recipe, pipeline: str) -> Recipe:
         return recipe
     merges = pipeline in ("sparse-peft", "qa-sparse-peft")
     packed = pipeline in ("qa-sparse-peft", "sqft")
+    last = "merge" if merges else "search" if recipe.search else "train"
     return replace(
         recipe, train=train, quantize=(recipe.quantize or QuantizeConfig()) if packed else None,
         merge=MergeConfig() if merges else None, output=f"{recipe.output}-{pipeline}",
-        evaluate_on=(*(name for name in recipe.evaluate_on if name != "merge"), "merge" if merges else "train"),
+        evaluate_on=(*(name for name in recipe.evaluate_on if name != "merge"), last),
     )  # fmt: skip
 
 
@@ -182,6 +187,10 @@ def _verb(name: str) -> Callable[[str, Any, Path], dict[str, Any]]:
         from sqft.training.loop import train
 
         return lambda source, config, out: train(source, config, out=out, overwrite=True)
+    if name == "search":
+        from sqft.nls.search import search
+
+        return lambda source, config, out: search(source, config, out=out, overwrite=True)
     if name == "merge":
         from sqft.merging import merge
 

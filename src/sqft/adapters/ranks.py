@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqft.adapters.elastic import RankGroup, Ranks, active_rank, make_groups
@@ -31,15 +31,15 @@ def set_ranks(model: Any, ranks: Mapping[str, int] | None = None) -> None:
         if rank not in groups[name].choices:
             choices = ", ".join(map(str, groups[name].choices))
             raise UsageError(f"rank {rank} is not a choice of group '{name}': {choices}")
-    layers: dict[str, Any] = dict(adapter_layers(model))
-    adapter = active_adapter(model)
-    for group in groups.values():
+    apply_ranks(adapter_layers(model), active_adapter(model), groups.values(), ranks or {})
+
+
+def apply_ranks(layers: Mapping[str, Any], adapter: str, groups: Iterable[RankGroup], ranks: Mapping[str, int]) -> None:
+    """``set_ranks`` of layers that are at hand (by module name), without its checks."""
+    for group in groups:
+        rank = ranks.get(group.name, group.choices[0])
         for module in group.modules:
-            layer = layers[module]
-            layer.sqft_ranks = {
-                **getattr(layer, "sqft_ranks", {}),
-                adapter: (ranks or {}).get(group.name, group.choices[0]),
-            }
+            layers[module].sqft_ranks = {**getattr(layers[module], "sqft_ranks", {}), adapter: rank}
 
 
 def get_ranks(model: Any) -> Ranks:

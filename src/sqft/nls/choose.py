@@ -22,6 +22,7 @@ from sqft.folders import base_of, is_adapter, load
 from sqft.nls.heuristics import HEURISTICS, Records, heuristic
 from sqft.nls.picking import PICKS, Point, pick
 from sqft.nls.space import space_of
+from sqft.probe import write_probe
 
 TRIALS = "search.json"  # in the folder that a search writes: every trial, and which was chosen
 RECORDS = "ranks.json"  # in an adapter folder: the choices of every step of training, and the loss under them
@@ -94,6 +95,7 @@ def extract(adapter: str | Path, choice: str, out: str | Path, *, overwrite: boo
     config = {"choice": choice}
     with artifact.writing(out, overwrite) as target:
         write_sub_adapter(model, ranks, target)
+        write_probe(model, tokenizer, target)
         tokenizer.save_pretrained(target)
         base = base_of(folder)
         artifact.write_manifest(target, artifact.Manifest(
@@ -106,7 +108,8 @@ def extract(adapter: str | Path, choice: str, out: str | Path, *, overwrite: boo
 
 def write_sub_adapter(model: Any, ranks: Ranks, folder: Path) -> None:
     """Writes a super-adapter's weights cut to ``ranks``, with a config that has no search space but a rank and an alpha
-    for each module (``rank_pattern``, ``alpha_pattern``), so that every module keeps its scaling, alpha / R."""
+    for each module (``rank_pattern``, ``alpha_pattern``), so that every module keeps its scaling, alpha / R. The ranks
+    stay set."""
     set_ranks(model, ranks)
     name = active_adapter(model)
     layers: dict[str, Any] = dict(adapter_layers(model))
@@ -125,13 +128,11 @@ def write_sub_adapter(model: Any, ranks: Ranks, folder: Path) -> None:
     config.inference_mode = True
     config.save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    set_ranks(model)
 
 
 def alpha_for(scaling: float, rank: int) -> float:
-    """An alpha whose quotient by the rank is the scaling, to the last bit."""
+    """The alpha whose quotient by the rank is nearest to the scaling: equal, or off by the last bit of float64."""
     alpha = scaling * rank
-    for candidate in (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
-        if candidate / rank == scaling:
-            return int(candidate) if candidate == int(candidate) else candidate
-    raise AssertionError(f"no alpha gives {scaling} at rank {rank}")
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    best = min(near, key=lambda candidate: abs(candidate / rank - scaling))
+    return int(best) if best == int(best) else best

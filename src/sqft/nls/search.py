@@ -29,6 +29,7 @@ from sqft.nls.plots import plot_pareto, plot_progress
 from sqft.nls.space import SearchSpace, space_of
 from sqft.nls.strategies import SEARCHES, ranks_of
 from sqft.nls.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
+from sqft.probe import write_probe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,6 +121,7 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
     with artifact.writing(out, overwrite) as folder:
         _write_trials(folder, study, points, chosen, metrics, config)
         write_sub_adapter(model, chosen.ranks, folder)
+        write_probe(model, tokenizer, folder)
         tokenizer.save_pretrained(folder)
         artifact.write_manifest(folder, artifact.Manifest(
             stage="search", config=to_dict(config), metrics=metrics, seed=config.seed,

@@ -12,7 +12,7 @@ from sqft.errors import SqftError, UsageError
 from sqft.measuring.size import human, weight_bytes
 from sqft.models.dense import locate
 
-STAGES = ("model", "sparsify", "quantize", "train", "merge")
+STAGES = ("model", "sparsify", "quantize", "train", "search", "merge")
 HEADER = (
     "stage", "accuracy (95 % interval)", "perplexity (95 %)", "sparsity", "zeros kept", "non-zero", "on disk", "took",
 )  # fmt: skip

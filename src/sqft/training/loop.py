@@ -24,6 +24,7 @@ from sqft.adapters.ranks import rank_groups
 from sqft.config import TrainConfig, to_dict
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, save
+from sqft.probe import write_probe
 from sqft.quantization.linear import QuantLinear
 from sqft.tasks.base import Example
 from sqft.training.callbacks import ProgressBar
@@ -92,8 +93,9 @@ def _train_folder(source: str, config: TrainConfig, examples: Sequence[Example],
     work = out.absolute().with_name(f".{out.name}.training-{key[:12]}")
     trainer = make_trainer(model, tokenizer, config, examples, evaluation, work)
     metrics = _run(trainer, model, last_checkpoint(work))
+    logs = _write_logs(trainer, model, tokenizer, work / "logs")
     save(model, tokenizer, out, stage="train", config=to_dict(config), metrics=metrics, parent=source,
-         seed=config.seed, key=key, overwrite=overwrite, extra=_write_logs(trainer, work / "logs"))  # fmt: skip
+         seed=config.seed, key=key, overwrite=overwrite, extra=logs)  # fmt: skip
     for stale in out.absolute().parent.glob(f".{out.name}.training-*"):
         shutil.rmtree(stale, ignore_errors=True)
     return metrics
@@ -198,9 +200,10 @@ def last_checkpoint(work: Path) -> Path | None:
     return None
 
 
-def _write_logs(trainer: Trainer, folder: Path) -> Path:
-    """Adds the trainer's log, one JSON object a line, and the record of ranks to the folder of event files."""
+def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """Adds the trainer's log, one JSON object a line, record of ranks and probe to the folder of event files."""
     folder.mkdir(parents=True, exist_ok=True)
+    write_probe(model, tokenizer, folder)
     lines = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
     (folder / "training_log.jsonl").write_text(lines)
     for callback in trainer.callback_handler.callbacks:

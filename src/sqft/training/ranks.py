@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from sqft.adapters.elastic import Ranks, active_rank
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
-from sqft.adapters.ranks import get_ranks, rank_groups, set_ranks
+from sqft.adapters.ranks import apply_ranks, rank_groups
 from sqft.errors import UsageError
 
 STRATEGIES = ("uniform", "sandwich", "weighted")
@@ -41,7 +41,8 @@ class RankScheduler(TrainerCallback, ExportableState):
             raise UsageError(f"unknown rank strategy '{strategy}': {', '.join(STRATEGIES)}")
         self.strategy, self.micro_batches, self.seed = strategy, micro_batches, seed
         self.records: list[tuple[list[int], float]] = []
-        self._losses: list[Tensor] = []
+        self._losses: list[Tensor] = []  # since ranks were last set
+        self._step: list[tuple[list[int], Tensor]] = []
         self._hook: Any = None
         self._micro = 0
         self._used: dict[str, int] = {}  # the largest rank of each layer in this step
@@ -65,6 +66,8 @@ class RankScheduler(TrainerCallback, ExportableState):
                        **kwargs: Any) -> None:  # fmt: skip
         model = kwargs["model"]
         self._groups = rank_groups(model)
+        self._layers: dict[str, Any] = dict(adapter_layers(model))
+        self._adapter = active_adapter(model)
         if not self._groups:
             raise UsageError("the adapter's rank is fixed: give its config a search_space, e.g. [32, 24, 16]")
         callbacks: Any = state.stateful_callbacks or {}
@@ -80,34 +83,32 @@ class RankScheduler(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                       **kwargs: Any) -> None:  # fmt: skip
-        self._micro, self._used, self._losses = 0, {}, []
-        self._set(args, state, kwargs["model"])
+        self._micro, self._used, self._losses, self._step = 0, {}, [], []
+        self._set(args, state)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        **kwargs: Any) -> None:  # fmt: skip
         self._micro += 1
         if self.micro_batches:
-            self._note(args, kwargs["model"])
-            self._set(args, state, kwargs["model"])
+            self._note()
+            self._set(args, state)
 
-    def _set(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        set_ranks(model, self.draw(self._groups, state.global_step, self._micro, args.gradient_accumulation_steps))
-        name = active_adapter(model)
-        for path, layer in adapter_layers(model).items():
-            self._used[path] = max(self._used.get(path, 0), active_rank(layer, name))
+    def _set(self, args: TrainingArguments, state: TrainerState) -> None:
+        self._ranks = self.draw(self._groups, state.global_step, self._micro, args.gradient_accumulation_steps)
+        apply_ranks(self._layers, self._adapter, self._groups, self._ranks)
+        for path, layer in self._layers.items():
+            self._used[path] = max(self._used.get(path, 0), active_rank(layer, self._adapter))
 
-    def _note(self, args: TrainingArguments, model: Any) -> None:
-        """Records the loss under the ranks that are set. A micro-batch's loss is its share of the step's mean."""
+    def _note(self) -> None:
+        """Keeps the loss under the ranks that are set, until the step ends."""
         if self._losses:
-            share = args.gradient_accumulation_steps if self.micro_batches else 1
-            ranks = get_ranks(model)
-            choices = [group.choices.index(ranks[group.name]) for group in self._groups]
-            self.records.append((choices, share * float(torch.stack(self._losses).sum())))
+            choices = [group.choices.index(self._ranks[group.name]) for group in self._groups]
+            self._step.append((choices, torch.stack(self._losses).sum()))
         self._losses = []
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                               **kwargs: Any) -> None:  # fmt: skip
-        self._kept = [(part, part.clone()) for part in self._inactive(kwargs["model"])]
+        self._kept = [(part, part.clone()) for part in self._inactive()]
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                           **kwargs: Any) -> None:  # fmt: skip
@@ -116,11 +117,10 @@ class RankScheduler(TrainerCallback, ExportableState):
                 part.copy_(before)
         self._kept = []
 
-    def _inactive(self, model: Any) -> Iterator[Tensor]:
+    def _inactive(self) -> Iterator[Tensor]:
         """The rows of A and columns of B that this step did not use."""
-        name = active_adapter(model)
-        layers: dict[str, Any] = dict(adapter_layers(model))
-        for path, layer in layers.items():
+        name = self._adapter
+        for path, layer in self._layers.items():
             used = self._used[path]
             if used < layer.r[name]:
                 yield layer.lora_A[name].weight.data[used:]
@@ -128,13 +128,15 @@ class RankScheduler(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                     **kwargs: Any) -> None:  # fmt: skip
-        self._note(args, kwargs["model"])
-        set_ranks(kwargs["model"])
+        self._note()
+        # A micro-batch's loss is its share of the step's mean.
+        self.records += [(choices, float(loss) * len(self._step)) for choices, loss in self._step]
+        apply_ranks(self._layers, self._adapter, self._groups, {})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                      **kwargs: Any) -> None:  # fmt: skip
         self._hook.remove()
-        set_ranks(kwargs["model"])
+        apply_ranks(self._layers, self._adapter, self._groups, {})
 
 
 def _last(stored: Any) -> dict[str, Any]:
