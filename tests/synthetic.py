@@ -22,8 +22,8 @@ def score(ranks):
     return -sum(((ranks[name] - BEST[name]) / 8) ** 2 for name in ranks)
 
 
-def searcher(study, strategy, evaluations, score=score, seed=0, **options):
-    anchors = [dict.fromkeys(BEST, rank) for rank in (16, 32, 8)]
+def searcher(study, strategy, evaluations, score=score, seed=0, space=SPACE, **options):
+    anchors = [{g.name: rank for g in space.groups} for rank in (16, 32, 8)]
     return Search(
-        study, SPACE, strategy, anchors, evaluations, seed, score, lambda r: float(SPACE.parameters(r)), **options
+        study, space, strategy, anchors, evaluations, seed, score, lambda r: float(space.parameters(r)), **options
     )

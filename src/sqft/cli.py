@@ -241,7 +241,8 @@ def _show(command: str, result: Any) -> None:
     for name, value in result.items():
         if isinstance(value, dict):
             continue
-        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        large = isinstance(value, int) and value > 10**15  # the size of a search space, say
+        text = f"{value:.6g}" if isinstance(value, float) or large else str(value)
         if isinstance(value, list):
             text = " - ".join(f"{v:.6g}" for v in value)
         print(f"{name.replace('_', ' '):24} {text}")

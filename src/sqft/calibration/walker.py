@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sqft.kernels.dispatch import product
+from sqft.kernels.dispatch import product, release_memory
 from sqft.models.discover import Architecture, Block
 
 
@@ -76,6 +76,7 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
                 if target != home:
                     block.module.to(home)
         yield block
+        release_memory()
 
 
 @contextlib.contextmanager
@@ -129,6 +130,8 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device, new
             for i in here:
                 statistic.update(stops[i][1])
             change(block, dict.fromkeys(names, statistic))
+            del statistic
+            release_memory()
             for i in here:
                 stops[i] = None
                 stops[i] = forwards[i].switch()

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqft.adapters.elastic import Ranks
 from sqft.nls.space import SearchSpace
 
-PATIENCE = 200  # draws until a strategy gives up finding something new
+PATIENCE = 200  # draws, or repeated trials, until a strategy gives up finding something new
 POPULATION = 16  # of NSGA-II, at most
 
 Tried = Sequence[tuple[Ranks, float | None]]  # configurations in order, and their scores where they have one
@@ -67,6 +67,21 @@ class Exhausted(Exception):
     """A strategy has nothing new to propose."""
 
 
+def distributions(space: SearchSpace) -> dict[str, Any]:
+    return {group.name: CategoricalDistribution(group.choices) for group in space.groups}
+
+
+class _Nsga2(NSGAIISampler):
+    """Optuna's, told the space instead of working it out from all trials each time."""
+
+    def __init__(self, space: SearchSpace, population: int, seed: int) -> None:
+        super().__init__(population_size=population, seed=seed)
+        self._space = distributions(space)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
+        return self._space
+
+
 @dataclass
 class _Proposing(BaseSampler):
     """Optuna's interface around one proposal."""
@@ -75,7 +90,7 @@ class _Proposing(BaseSampler):
     propose: Callable[[Study, FrozenTrial], Ranks | None]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
-        return {group.name: CategoricalDistribution(group.choices) for group in self.space.groups}
+        return distributions(self.space)
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
         return self.propose(study, trial) or {}
@@ -95,7 +110,7 @@ def sampler(strategy: str, space: SearchSpace, anchors: Sequence[Ranks], number:
         return _Proposing(space, lambda study, trial: anchors[number])
     mixed = random.Random(f"{seed}/{number}")
     if strategy == "nsga2":
-        return NSGAIISampler(population_size=max(4, min(POPULATION, evaluations // 4)), seed=mixed.randrange(2**32))
+        return _Nsga2(space, max(4, min(POPULATION, evaluations // 4)), mixed.randrange(2**32))
     return _Proposing(space, lambda study, trial: PROPOSALS[strategy](space, tried(study, space, trial), mixed))
 
 

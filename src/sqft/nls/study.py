@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqft.adapters.elastic import Ranks
 from sqft.errors import SqftError, UsageError
 from sqft.nls.space import SearchSpace
-from sqft.nls.strategies import Exhausted, is_whole, ranks_of, sampler
+from sqft.nls.strategies import PATIENCE, Exhausted, is_whole, ranks_of, sampler
 
 # What a trial notes besides its ranks and values.
 OWNER, PURPOSE, SECONDS, FIRST = "owner", "purpose", "seconds", "score on the first problems"
@@ -76,7 +76,7 @@ class Search:
         for number in left:
             self._try(self._resume(number))
         repeated = 0
-        while self._count() < min(self.evaluations, self.space.size) and repeated < 20 * self.evaluations:
+        while self._count() < min(self.evaluations, self.space.size) and repeated < PATIENCE:
             try:
                 repeated = repeated + 1 if self._try(self._ask()) == REPEATED else 0
             except Exhausted:
@@ -117,13 +117,10 @@ class Search:
             self.study.tell(trial, state=TrialState.FAIL)
             raise
         ranks = {name: int(rank) for name, rank in trial.params.items()}
-        same = next((t for t in self._earlier(trial.number) if ranks_of(t) == ranks), None)
-        if same is not None or self._count(trial.number) >= self.evaluations:
+        same = any(ranks_of(t) == ranks for t in self._earlier(trial.number))
+        if same or self._count(trial.number) >= self.evaluations:
             trial.set_user_attr(PURPOSE, REPEATED)
-            if same is not None and same.state == TrialState.COMPLETE:
-                self.study.tell(trial, same.values)
-            else:
-                self.study.tell(trial, state=TrialState.FAIL)
+            self.study.tell(trial, state=TrialState.FAIL)  # complete ones would crowd NSGA-II's population
             return REPEATED
         started = time.perf_counter()
         if self.screen is not None and not self._is_promising(trial, self.screen(ranks)):

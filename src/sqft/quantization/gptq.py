@@ -56,7 +56,7 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
     if static:
         _set(scale_GO, zero_GO, fit(w_IO.mT, spec, importance_I))
     order = h_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inputs)
-    u_II = inverse_factor(h_II[order][:, order]).to(w_IO.dtype)
+    u_II = inverse_factor(h_II[order[:, None], order]).to(w_IO.dtype)
     w_IO = w_IO[order]
     q_IO = torch.empty_like(w_IO)
     columns, diagonal = order.tolist(), u_II.diagonal().tolist()
@@ -92,19 +92,21 @@ def _set(scale_GO: Tensor, zero_GO: Tensor, grid: Grid) -> None:
 
 
 def inverse_factor(h_II: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse, float64 [I, I]."""
-    h_II = h_II.double().clone()
+    """Upper Cholesky factor of the damped Hessian's inverse, float64 [I, I]; with few copies, they are large."""
+    h_II = h_II.to(torch.float64, copy=True)
     diagonal = h_II.diagonal()
     dead = diagonal == 0
     diagonal[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
     mean, damping = float(diagonal.mean()), DAMPING
     diagonal.add_(damping * mean)
+    work_II = torch.empty_like(h_II)
+    failed = torch.empty((), dtype=torch.int32, device=h_II.device)
     while True:
-        factor, failed = torch.linalg.cholesky_ex(h_II)
+        torch.linalg.cholesky_ex(h_II, out=(work_II, failed))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            torch.linalg.cholesky_ex(torch.cholesky_inverse(work_II), upper=True, out=(work_II, failed))
             if not failed:
-                return upper
+                return work_II
         if damping >= LARGEST_DAMPING or mean != mean:
             raise SqftError("the Hessian of the calibration inputs cannot be factorized: the activations are not "
                             "finite; use --dtype float32, or other calibration text")  # fmt: skip

@@ -52,7 +52,7 @@ def run_rows(output: Path, model: str) -> list[Row]:
             metrics = artifact.read_manifest(folder).metrics
             row.sparsity, row.zeros_kept = metrics.get("sparsity"), metrics.get("zeros_kept")
             row.seconds = metrics.get("seconds")
-            if "parameters" in metrics:
+            if "parameters" in metrics and "zeros" in metrics:
                 row.nonzero = metrics["parameters"] - metrics["zeros"]
             row.size = weight_bytes(folder)
         evaluation = output / "evaluate" / stage
