@@ -102,10 +102,39 @@ def markdown_quantize() -> str:
     return "\n".join(lines)
 
 
+def markdown_nls() -> str:
+    """The table of docs/nls.md, from the result file."""
+    file = RESULTS / "nls.json"
+    if not file.is_file():
+        return ""
+    content = json.loads(file.read_text())
+    results, machine = content["results"], content["machine"]
+    table, seconds = results["table"], results["overhead"]["seconds"]
+    names = {"super": "super-adapter, largest ranks", "median": "median heuristic", "minimal": "smallest ranks",
+             "searched": "searched (hill climbing)", "fixed SparsePEFT": "fixed rank, SparsePEFT",
+             "fixed LoRA": "fixed rank, plain LoRA (cannot be merged)"}  # fmt: skip
+    lines = [
+        f"**{machine['processor']}, {machine['threads']} threads** (`benchmarks/results/{file.name}`, "
+        f"{content['date'][:10]}). SmolLM2-135M pruned by Wanda to 50 %, {table['examples']} problems of the demo's task, "
+        f"{table['train']['super']['steps']} steps.", "",
+        "| sub-adapter | test accuracy (95 % interval) | problems | adapter weights | file |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for key, case in table["scores"].items():
+        low, high = case["accuracy_ci95"]
+        lines.append(f"| {names[key]} | {case['accuracy']:.1%} ({low:.1%} - {high:.1%}) | {case['problems']} "
+                     f"| {case['adapter_weights'] / 1e6:.2f} M | {case['adapter_bytes'] / 1e6:.1f} MB |")  # fmt: skip
+    search = table["search"]
+    lines += ["", f"The search tried {search['evaluated']} of {search['configurations']:.2g} sub-adapters in "
+              f"{search['seconds']:.0f} s, scored on {search['scored_on']}. A step of elastic rank took "
+              f"{seconds['elastic']:.2f} s, of a fixed rank {results['overhead']['mean_rank']:.0f} "
+              f"{seconds['fixed']:.2f} s ({seconds['elastic'] / seconds['fixed']:.3f})."]  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> int:
     if "--markdown" in sys.argv:
-        print(markdown())
-        print(markdown_quantize())
+        for part in (markdown(), markdown_quantize(), markdown_nls()):
+            print(part)
         return 0
     table = Table("benchmark", "check", "value", "limit", "holds")
     failed = 0

@@ -14,7 +14,7 @@ from sqft.errors import SqftError
 from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_packed
 from sqft.models.dense import load_dense, load_tokenizer
 from sqft.models.tensors import MAX_SHARD_BYTES
-from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, save_masks
+from sqft.sparsity.masks import attach_masks, load_masks, save_masks, stored_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,8 +79,8 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, 
         else:
             model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
         tokenizer.save_pretrained(folder)
-        masks = collect_masks(model)
-        if masks and not (folder / ADAPTER_CONFIG).is_file():
+        masks = {} if (folder / ADAPTER_CONFIG).is_file() else stored_masks(model)
+        if masks:
             save_masks(masks, folder)
         if extra is not None and extra.is_dir():
             shutil.copytree(extra, folder, dirs_exist_ok=True)

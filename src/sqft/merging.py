@@ -31,7 +31,15 @@ from sqft.models.discover import describe, weight_of
 from sqft.models.tensors import write_model
 from sqft.nls.choose import resolve_ranks
 from sqft.probe import check_probe, logits, sample_tokens, tolerance
-from sqft.sparsity.masks import collect_masks, count_zeros, derive_mask, load_masks, save_masks
+from sqft.sparsity.masks import (
+    attach_masks,
+    collect_masks,
+    count_zeros,
+    derive_mask,
+    load_masks,
+    save_masks,
+    stored_masks,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -107,11 +115,12 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
             save_settings(base, tokenizer, folder)
             del layers
         del model
+        masks = _all_masks(base)
         if masked:
-            save_masks(_all_masks(base), folder)
-        dense_masks = {} if masked else _all_masks(base)
+            attach_masks(base, masks)
+            save_masks(stored_masks(base), folder)
         del base
-        metrics = verify_folder(folder, before, tokens, config, dense_masks, expected)
+        metrics = verify_folder(folder, before, tokens, config, masks, masked, expected)
         metrics["seconds"] = round(time.perf_counter() - started, 2)
         settings = to_dict(config) | ({} if ranks is None else {"ranks": ranks})
         artifact.write_manifest(folder, artifact.Manifest(
@@ -134,20 +143,25 @@ def _write_merged(base: Any, layers: dict[str, Any], adapter: str, folder: Path,
         write_model(base, folder, parse_size(config.max_shard_size), change)
 
 
-def verify_folder(folder: Path, before: Tensor, tokens: Tensor, config: MergeConfig, dense_masks: Mapping[str, Tensor],
-                  expected: Mapping[str, Packed]) -> dict[str, Any]:  # fmt: skip
-    """Loads what was written and checks zeros, integers and logits.
+def verify_folder(folder: Path, before: Tensor, tokens: Tensor, config: MergeConfig, masks: Mapping[str, Tensor],
+                  masked: bool, expected: Mapping[str, Packed]) -> dict[str, Any]:  # fmt: skip
+    """Loads what was written and checks zeros, masks, integers and logits.
 
     Args:
-        dense_masks: the base's masks, of a merge that is allowed to be dense; else empty.
+        masks: the base's, packed, by module name.
+        masked: False for a merge that is allowed to be dense: then zeros are counted only.
         expected: what training rounded each adapted INT weight to; empty for a float base.
 
     Returns the metrics. Raises VerificationError.
     """
     merged = load_packed(folder) if is_packed(folder) else load_dense(folder)
-    masked = not dense_masks
-    masks = load_masks(folder) if masked else dense_masks
     metrics = check_zeros(merged, masks) if masked else zero_counts(merged, masks)
+    if masked:
+        attach_masks(merged, load_masks(folder))
+        found = collect_masks(merged)
+        if found.keys() != masks.keys() or not all(torch.equal(found[name], masks[name].cpu()) for name in masks):
+            raise VerificationError("the masks of the merged model are not the base's: nothing was written; this is a "
+                                    "bug in sqft, please report it")  # fmt: skip
     packed = packed_layers(merged).values()
     metrics["parameters"] = sum(p.numel() for p in merged.parameters()) + sum(
         layer.in_features * layer.out_features for layer in packed

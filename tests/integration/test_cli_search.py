@@ -67,6 +67,7 @@ def test_extract_from_an_adapter_and_from_a_search(elastic: Path, tmp_path: Path
     assert "rank is fixed" in fails(capsys, 2, "search", tmp_path / "median", tmp_path / "x", *SCORE)
 
 
+@pytest.mark.slow
 def test_two_workers_and_a_named_storage(elastic: Path, tmp_path: Path, capsys) -> None:
     storage = f"sqlite:///{tmp_path}/trials.db"
     arguments = ("search", elastic, tmp_path / "found", *SCORE, "--evaluations", 8, "--storage", storage)
@@ -81,6 +82,7 @@ def test_two_workers_and_a_named_storage(elastic: Path, tmp_path: Path, capsys) 
     assert code == 0 and json.loads(out)["evaluated"] == 8, err
 
 
+@pytest.mark.slow
 def test_a_signal_stops_a_search_and_the_same_command_goes_on(elastic: Path, tmp_path: Path) -> None:
     command = [*SQFT, "search", elastic, tmp_path / "out", *SCORE, "--limit", 24, "--evaluations", 40]
     command = [str(part) for part in command]

@@ -15,7 +15,7 @@ import sqft
 from sqft.adapters.peft_bridge import adapter_layers, is_quant_aware
 from sqft.formats.checkpoint import packed_layers
 from sqft.models.discover import describe
-from sqft.sparsity.masks import load_masks, mask_of
+from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, mask_of
 
 QUANTIZE = sqft.QuantizeConfig(group_size=32)
 TRAIN = sqft.TrainConfig(pipeline="qa-sparse-peft", max_steps=4, batch_size=4, r=4, lora_alpha=8, learning_rate=0.02)
@@ -92,6 +92,39 @@ def test_merging_twice_gives_the_same_bytes_and_another_round_of_tuning_works(
     sqft.train(tmp_path / "a", TRAIN, examples, out=tmp_path / "again")
     second = sqft.merge(tmp_path / "again", out=tmp_path / "second")
     assert second["zeros_kept"] == 1.0 and load_masks(tmp_path / "second").keys() == load_masks(tmp_path / "a").keys()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_masks_of_an_int_folder_are_the_sparse_models_and_small(
+    bits: int, sparse: Path, tokens, examples, tmp_path: Path
+) -> None:
+    """An INT folder stores only where a kept weight is zero; all of a mask must come back from that."""
+    sqft.quantize(sparse, sqft.QuantizeConfig(bits=bits, group_size=32), tokens, out=tmp_path / "packed")
+    sqft.train(tmp_path / "packed", TRAIN, examples, out=tmp_path / "adapter")
+    sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")
+    expected = collect_masks(sqft.load(sparse)[0])
+    for folder in (tmp_path / "packed", tmp_path / "merged"):
+        model, _ = sqft.load(folder)
+        found, stored = collect_masks(model), load_masks(folder)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        total = 0
+        for name, layer in packed_layers(model).items():
+            kept_zeros = int((mask_of(layer) & (layer.dequantize() == 0)).sum())
+            total += kept_zeros
+            if kept_zeros * 4 < expected[name].numel():
+                assert stored[name].dtype == torch.int32 and stored[name].numel() == kept_zeros
+            else:
+                assert torch.equal(stored[name], expected[name])
+        assert total > 0 if bits == 2 else all(tensor.dtype == torch.int32 for tensor in stored.values())
+
+
+def test_masks_of_other_weights_are_noticed(packed: Path) -> None:
+    name, stored = next(iter(load_masks(packed).items()))
+    assert stored.dtype == torch.int32
+    nonzero = int(sqft.load(packed)[0].get_submodule(name).dequantize().flatten().nonzero()[0])
+    for wrong in (nonzero, 10**6, -1):
+        with pytest.raises(sqft.SqftError, match="does not fit the model's zeros"):
+            attach_masks(sqft.load(packed)[0], {name: torch.tensor([wrong], dtype=torch.int32)})
 
 
 @pytest.mark.parametrize("methods", [("wanda", "gptq"), ("magnitude", "gptq"), ("wanda", "rtn")])

@@ -73,6 +73,7 @@ def process(body: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(body)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["journal:{}/log", "sqlite:///{}/trials.db"])
 @pytest.mark.parametrize("strategy", ["random", "hill-climb", "nsga2"])
 def test_a_killed_search_goes_on_as_if_it_had_not_been(url: str, strategy: str, tmp_path: Path) -> None:
@@ -103,6 +104,7 @@ def test_a_trial_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     assert left_over(study) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("url", ["journal:{}/log", "sqlite:///{}/trials.db"])
 @pytest.mark.parametrize("strategy", ["random", "hill-climb", "nsga2"])
 def test_two_processes_share_a_search_without_repeating_each_other(url: str, strategy: str, tmp_path: Path) -> None:

@@ -170,13 +170,14 @@ def _gradients(dy_TO: Tensor, x_TI: Tensor, packed: Packed, adapter: Adapter,
     da_IR, db_OR = torch.zeros_like(a_RI.mT), torch.empty_like(b_OR)
     ds_GO = None if adapter.new_scales is None else torch.zeros_like(adapter.new_scales)
     for chunk, t, mask, low, high, scales in _pieces(packed, adapter):
-        g_IO = product(x_TI.mT, dy_TO[:, chunk].mT).float()
-        inside = (t >= low - 0.5).logical_and_(t <= high + 0.5)
-        rounded = torch.clamp(t.round(), low, high)
+        g_IO = product(dy_TO[:, chunk].mT, x_TI.mT).mT.to(torch.float32, memory_format=torch.contiguous_format)
+        nearest = t.round()
+        rounded = torch.clamp(nearest, low, high)
+        outside = nearest != rounded
         if ds_GO is not None:
-            by_column = g_IO.view(t.shape) * (rounded - t * inside)
+            by_column = g_IO.view(t.shape) * (rounded - t.masked_fill_(outside, 0))
             _add_by_group(ds_GO[:, chunk], by_column, packed.g_idx)
-        g_IO.mul_(mask).view(t.shape).mul_(inside)
+        g_IO.mul_(mask).view(t.shape).masked_fill_(outside, 0)
         da_IR.addmm_(g_IO, b_OR[chunk])
         torch.mm(g_IO.mT, a_RI.mT, out=db_OR[chunk])
         w_IO[:, chunk] = rounded.mul_(scales).view(inputs, -1)

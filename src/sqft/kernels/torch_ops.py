@@ -22,8 +22,8 @@ from torch import Tensor
 
 from sqft.kernels.dispatch import product
 
-# Weight elements a chunk: on a CPU 4 MiB of float32, which stays in the cache; elsewhere few launches matter more.
-CHUNK_ELEMENTS = {"cpu": 1 << 20}
+# Weight elements a chunk: on a CPU 2 MiB of float32, which stay in the cache; elsewhere few launches matter more.
+CHUNK_ELEMENTS = {"cpu": 1 << 19}
 LARGE_CHUNK = 1 << 26
 
 

@@ -52,15 +52,33 @@ def mask_or_zeros(module: nn.Module) -> Tensor | None:
     return mask
 
 
+def stored_masks(model: nn.Module) -> dict[str, Tensor]:
+    """All masks of a live model as a folder holds them, by module name.
+
+    Of a float weight: one bit a weight, uint8 [O, ceil(I / 8)], column 8 p + b is bit b of byte p, 1 is kept. Of an INT
+    weight, of which that would be a quarter: int32 [N], the flat positions of kept weights that are zero all the same,
+    since every other zero is a pruned weight; or bits where that is less.
+    """
+    stored = {}
+    for name, packed in collect_masks(model).items():
+        module: Any = model.get_submodule(name)
+        stored[name] = packed.cpu().contiguous()
+        if hasattr(module, "qweight"):
+            kept_zero = (weight_of(module) == 0) & unpack_mask(packed, module.in_features)
+            positions = kept_zero.flatten().nonzero().flatten().to("cpu", torch.int32)
+            if positions.numel() * 4 < packed.numel():
+                stored[name] = positions
+    return stored
+
+
 def save_masks(masks: dict[str, Tensor], folder: Path) -> None:
-    """Writes packed masks by module name: uint8 [O, ceil(I / 8)], column 8 p + b is bit b of byte p, 1 is kept."""
+    """Writes what ``stored_masks`` gives."""
     (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: packed.cpu().contiguous() for name, packed in masks.items()}
-    save_tensors(tensors, folder / FILE)
+    save_tensors(masks, folder / FILE)
 
 
 def load_masks(folder: str | Path) -> dict[str, Tensor]:
-    """Packed masks by module name; empty if the folder has none. Raises SqftError for a corrupt file."""
+    """What ``save_masks`` wrote; empty if the folder has none. Raises SqftError for a corrupt file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -76,15 +94,26 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
 def attach_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
     """Puts masks of ``load_masks`` on the modules they belong to. Raises SqftError if names or shapes do not fit."""
     modules = dict(model.named_modules())
-    for name, packed in masks.items():
+    for name, stored in masks.items():
         module = modules.get(name)
         if module is None or not is_linear(module):
             raise SqftError(f"there is a mask of '{name}' but no such linear module: masks of another model?")
         linear: Any = module
+        packed = _from_positions(name, linear, stored) if stored.dtype == torch.int32 else stored
         if packed.shape != (linear.out_features, -(-linear.in_features // 8)):
             raise SqftError(f"mask of '{name}' {tuple(packed.shape)} does not fit the model: masks of another model?")
         device = next(iter(linear.state_dict().values())).device
         linear.register_buffer(BUFFER, packed.to(device), persistent=False)
+
+
+def _from_positions(name: str, module: Any, positions: Tensor) -> Tensor:
+    """The packed mask of a weight whose pruned positions are its zeros but for these."""
+    mask_OI = (weight_of(module) != 0).contiguous()
+    flat, places = mask_OI.view(-1), positions.long().to(mask_OI.device)
+    if places.numel() and (places.min() < 0 or places.max() >= flat.numel() or flat[places].any()):
+        raise SqftError(f"mask of '{name}' does not fit the model's zeros: masks of another model?")
+    flat[places] = True
+    return pack_mask(mask_OI)
 
 
 def collect_masks(model: nn.Module) -> dict[str, Tensor]:

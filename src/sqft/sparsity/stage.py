@@ -23,12 +23,12 @@ from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter, layout
 from sqft.registry import Registry
 from sqft.sparsity.masks import (
     attach_masks,
-    collect_masks,
     count_zeros,
     load_masks,
     mask_of,
     save_masks,
     set_mask,
+    stored_masks,
 )
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def identity(config: Any, calibration: Tensor | str | None) -> dict[str, Any]:
 
 def take_masks(block: Block) -> dict[str, Tensor]:
     """The packed masks of a block's modules, by full name."""
-    return {f"{block.name}.{name}": mask for name, mask in collect_masks(block.module).items()}
+    return {f"{block.name}.{name}": mask for name, mask in stored_masks(block.module).items()}
 
 
 def _count(linears: Iterable[tuple[str, nn.Linear]]) -> dict[str, tuple[int, int]]:
