@@ -82,9 +82,9 @@ def extract(adapter: str | Path, choice: str, out: str | Path, *, overwrite: boo
     if not is_adapter(folder):
         raise UsageError(f"{folder} is not an adapter folder: give what 'sqft train' or 'sqft search' wrote")
     ranks: Ranks | None = None
+    if choice.split()[:1] and choice.split()[0] in PICKS:
+        ranks = pick(read_points(folder), choice).ranks
     if (folder / TRIALS).is_file():
-        if choice.split()[0] in PICKS:
-            ranks = pick(read_points(folder), choice).ranks
         folder = Path(artifact.resolve_parent(folder, artifact.read_manifest(folder).metrics["super_adapter"]))
         if not is_adapter(folder):
             raise SqftError(f"the super-adapter of {adapter} is gone: its manifest names {folder}")
