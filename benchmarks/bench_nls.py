@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo-model")
     parser.add_argument("--examples", type=int, default=480, help="to train on")
-    parser.add_argument("--test", type=int, default=300, help="test problems")
+    parser.add_argument("--test", type=int, default=240, help="test problems")
     arguments = parser.parse_args()
     runs = Path("runs") / "bench-nls"
     shutil.rmtree(runs, ignore_errors=True)

@@ -218,6 +218,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         if "merge" in results:
             difference = results["merge"]["max_logit_difference"]
             print(f"Merged model: {output / 'merge'} (largest logit difference to un-merged: {difference:.2g})")
+        if "search" in results and recipe.evaluate and recipe.evaluate.task:
+            print(f"Ranks were chosen by {results['search']['scored_on']}; the table's accuracy is on the "
+                  f"{recipe.evaluate.split} split, measured once.")  # fmt: skip
         if arguments.command == "demo":
             print("Other pipelines: sqft demo --pipeline sparse-peft (one sparse float model) | sqft | lora (base and "
                   "adapter, not mergeable)")  # fmt: skip

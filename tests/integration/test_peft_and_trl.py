@@ -61,16 +61,21 @@ def test_an_adapter_on_a_model_that_was_never_saved_says_so(dense: Path, tokens,
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="TRL needs Python 3.11")
-def test_trl_sft_trainer_unchanged(sparse: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("elastic", [False, True])
+def test_trl_sft_trainer_unchanged(sparse: Path, tmp_path: Path, elastic: bool) -> None:
     from trl import SFTConfig, SFTTrainer
 
     model, tokenizer = sqft.load(sparse)
-    peft_model = sqft.attach(model, sqft.SqftConfig(r=4, lora_alpha=8))
+    options = {"search_space": [4, 2]} if elastic else {"r": 4}
+    peft_model = sqft.attach(model, sqft.SqftConfig(lora_alpha=8, **options))
+    scheduler = sqft.RankScheduler()
     config = SFTConfig(output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=0.01,
                        report_to=[], logging_steps=1, max_length=64, bf16=False)  # fmt: skip
     data = Dataset.from_list([{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(32)])
-    trainer = SFTTrainer(model=peft_model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer = SFTTrainer(model=peft_model, args=config, train_dataset=data, processing_class=tokenizer,
+                         callbacks=[scheduler] if elastic else [])  # fmt: skip
     trainer.train()
+    assert len(scheduler.records) == (8 if elastic else 0)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.1
     merged_zeros(peft_model)

@@ -258,3 +258,25 @@ def test_alphas_give_the_scaling_that_products_use() -> None:
             for rank in range(1, largest + 1):
                 assert torch.tensor(alpha_for(alpha / largest, rank) / rank) == torch.tensor(alpha / largest)
     assert alpha_for(2.0, 24) == 48 and isinstance(alpha_for(2.0, 24), int)
+
+
+def test_a_live_adapter_is_searched_by_a_scorer_of_ones_own(supers) -> None:
+    model, _ = sqft.load(supers["qa-sparse-peft"])
+    groups = rank_groups(model)
+    wanted = {group.name: SPACE[i % 3] for i, group in enumerate(groups)}
+
+    def scorer(live) -> float:
+        assert not live.training
+        return -sum(abs(rank - wanted[name]) for name, rank in sqft.get_ranks(live).items())
+
+    best = sqft.search(model, sqft.SearchConfig(evaluations=80), scorer)
+    assert best == wanted == sqft.get_ranks(model)
+    cheapest = sqft.search(model, sqft.SearchConfig(evaluations=10, pick="smallest-within 99%"), lambda live: 1.0)
+    assert set(cheapest.values()) == {SPACE[-1]}
+    latency = sqft.search(model, sqft.SearchConfig(strategy="random", evaluations=4, cost="latency"), scorer)
+    assert latency.keys() == wanted.keys()
+    for message, options in (("needs its tokenizer", {"config": sqft.SearchConfig(task="arithmetic")}),
+                             ("searched in memory", {"out": "x", "scorer": scorer}),
+                             ("goes with a task", {"config": sqft.SearchConfig(screen=2), "scorer": scorer})):  # fmt: skip
+        with pytest.raises(sqft.UsageError, match=message):
+            sqft.search(model, **options)

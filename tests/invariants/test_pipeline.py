@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from pico import FAMILIES, pico_folder, pico_model, pico_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers
+from sqft.evaluation.stage import unpacked
 from sqft.models.discover import describe
 from sqft.sparsity.masks import attach_masks, collect_masks, derive_mask, load_masks, mask_of, set_mask
 from sqft.training import loop
@@ -227,3 +229,33 @@ def test_masks_follow_the_model(tokens) -> None:
     assert torch.equal(mask_of(linear.half()), linear.weight != 0)
     set_mask(linear, torch.ones(32, 32, dtype=torch.bool))
     assert mask_of(linear).all()
+
+
+def test_merging_notices_that_the_adapter_is_not_the_trained_one(trained: Path, tmp_path: Path) -> None:
+    """Merged equals loaded is not enough: loaded has to equal trained."""
+    shutil.copytree(trained, tmp_path / "adapter")
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = next(name for name in weights if "lora_B" in name)
+    save_file({**weights, name: -weights[name]}, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    manifest = json.loads((tmp_path / "adapter" / "sqft.json").read_text())
+    manifest["parent"] = str(trained.parent / manifest["parent"])
+    (tmp_path / "adapter" / "sqft.json").write_text(json.dumps(manifest))
+    with pytest.raises(sqft.VerificationError, match="does not compute what it did when it was trained"):
+        sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    (tmp_path / "adapter" / "probe.json").write_text("{")
+    with pytest.raises(sqft.SqftError, match=r"probe\.json is corrupt"):
+        sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")
+
+
+def test_scoring_leaves_every_weight_as_it_was(trained: Path) -> None:
+    """Masked adapters are merged while a model is scored; subtracting them again would round."""
+    model, _ = sqft.load(trained)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tokens = torch.arange(40)[None]
+    plain = model(input_ids=tokens).logits
+    with unpacked(model):
+        torch.testing.assert_close(model(input_ids=tokens).logits, plain, atol=1e-5, rtol=0)
+        assert all(layer.merged for layer in adapter_layers(model).values())
+    assert not any(layer.merged for layer in adapter_layers(model).values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

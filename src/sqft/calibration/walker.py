@@ -122,22 +122,29 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device, new
     handles = [leader.register_forward_pre_hook(stop) for leader in leaders]
     forwards = [greenlet.greenlet(functools.partial(replay, block.module, index, calls, device, True, range(i, i + 1)))
                 for i in range(len(calls.hidden))]  # fmt: skip
+    changed: set[nn.Module] = set()
+
+    def advance(forward: greenlet.greenlet) -> Any:
+        """Lets a forward go on to a group that is not changed yet, and gives (module, input); None if it ends."""
+        stop = forward.switch()
+        while stop and stop[0] in changed:  # it calls that layer once more
+            stop = forward.switch()
+        return stop
+
     try:
-        stops = [forward.switch() for forward in forwards]  # (module, input) where it waits; None: it has ended
+        stops = [advance(forward) for forward in forwards]
         for leader, names in zip(leaders, groups.values(), strict=True):
             statistic = new_statistic()
             here = [i for i, stop in enumerate(stops) if stop and stop[0] is leader]
             for i in here:
                 statistic.update(stops[i][1])
             change(block, dict.fromkeys(names, statistic))
+            changed.add(leader)
             del statistic
             release_memory()
             for i in here:
-                stops[i] = None
-                stops[i] = forwards[i].switch()
-        for forward in forwards:  # those that came to a group a second time
-            while not forward.dead:
-                forward.switch()
+                stops[i] = None  # the input's last reference
+                stops[i] = advance(forwards[i])
     finally:
         for handle in handles:
             handle.remove()

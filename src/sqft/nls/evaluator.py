@@ -54,6 +54,8 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         self._task = None if self.scorer else search_task(self.config)
+        if self._task and self.tokenizer is None:
+            raise UsageError("scoring a live model by a task needs its tokenizer: pass tokenizer=..., or a scorer")
         if self.scorer and self.config.screen:
             raise UsageError("screen goes with a task, not with a scorer of your own")
 

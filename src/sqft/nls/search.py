@@ -6,12 +6,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 import yaml
 from optuna.study import Study
 
@@ -57,11 +59,12 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
         if out is None or scorer is not None:
             raise UsageError("searching an adapter folder needs an output folder, and scores by a task")
         return _search_folder(Path(adapter), config, Path(out), overwrite)
-    if out is not None or config.workers > 1:
-        raise UsageError("a live model is searched in memory by one process: give a folder for an output or workers")
+    if out is not None or config.workers > 1 or config.storage:
+        raise UsageError("a live model is searched in memory by one process: give its folder for an output, workers or "
+                         "a storage")  # fmt: skip
     space = space_of(adapter)
-    study = open_study(config.storage, _study_name(config, "live")) if config.storage else _in_memory()
-    _searcher(study, space, config, records, Evaluator(adapter, tokenizer, config, space, scorer)).run(left_over(study))
+    study = _in_memory()
+    _searcher(study, space, config, records, Evaluator(adapter, tokenizer, config, space, scorer)).run()
     chosen = pick(_points(study, space, config, records), config.pick)
     set_ranks(adapter, chosen.ranks)
     return chosen.ranks
@@ -137,7 +140,7 @@ def _share(adapter: Path, config: SearchConfig, name: str, left: list[int]) -> N
     """Runs the search in several processes. Raises SqftError if one of them fails."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // config.workers)
-    workers = [context.Process(target=_work, args=(adapter, config, name, left if i == 0 else [], threads))
+    workers = [context.Process(target=_work, args=(adapter, config, name, left if i == 0 else [], i == 0, threads))
                for i in range(config.workers)]  # fmt: skip
     for worker in workers:
         worker.start()
@@ -151,14 +154,22 @@ def _share(adapter: Path, config: SearchConfig, name: str, left: list[int]) -> N
         raise SqftError("a search process failed: the same command goes on with what was tried")
 
 
-def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], threads: int) -> None:
+def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first: bool, threads: int) -> None:
     """One process's share of a folder's search."""
     torch.set_num_threads(threads)
-    assert config.storage is not None
-    model, tokenizer = load(adapter)
-    space = space_of(model)
-    judge = Evaluator(model, tokenizer, config, space)
-    _searcher(open_study(config.storage, name), space, config, read_records(adapter), judge).run(left)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        assert config.storage is not None
+        model, tokenizer = load(adapter)
+        space = space_of(model)
+        judge = Evaluator(model, tokenizer, config, space)
+        searcher = _searcher(open_study(config.storage, name), space, config, read_records(adapter), judge)
+        searcher.run(left, quiet=not first)
+    except SqftError as error:
+        print(f"sqft: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:  # the parent says so
+        sys.exit(1)
 
 
 def _points(study: Study, space: SearchSpace, config: SearchConfig, records: Records) -> list[Point]:

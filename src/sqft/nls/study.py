@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+from tqdm.auto import tqdm
 
 from sqft.adapters.elastic import Ranks
 from sqft.errors import SqftError, UsageError
@@ -71,16 +72,20 @@ class Search:
     screen: Callable[[Ranks], float] | None = None
     keep: float = 0.5
 
-    def run(self, left: Sequence[int] = ()) -> None:
+    def run(self, left: Sequence[int] = (), quiet: bool = False) -> None:
         """Tries configurations until the budget is spent or nothing new is found. ``left``: trials to finish first."""
-        for number in left:
-            self._try(self._resume(number))
-        repeated = 0
-        while self._count() < min(self.evaluations, self.space.size) and repeated < PATIENCE:
-            try:
-                repeated = repeated + 1 if self._try(self._ask()) == REPEATED else 0
-            except Exhausted:
-                return
+        budget = min(self.evaluations, self.space.size)
+        with tqdm(total=budget, desc="Search", unit="sub-adapter", disable=quiet or None) as bar:
+            for number in left:
+                self._try(self._resume(number))
+            repeated = 0
+            while (count := self._count()) < budget and repeated < PATIENCE:
+                bar.update(count - bar.n)
+                try:
+                    repeated = repeated + 1 if self._try(self._ask()) == REPEATED else 0
+                except Exhausted:
+                    return
+            bar.update(self._count() - bar.n)
 
     def _count(self, before: int | None = None) -> int:
         """Different configurations that were tried or are being tried."""
