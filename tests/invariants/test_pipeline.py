@@ -238,7 +238,7 @@ def test_merging_notices_that_the_adapter_is_not_the_trained_one(trained: Path, 
     name = next(name for name in weights if "lora_B" in name)
     save_file({**weights, name: -weights[name]}, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
     manifest = json.loads((tmp_path / "adapter" / "sqft.json").read_text())
-    manifest["parent"] = str(trained.parent / manifest["parent"])
+    manifest["parent"] = str(trained / manifest["parent"])
     (tmp_path / "adapter" / "sqft.json").write_text(json.dumps(manifest))
     with pytest.raises(sqft.VerificationError, match="does not compute what it did when it was trained"):
         sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")
