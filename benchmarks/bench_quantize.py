@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import PeakMemory, check, write_results
+from common import RESULTS, PeakMemory, check, write_results
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--calibration", default=str(data / "calibration" / "c4.jsonl") if real else "builtin")
     parser.add_argument("--text", nargs="+", default=[str(t) for t in texts] if real else ["builtin"])
     parser.add_argument("--tokens", type=int, default=8192, help="of each text")
+    parser.add_argument("--only", choices=("dense", "sparse"), help="renew these results, keep the others")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -123,7 +124,9 @@ def main() -> None:
     masks = {name: mask for name, linear in describe(sqft.load(runs / "sparse")[0]).linears()
              if (mask := mask_of(linear)) is not None}  # fmt: skip
     results: dict[str, Any] = {}
-    for kind in ("dense", "sparse"):
+    if arguments.only:
+        results = json.loads((RESULTS / "quantize.json").read_text())["results"]
+    for kind in (arguments.only,) if arguments.only else ("dense", "sparse"):
         source, ids = str(runs / kind), str(runs / "tokens.safetensors")
         live, tokenizer = sqft.load(source)
         results[kind] = {"float": {"perplexity": scores(live, tokenizer, arguments.text, arguments.tokens)}}

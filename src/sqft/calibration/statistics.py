@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sqft.kernels.dispatch import product
 
+STRIP = 256  # rows of a Hessian that are computed at once
+
 
 class ColumnNorm:
     """L2 norm of every input feature over all tokens seen, summed in float64."""
@@ -27,18 +29,25 @@ class ColumnNorm:
 
 
 class Hessian:
-    """``X^T X`` over all tokens seen: GPTQ's Hessian up to a factor, summed in float32."""
+    """``X^T X`` over all tokens seen: GPTQ's Hessian up to a factor, summed in float32.
+
+    It is symmetric: of each strip of rows only the part up to the diagonal is computed.
+    """
 
     def __init__(self) -> None:
         self._sum_II: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
         """Adds tokens; x: [..., I]."""
-        x_IT = x.reshape(-1, x.shape[-1]).float().mT
-        squares_II = product(x_IT, x_IT)
-        self._sum_II = squares_II if self._sum_II is None else self._sum_II.add_(squares_II)
+        x_IT = x.reshape(-1, x.shape[-1]).float().mT.contiguous()
+        inputs = len(x_IT)
+        if self._sum_II is None:
+            self._sum_II = torch.zeros(inputs, inputs, device=x.device)
+        for start in range(0, inputs, STRIP):
+            end = min(start + STRIP, inputs)
+            self._sum_II[start:end, :end] += product(x_IT[start:end], x_IT[:end])
 
     def matrix(self) -> Tensor:
         """float32 [I, I]."""
         assert self._sum_II is not None, "no tokens seen"
-        return self._sum_II
+        return self._sum_II.tril() + self._sum_II.tril(-1).mT
