@@ -120,9 +120,11 @@ def main() -> None:
     sqft.save(model, tokenizer, runs / "dense")
     tokens = token_blocks(tokenizer, arguments.calibration, CONFIG.samples, CONFIG.length, CONFIG.seed)
     save_file({"tokens": tokens}, runs / "tokens.safetensors")
-    sqft.sparsify(runs / "dense", SPARSIFY, tokens, out=runs / "sparse")
-    masks = {name: mask for name, linear in describe(sqft.load(runs / "sparse")[0]).linears()
-             if (mask := mask_of(linear)) is not None}  # fmt: skip
+    masks: dict[str, Tensor] = {}
+    if arguments.only != "dense":
+        sqft.sparsify(runs / "dense", SPARSIFY, tokens, out=runs / "sparse")
+        masks = {name: mask for name, linear in describe(sqft.load(runs / "sparse")[0]).linears()
+                 if (mask := mask_of(linear)) is not None}  # fmt: skip
     results: dict[str, Any] = {}
     if arguments.only:
         results = json.loads((RESULTS / "quantize.json").read_text())["results"]
