@@ -9,6 +9,8 @@ from sqft.adapters.elastic import RankGroup, Ranks, active_rank, make_groups
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
 from sqft.errors import UsageError, did_you_mean
 
+RECORDS = "ranks.json"  # in an adapter folder: the choices of every step of training, and the loss under them
+
 
 def rank_groups(model: Any) -> tuple[RankGroup, ...]:
     """The groups of the active adapter; none if its rank is fixed."""

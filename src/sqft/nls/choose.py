@@ -16,7 +16,7 @@ from torch import Tensor
 from sqft import artifact
 from sqft.adapters.elastic import Ranks, active_rank
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
-from sqft.adapters.ranks import set_ranks
+from sqft.adapters.ranks import RECORDS, set_ranks
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
 from sqft.nls.heuristics import HEURISTICS, Records, heuristic
@@ -25,7 +25,6 @@ from sqft.nls.space import space_of
 from sqft.probe import write_probe
 
 TRIALS = "search.json"  # in the folder that a search writes: every trial, and which was chosen
-RECORDS = "ranks.json"  # in an adapter folder: the choices of every step of training, and the loss under them
 
 
 def read_records(folder: str | Path) -> Records:

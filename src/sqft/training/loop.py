@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from sqft import artifact
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.peft_bridge import attach
-from sqft.adapters.ranks import rank_groups
+from sqft.adapters.ranks import RECORDS, rank_groups
 from sqft.config import TrainConfig, to_dict
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, save
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
 
-RECORDS = "ranks.json"  # in an adapter folder: the choices of every step of NLS, and the loss under them
 PACKED_PIPELINES = ("qa-sparse-peft", "sqft")
 
 
