@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,14 @@ evaluate: {{task: arithmetic, limit: 4}}
     assert code == 0 and "| search" not in err, err
     assert "search" in out and "100.000 %" in out
     assert call(capsys, "run", recipe)[2].count("unchanged, skipped") == 9
+    # Every strategy; what comes before the search is skipped.
+    for strategy in ("maximal", "minimal", "median", "most-frequent", "min-loss", "random", "hill-climb"):
+        recipe.write_text(re.sub("strategy: [a-z0-9-]+", f"strategy: {strategy}", recipe.read_text()))
+        code, out, err = call(capsys, "run", recipe, "--json")
+        assert code == 0 and err.count("unchanged, skipped") == 6, err
+        result = json.loads(out)
+        assert result["search"]["evaluated"] == (4 if strategy in ("random", "hill-climb") else 1)
+        assert result["merge"]["zeros_kept"] == 1.0 and result["merge"]["max_logit_difference"] < 1e-4
     recipe.write_text(recipe.read_text().replace("search_space: [4, 2]", "r: 4"))
     assert "'search' needs 'train' with a search_space" in fails(capsys, 2, "run", recipe)
 
