@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -194,6 +196,25 @@ def test_heuristics() -> None:
         heuristic("min-loss", space)
     with pytest.raises(sqft.UsageError, match="did you mean 'median'"):
         heuristic("medain", space)
+
+
+def test_an_interrupt_waits_for_the_entry_that_is_being_written(tmp_path: Path, monkeypatch) -> None:
+    """In the middle of one, Optuna's lock raises another error, or stays locked for half a minute."""
+    study = open_study(f"journal:{tmp_path / 'journal.log'}", "s")
+    unlink = os.unlink
+
+    def interrupted(path: str) -> None:
+        unlink(path)  # of the lock
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.ask()
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.log"]  # and no lock
+    again = open_study(f"journal:{tmp_path / 'journal.log'}", "s")
+    assert len(again.get_trials()) == 1 and again.ask().number == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_storage_that_cannot_be_opened_says_so(tmp_path: Path) -> None:

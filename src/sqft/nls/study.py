@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +31,31 @@ EVALUATED, SCREENED, REPEATED = "evaluated", "screened out", "repeated"
 SECONDS_TO_DRAW = 5.0  # a process that takes longer to draw its ranks is taken for dead
 
 
+class Journal(JournalFileBackend):
+    """Optuna's, but Ctrl-C waits until an entry is written: in the middle, Optuna's lock would raise another error or
+    stay locked."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with uninterrupted():
+            super().append_logs(logs)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds an interrupt (SIGINT) back until the end of the block. Only the main thread receives interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        signal.raise_signal(signal.SIGINT)
+
+
 def open_storage(url: str) -> BaseStorage:
     """'journal:PATH' (a file that processes of one machine or network file system share) or a database URL as in
     'sqlite:///PATH'. Raises UsageError if it cannot be opened."""
@@ -36,7 +64,7 @@ def open_storage(url: str) -> BaseStorage:
         if url.startswith("journal:"):
             path = Path(url.removeprefix("journal:"))
             path.parent.mkdir(parents=True, exist_ok=True)
-            return JournalStorage(JournalFileBackend(str(path)))
+            return JournalStorage(Journal(str(path)))
         return RDBStorage(url)
     except Exception as error:  # Optuna and SQLAlchemy raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
