@@ -53,7 +53,14 @@ def stage_key(stage: str, config: dict[str, Any], parent_key: str) -> str:
 
     Equal key, equal result; ``run`` skips such a stage.
     """
-    inputs = {k: file_digest(Path(v)).hex() for k, v in config.items() if isinstance(v, str) and _is_file(v)}
+    inputs: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, str) and _is_file(value):
+            inputs[name] = file_digest(Path(value)).hex()
+        elif name == "data_dir" and value:  # which files it has, of which size: they may be many and large
+            files = (file for depth in ("*", "*/*", "*/*/*") for file in Path(value).glob(f"{depth}.json*"))
+            inputs[name] = sorted((str(file.relative_to(value)), file.stat().st_size) for file in files)
+            config = {**config, name: Path(value).name}
     text = json.dumps([FORMAT, stage, config, inputs, parent_key], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -25,6 +25,10 @@ def option(default: Any = MISSING, help: str = "", choices: tuple[str, ...] = ()
     return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, "choices": choices})
 
 
+TASK = "a built-in task (gsm8k, say), several (piqa+boolq), or a task's YAML file"
+DATA_DIR = "folder with the tasks' data; default: from the hub"
+
+
 @dataclass(frozen=True)
 class SparsifyConfig:
     """Prune the decoder's linear weights. Embeddings and the language-model head are never touched."""
@@ -96,7 +100,8 @@ class TrainConfig:
     base: str | None = option(None, "qa-sparse-peft: folder of the sparse model before quantization (in a recipe: "
                               "sparsify), to add the adapter to instead of what the integers mean")  # fmt: skip
     learn_scales: bool = option(False, "qa-sparse-peft: train the grid's scales too")
-    task: str | None = option(None, "a built-in task, e.g. arithmetic")
+    task: str | None = option(None, TASK)
+    data_dir: str | None = option(None, DATA_DIR)
     data: str | None = option(None, "instead of a task: a .txt/.jsonl file or a datasets name")
     prompt: str = option("", "template over a record's fields, e.g. 'Question: {question}\\nAnswer:'")
     completion: str = option("{text}", "template of what is to be learnt, e.g. ' {answer}'")
@@ -159,10 +164,11 @@ class SearchConfig:
                         ("maximal", "minimal", "median", "most-frequent", "min-loss"))  # fmt: skip
     evaluations: int = option(20, "sub-adapters to try")
     pick: str = option("best", "of what was tried: best, knee (of the Pareto front) or 'smallest-within 1%'")
-    task: str | None = option(None, "a built-in task, e.g. arithmetic")
+    task: str | None = option(None, TASK)
+    data_dir: str | None = option(None, DATA_DIR)
     split: str = option("validation", "split to choose by; the test split is refused")
     limit: int | None = option(100, "score on the first N problems")
-    metric: str = option("accuracy", "accuracy (by generation) or loss (of the completions: faster, finer)",
+    metric: str = option("accuracy", "accuracy, or loss of the completions (faster, finer)",
                          ("accuracy", "loss"))  # fmt: skip
     cost: str = option("parameters", "what the second axis is: adapter parameters, or seconds of a forward pass",
                        ("parameters", "latency"))  # fmt: skip
@@ -198,9 +204,10 @@ class MergeConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Score a model: exact match of a generation task, perplexity of a text, or both."""
+    """Score a model: accuracy on a task, perplexity of a text, or both."""
 
-    task: str | None = option(None, "a built-in task, e.g. arithmetic")
+    task: str | None = option(None, TASK)
+    data_dir: str | None = option(None, DATA_DIR)
     split: str = option("test", "split of the task")
     limit: int | None = option(None, "use the first N problems")
     text: str | None = option(None, "perplexity of: 'builtin', a .txt/.jsonl file or a datasets name")

@@ -15,9 +15,10 @@ from pico import pico_model, pico_tokenizer
 import sqft
 from sqft.calibration.data import read_records, read_texts, token_blocks, token_stream
 from sqft.config import TrainConfig
-from sqft.evaluation.generation import cut, exact_match, generate
+from sqft.evaluation.generation import cut, generate
 from sqft.evaluation.intervals import normal, wilson
 from sqft.evaluation.perplexity import perplexity
+from sqft.evaluation.scoring import score
 from sqft.tasks.arithmetic import ArithmeticTask
 from sqft.training.data import IGNORED, fill_templates, pack, tokenize, tokenize_all
 
@@ -128,8 +129,8 @@ def test_perplexity_is_the_mean_over_windows(tmp_path: Path) -> None:
 def test_generation_does_not_depend_on_the_batch() -> None:
     """Left padding: a problem's answer is the same alone and beside longer ones."""
     model, tokenizer, task = pico_model(), pico_tokenizer(), ArithmeticTask()
-    alone, records = exact_match(model, tokenizer, task, "test", 5, batch_size=1)
-    together, batched = exact_match(model, tokenizer, task, "test", 5, batch_size=5)
+    alone, records = score(model, tokenizer, task, "test", 5, batch_size=1)
+    together, batched = score(model, tokenizer, task, "test", 5, batch_size=5)
     assert alone == together and records == batched
     assert [record["prompt"] for record in records] == [e.prompt for e in task.examples("test", 5)]
     texts = generate(model, tokenizer, [records[0]["prompt"]], 64, task.stop)

@@ -1,14 +1,14 @@
-"""Exact match of a task by greedy generation."""
+"""Greedy solutions of a task's problems."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sqft.evaluation.intervals import wilson
 from sqft.tasks.base import Example, Task
 
 if TYPE_CHECKING:
@@ -35,13 +35,9 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, split: str, limit: int | None,
-                batch_size: int, quiet: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    """Accuracy with Wilson's 95 % interval, and one record a problem (prompt, generated, answer, correct).
-
-    Problems are batched by length of prompt, so that little is padded; records are in the task's order.
-    """
-    examples = task.examples(split, limit)
+def solve(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example],
+          batch_size: int, quiet: bool = False) -> list[dict[str, Any]]:  # fmt: skip
+    """One record a problem: prompt, generated, answer, correct. Prompts of like length are batched."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     records: dict[int, dict[str, Any]] = {}
     for start in tqdm(range(0, len(order), batch_size), desc=f"Evaluate ({task.name})", unit="batch",
@@ -49,17 +45,6 @@ def exact_match(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task
         chosen = order[start : start + batch_size]
         prompts = [examples[i].prompt for i in chosen]
         for i, text in zip(chosen, generate(model, tokenizer, prompts, task.max_new_tokens, task.stop), strict=True):
-            records[i] = _record(task, examples[i], text)
-    correct = sum(record["correct"] for record in records.values())
-    metrics = {
-        "accuracy": correct / len(examples),
-        "accuracy_ci95": list(wilson(correct, len(examples))),
-        "correct": correct,
-        "problems": len(examples),
-    }
-    return metrics, [records[i] for i in range(len(examples))]
-
-
-def _record(task: Task, example: Example, text: str) -> dict[str, Any]:
-    correct = task.is_correct(text, example)
-    return {"prompt": example.prompt, "generated": text, "answer": example.answer, "correct": correct}
+            records[i] = {"prompt": examples[i].prompt, "generated": text, "answer": examples[i].answer,
+                          "correct": task.is_correct(text, examples[i])}  # fmt: skip
+    return [records[i] for i in range(len(examples))]

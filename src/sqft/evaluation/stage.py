@@ -16,8 +16,8 @@ from sqft.adapters.peft_bridge import adapter_layers, is_masked
 from sqft.adapters.sparse import SparseLoraLinear
 from sqft.config import EvaluateConfig, to_dict
 from sqft.errors import UsageError
-from sqft.evaluation.generation import exact_match
 from sqft.evaluation.perplexity import perplexity
+from sqft.evaluation.scoring import score
 from sqft.folders import load
 from sqft.formats.checkpoint import repack, unpack_model
 from sqft.tasks.base import get_task
@@ -33,7 +33,7 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
     Returns accuracy with interval for ``config.task``, perplexity with interval for ``config.text``, and seconds. With
     ``out``, a folder takes them and, for a task, ``predictions.jsonl``.
     """
-    task = get_task(config.task) if config.task else None
+    task = get_task(config.task, config.data_dir) if config.task else None
     if task is not None:
         task.examples(config.split, 1)  # an unknown split is an error before any work
     if out is not None:
@@ -52,7 +52,7 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
     records: list[dict[str, Any]] = []
     with unpacked(live) if config.unpack else contextlib.nullcontext():
         if task is not None:
-            scores, records = exact_match(live, tokenizer, task, config.split, config.limit, config.batch_size)
+            scores, records = score(live, tokenizer, task, config.split, config.limit, config.batch_size)
             metrics.update(task=task.name, split=config.split, **scores)
         if config.text:
             batch = max(1, config.batch_size // 8)  # logits of whole windows are held, not of one token

@@ -12,12 +12,12 @@ import torch
 from sqft.adapters.elastic import Ranks
 from sqft.adapters.ranks import set_ranks
 from sqft.config import SearchConfig
-from sqft.errors import UsageError
-from sqft.evaluation.generation import exact_match
+from sqft.errors import SqftError, UsageError
 from sqft.evaluation.likelihood import completion_loss
+from sqft.evaluation.scoring import score
 from sqft.evaluation.stage import unpacked
 from sqft.nls.space import SearchSpace
-from sqft.tasks.base import Task, get_task
+from sqft.tasks.base import Task, get_task, without_duplicates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,9 +33,13 @@ def search_task(config: SearchConfig) -> Task:
         raise UsageError("nothing to score by: give a task, e.g. --task arithmetic")
     if config.split == "test":
         raise UsageError("a search must not see the test split: choose by validation, then evaluate on test once")
-    task = get_task(config.task)
-    test = {example.prompt for example in task.examples("test")}
-    shared = sum(example.prompt in test for example in task.examples(config.split, config.limit))
+    task = get_task(config.task, config.data_dir)
+    chosen_by = task.examples(config.split, config.limit)
+    try:
+        others = task.examples("test") if "test" in task.splits else []
+    except SqftError:  # it is not here: it cannot be looked through
+        others = []
+    shared = len(chosen_by) - len(without_duplicates(chosen_by, others))
     if shared:
         raise UsageError(f"{shared} problems of {config.task}'s {config.split} split are in its test split too: "
                          "a score chosen by them would not be a test score")  # fmt: skip
@@ -80,8 +84,8 @@ class Evaluator:
         if self.config.metric == "loss":
             examples = self._task.examples(self.config.split, limit)
             return -completion_loss(self.model, self.tokenizer, examples, self.config.batch_size)
-        metrics, _ = exact_match(self.model, self.tokenizer, self._task, self.config.split, limit,
-                                 self.config.batch_size, quiet=True)  # fmt: skip
+        metrics, _ = score(self.model, self.tokenizer, self._task, self.config.split, limit, self.config.batch_size,
+                           quiet=True)  # fmt: skip
         return metrics["accuracy"]
 
     def cost(self, ranks: Ranks) -> float:

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from sqft.errors import UsageError
-from sqft.tasks.base import Example
+from sqft.tasks.base import SPLITS, Example
 
-SPLITS = ("train", "validation", "test")
 NAMES = (
     "Ada", "Amir", "Bea", "Ben", "Carla", "Chidi", "Dan", "Elif", "Farid", "Grace", "Hugo", "Ines", "Jun", "Kofi",
     "Lena", "Mara", "Nils", "Olga", "Pablo", "Quinn", "Rosa", "Sami", "Tara", "Umar", "Vera", "Wen", "Yara", "Zoe",
@@ -152,6 +151,7 @@ class ArithmeticTask:
         default_factory=lambda: {"train": 4000, "validation": 500, "test": 1000}, hash=False
     )
     name: str = "arithmetic"
+    splits: tuple[str, ...] = SPLITS
     max_new_tokens: int = 64
     stop: tuple[str, ...] = ("\nQuestion:", "\n\n")
 

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from sqft.registry import Registry
+from sqft.errors import UsageError, did_you_mean
+
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One problem. ``prompt`` ends without a space, ``completion`` starts with one; neither holds special tokens."""
+    """One problem. What is learnt and generated follows ``prompt`` as ``completion``, which begins with the space or
+    line break between them; neither holds special tokens.
+
+    A multiple-choice problem has ``options``, the (context, continuation) of each, of which ``gold`` is right; its
+    prompt and completion are those of the right one. ``task`` is the name of the task that it belongs to.
+    """
 
     prompt: str
     completion: str
     answer: str = ""
+    options: tuple[tuple[str, str], ...] = ()
+    gold: int = -1
+    task: str = ""
 
 
 class Task(Protocol):
-    """A task with a train, a validation and a test split that share no problem."""
+    """A task with a train, a validation and a test split. ``test`` is what is reported, ``validation`` what choices
+    are made by."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def splits(self) -> tuple[str, ...]: ...
     @property
     def max_new_tokens(self) -> int: ...
     @property
@@ -29,13 +44,41 @@ class Task(Protocol):
         """Generation is cut at the first of these strings."""
         ...
 
-    def examples(self, split: str, limit: int | None = None) -> list[Example]: ...
+    def examples(self, split: str, limit: int | None = None) -> list[Example]:
+        """The first ``limit`` examples of a split. Raises UsageError if there is no such split."""
+        ...
+
     def is_correct(self, generated: str, example: Example) -> bool: ...
 
 
-TASKS = Registry("task", {"arithmetic": "sqft.tasks.arithmetic:ArithmeticTask"})
+def get_task(name: str, data_dir: str | Path | None = None) -> Task:
+    """A task by name ('gsm8k'), by its YAML file, or several as one ('piqa+boolq').
+
+    ``data_dir``: folder with the tasks' data; without it they are read from the hub. Raises UsageError for an unknown
+    name, and for a task that reads no data together with a ``data_dir``.
+    """
+    from sqft.tasks.arithmetic import ArithmeticTask
+    from sqft.tasks.spec import UNIONS, UnionTask, load_spec, shipped_specs
+
+    parts = UNIONS.get(name, name).split("+")
+    if len(parts) > 1:
+        return UnionTask(name, tuple(get_task(part, data_dir) for part in parts))
+    if name == "arithmetic":
+        if data_dir is not None:
+            raise UsageError("task arithmetic makes its problems itself: leave data_dir out")
+        return ArithmeticTask()
+    if name in shipped_specs() or Path(name).is_file():
+        return load_spec(name, data_dir)
+    raise UsageError(f"unknown task '{name}': {did_you_mean(name, ['arithmetic', *UNIONS, *shipped_specs()])}")
 
 
-def get_task(name: str) -> Task:
-    """The task of that name, with its default problems. Raises UsageError for an unknown one."""
-    return TASKS[name]()
+def same_problem(example: Example) -> tuple[str, ...]:
+    """What two examples that ask the same have in common: question and options, without case, spacing and order."""
+    texts = [context + continuation for context, continuation in example.options] or [example.prompt]
+    return tuple(sorted(" ".join(text.lower().split()) for text in texts))
+
+
+def without_duplicates(examples: Sequence[Example], others: Sequence[Example]) -> list[Example]:
+    """The examples that are not among the ``others``."""
+    seen = {same_problem(example) for example in others}
+    return [example for example in examples if same_problem(example) not in seen]

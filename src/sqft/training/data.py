@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import string
+from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqft.calibration.data import read_records
 from sqft.config import TrainConfig
 from sqft.errors import SqftError, UsageError
-from sqft.tasks.base import Example, get_task
+from sqft.tasks.base import Example, Task, get_task, without_duplicates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,18 +18,51 @@ if TYPE_CHECKING:
 IGNORED = -100  # label of a token without loss, as in transformers
 
 
-def load_examples(config: TrainConfig) -> tuple[list[Example], list[Example]]:
-    """Training and evaluation examples of the config's task or data (the latter may be empty)."""
+class TrainingData(NamedTuple):
+    """Examples to learn, examples to evaluate on meanwhile (maybe none), and what was found about the splits."""
+
+    examples: Sequence[Example]
+    evaluation: Sequence[Example]
+    notes: dict[str, Any]
+
+
+def load_examples(config: TrainConfig) -> TrainingData:
+    """What the config's task or data holds."""
     if config.task:
-        task = get_task(config.task)
-        return task.examples("train", config.limit), task.examples("validation", config.eval_limit)
+        return _of_task(config, get_task(config.task, config.data_dir))
     if not config.data:
-        raise UsageError("nothing to train on: give a task (e.g. arithmetic) or data (a file or datasets name)")
+        raise UsageError("nothing to train on: give a task (e.g. gsm8k) or data (a file or datasets name)")
     train = fill_templates(read_records(config.data), config.prompt, config.completion, config.data)
     evaluation = []
     if config.eval_data:
         evaluation = fill_templates(read_records(config.eval_data), config.prompt, config.completion, config.eval_data)
-    return train[: config.limit], evaluation[: config.eval_limit]
+    return TrainingData(train[: config.limit], evaluation[: config.eval_limit], {})
+
+
+def _of_task(config: TrainConfig, task: Task) -> TrainingData:
+    """Without the training examples that are in the validation or test split too: they are counted and left out."""
+    evaluation = task.examples("validation") if "validation" in task.splits else []
+    notes: dict[str, Any] = {}
+    others = list(evaluation)
+    try:
+        others += task.examples("test") if "test" in task.splits else []
+    except SqftError as error:  # it is not here: it cannot be looked through
+        notes["test_split_not_checked"] = str(error)
+    examples = task.examples("train")
+    kept = without_duplicates(examples, others)
+    notes["duplicates_left_out"] = len(examples) - len(kept)
+    return TrainingData(first_of_each(kept, config.limit), first_of_each(evaluation, config.eval_limit), notes)
+
+
+def first_of_each(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """The first ``limit`` examples of each task."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for example in examples:
+        taken[example.task] += 1
+        if limit is None or taken[example.task] <= limit:
+            chosen.append(example)
+    return chosen
 
 
 def fill_templates(records: Sequence[dict[str, Any]], prompt: str, completion: str, source: str) -> list[Example]:

@@ -28,7 +28,7 @@ from sqft.probe import write_probe
 from sqft.quantization.linear import QuantLinear
 from sqft.tasks.base import Example
 from sqft.training.callbacks import ProgressBar
-from sqft.training.data import load_examples, tokenize_all
+from sqft.training.data import TrainingData, load_examples, tokenize_all
 from sqft.training.ranks import RankScheduler
 
 if TYPE_CHECKING:
@@ -66,20 +66,19 @@ def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data
     fit the model or data.
     """
     config = config or TrainConfig()
-    examples, evaluation = load_examples(config) if data is None else (data, eval_data)
+    given = load_examples(config) if data is None else TrainingData(data, eval_data, {})
     if isinstance(model, (str, Path)):
         if out is None:
             raise UsageError("training a model folder needs an output folder")
-        return _train_folder(str(model), config, examples, evaluation, Path(out), overwrite)
+        return _train_folder(str(model), config, given, Path(out), overwrite)
     if tokenizer is None or out is not None:
         raise UsageError("a live model is trained in place with its tokenizer, and written with sqft.save")
     with tempfile.TemporaryDirectory() as work:  # Trainer makes a folder even if it writes nothing
-        trainer = make_trainer(model, tokenizer, config, examples, evaluation, Path(work), checkpoints=False)
-        return _run(trainer, model, None)
+        trainer = make_trainer(model, tokenizer, config, given, Path(work), checkpoints=False)
+        return _run(trainer, model, None) | given.notes
 
 
-def _train_folder(source: str, config: TrainConfig, examples: Sequence[Example], evaluation: Sequence[Example],
-                  out: Path, overwrite: bool) -> dict[str, Any]:  # fmt: skip
+def _train_folder(source: str, config: TrainConfig, data: TrainingData, out: Path, overwrite: bool) -> dict[str, Any]:
     artifact.check_output(out, overwrite)
     if is_adapter(source):
         raise UsageError(f"{source} is an adapter: give the sparse model that it belongs to")
@@ -90,8 +89,8 @@ def _train_folder(source: str, config: TrainConfig, examples: Sequence[Example],
     set_seed(config.seed)
     model = attach(base, adapter_config(config))
     work = out.absolute().with_name(f".{out.name}.training-{key[:12]}")
-    trainer = make_trainer(model, tokenizer, config, examples, evaluation, work)
-    metrics = _run(trainer, model, last_checkpoint(work))
+    trainer = make_trainer(model, tokenizer, config, data, work)
+    metrics = _run(trainer, model, last_checkpoint(work)) | data.notes
     logs = _write_logs(trainer, model, tokenizer, work / "logs")
     save(model, tokenizer, out, stage="train", config=to_dict(config), metrics=metrics, parent=source,
          seed=config.seed, key=key, overwrite=overwrite, extra=logs)  # fmt: skip
@@ -112,12 +111,11 @@ def check_pipeline(base: nn.Module, pipeline: str, source: str) -> None:
                      "quantize), or use sparse-peft or lora")  # fmt: skip
 
 
-def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig,
-                 examples: Sequence[Example], evaluation: Sequence[Example], work: Path,
-                 checkpoints: bool = True) -> Trainer:  # fmt: skip
+def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, data: TrainingData,
+                 work: Path, checkpoints: bool = True) -> Trainer:  # fmt: skip
     """A Hugging Face Trainer with this config; ``work`` takes event files and, unless switched off, checkpoints."""
-    rows = tokenize_all(examples, tokenizer, config)
-    eval_rows = tokenize_all(evaluation, tokenizer, config) if evaluation else None
+    rows = tokenize_all(data.examples, tokenizer, config)
+    eval_rows = tokenize_all(data.evaluation, tokenizer, config) if data.evaluation else None
     steps_an_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation))
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.epochs)
     group = config.group_by_length and not config.packing

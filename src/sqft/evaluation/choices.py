@@ -1,0 +1,119 @@
+"""Multiple choice by log-likelihood: of the options, the one that the model finds likeliest.
+
+As in lm-evaluation-harness: a continuation's tokens are what context and continuation together have after the
+context's own; ``accuracy`` compares log-likelihoods, ``accuracy_norm`` those divided by the option's length in
+characters.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sqft.tasks.base import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def choose(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int,
+           quiet: bool = False) -> list[dict[str, Any]]:  # fmt: skip
+    """One record a problem: prompt, generated (the text of the option chosen), answer, correct, correct_norm, and the
+    options' log-likelihoods in nats. ``batch_size`` counts options."""
+    pairs = [encode_pair(tokenizer, *option) for example in examples for option in example.options]
+    scores = log_likelihoods(model, pairs, batch_size, quiet)
+    records, start = [], 0
+    for example in examples:
+        mine = scores[start : start + len(example.options)]
+        start += len(example.options)
+        texts = option_texts(example)
+        normed = [score / max(1, len(text)) for score, text in zip(mine, texts, strict=True)]
+        chosen = mine.index(max(mine))
+        records.append({
+            "prompt": example.prompt, "generated": texts[chosen], "answer": example.answer,
+            "correct": chosen == example.gold, "correct_norm": normed.index(max(normed)) == example.gold,
+            "log_likelihoods": mine,
+        })  # fmt: skip
+    return records
+
+
+def option_texts(example: Example) -> list[str]:
+    """What tells the options apart: their continuations, or their contexts if the continuation is one and the same."""
+    if len({continuation for _, continuation in example.options}) == 1 and len(example.options) > 1:
+        return [context for context, _ in example.options]
+    return [continuation.removeprefix(" ") for _, continuation in example.options]
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], int]:
+    """Tokens of both together, and how many of them are the continuation's."""
+    stripped = context.rstrip()  # a trailing space belongs to the next word's token
+    whole: Any = tokenizer(stripped + context[len(stripped) :] + continuation)["input_ids"]
+    start: Any = tokenizer(stripped)["input_ids"]
+    return whole, len(whole) - len(start)
+
+
+@torch.no_grad()
+def log_likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: int,
+                    quiet: bool = False) -> list[float]:  # fmt: skip
+    """Sum of the log-probabilities, in nats, of the last n >= 1 tokens of each row (tokens, n).
+
+    Rows that share the tokens before those n share their forward pass: a question is read once for all its options.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (tokens, n) in enumerate(pairs):
+        groups.setdefault(tuple(tokens[:-n]), []).append(i)
+    ordered = sorted(groups.items(), key=lambda group: len(group[0]))
+    scores = [0.0] * len(pairs)
+    with tqdm(total=len(pairs), desc="Evaluate", unit="option", disable=quiet or None) as bar:
+        while ordered:
+            batch, size = [], 0
+            while ordered and (not batch or size + len(ordered[-1][1]) <= batch_size):
+                batch.append(ordered.pop())
+                size += len(batch[-1][1])
+            members = [i for _, group in batch for i in group]
+            values = _score([prefix for prefix, _ in batch], [[pairs[i] for i in group] for _, group in batch], model)
+            for i, value in zip(members, values, strict=True):
+                scores[i] = value
+            bar.update(size)
+    return scores
+
+
+def _score(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], int]]], model: Any) -> list[float]:
+    """One batch: the prefixes, padded on the left, and from their cache all continuations, padded on the right."""
+    device = next(model.parameters()).device
+    length = max(map(len, prefixes))
+    tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prefixes], device=device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prefixes], device=device)
+    out = _forward(model, tokens, mask, None)
+    owner = torch.tensor([g for g, group in enumerate(groups) for _ in group], device=device)
+    tails = [whole[-n:] for group in groups for whole, n in group]
+    first = out.logits[:, -1].float().log_softmax(-1)
+    values = first[owner, torch.tensor([tail[0] for tail in tails], device=device)].double()
+    longest = max(map(len, tails)) - 1
+    if longest:
+        cache = out.past_key_values
+        cache.batch_select_indices(owner)
+        inputs = torch.tensor([tail[:-1] + [0] * (longest + 1 - len(tail)) for tail in tails], device=device)
+        targets = torch.tensor([tail[1:] + [0] * (longest + 1 - len(tail)) for tail in tails], device=device)
+        kept = torch.tensor([[1] * (len(tail) - 1) + [0] * (longest + 1 - len(tail)) for tail in tails], device=device)
+        logits = _forward(model, inputs, torch.cat([mask[owner], kept], 1), cache).logits
+        picked = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+        values += (picked * kept).double().sum(1)
+    return values.tolist()
+
+
+def _forward(model: Any, tokens: Tensor, mask: Tensor, cache: Any) -> Any:
+    """A forward of the last tokens of ``mask`` after those in ``cache``; of a prefix only the last logits are made."""
+    given: dict[str, Any] = {"past_key_values": cache} if cache is not None else {"logits_to_keep": 1}
+    if "position_ids" in inspect.signature(_core(model).forward).parameters:  # others count by the mask
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    return model(input_ids=tokens, attention_mask=mask, use_cache=True, **given)
+
+
+def _core(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

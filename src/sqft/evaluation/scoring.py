@@ -1,0 +1,54 @@
+"""Accuracy on a task: its multiple-choice problems by log-likelihood, the others by greedy generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sqft.evaluation.choices import choose
+from sqft.evaluation.generation import solve
+from sqft.evaluation.intervals import wilson
+from sqft.tasks.base import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, split: str, limit: int | None, batch_size: int,
+          quiet: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    """Metrics and one record a problem (prompt, generated, answer, correct), in the task's order."""
+    examples = task.examples(split, limit)
+    chosen = [i for i, example in enumerate(examples) if example.options]
+    written = [i for i, example in enumerate(examples) if not example.options]
+    records: dict[int, dict[str, Any]] = {}
+    if chosen:
+        of_choices = choose(model, tokenizer, [examples[i] for i in chosen], batch_size, quiet)
+        records.update(zip(chosen, of_choices, strict=True))
+    if written:
+        solved = solve(model, tokenizer, task, [examples[i] for i in written], batch_size, quiet)
+        records.update(zip(written, solved, strict=True))
+    ordered = [{**records[i], "task": examples[i].task or task.name} for i in range(len(examples))]
+    return summarize(ordered), ordered
+
+
+def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy with Wilson's 95 % interval, and ``accuracy_norm`` if every record has it.
+
+    Of several tasks the accuracies of each and, as ``accuracy``, their mean (each task counts the same); the interval
+    is then that of all problems together.
+    """
+    correct = sum(record["correct"] for record in records)
+    metrics: dict[str, Any] = {
+        "accuracy": correct / len(records),
+        "accuracy_ci95": list(wilson(correct, len(records))),
+        "correct": correct,
+        "problems": len(records),
+    }
+    if all("correct_norm" in record for record in records):
+        metrics["accuracy_norm"] = sum(record["correct_norm"] for record in records) / len(records)
+    names = list(dict.fromkeys(record["task"] for record in records))
+    if len(names) > 1:
+        parts = {name: summarize([record for record in records if record["task"] == name]) for name in names}
+        metrics["tasks"] = parts
+        metrics["accuracy"] = sum(part["accuracy"] for part in parts.values()) / len(parts)
+    return metrics

@@ -1,0 +1,237 @@
+"""Tasks as YAML: where the data is, and Jinja templates that make a prompt and an answer from a record.
+
+The built-in tasks are such files (``tasks/specs``); a file of one's own works the same. Prompts are those of
+lm-evaluation-harness; the mathematical word problems have those of LLM-Adapters (arXiv 2304.01933).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+
+from sqft.config import from_dict, load_yaml
+from sqft.errors import UsageError, did_you_mean
+from sqft.tasks.base import SPLITS, Example, Task
+from sqft.tasks.data import Source
+
+UNIONS = {"commonsense": "boolq+piqa+hellaswag+winogrande+arc_easy+arc_challenge+openbookqa"}
+METRICS = ("multiple-choice", "exact-match", "number")
+TOLERANCE = 1e-3  # of two numbers that count as equal, as in LLM-Adapters
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task's YAML file.
+
+    ``splits`` maps train, validation and test to the hub's (or a slice: 'train[:-500]'), ``files`` a split of the hub
+    to a local file's stem where that differs. ``prompt`` and ``completion`` are Jinja templates over a record's fields;
+    ``options``, ``contexts`` and ``answer`` are Jinja expressions.
+
+    multiple-choice: ``options`` lists the continuations (or ``contexts`` the prompts, with one ``completion``), and
+    ``answer`` is the index of the right one. exact-match: ``answer`` is a text; of what was generated, what ``extract``
+    finds is compared, without case and without what ``ignore`` matches. number: the last number counts.
+    """
+
+    name: str = ""
+    base: str | None = None
+    hub: str | None = None
+    folder: str = ""
+    splits: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    prompt: str = ""
+    completion: str = ""
+    options: str = ""
+    contexts: str = ""
+    answer: str = ""
+    metric: str = "exact-match"
+    extract: str = "(.*)"
+    pick: str = "first"
+    ignore: list[str] = field(default_factory=list)
+    stop: list[str] = field(default_factory=list)
+    max_new_tokens: int = 256
+
+
+@lru_cache
+def shipped_specs() -> tuple[str, ...]:
+    """Names of the built-in tasks that are YAML files."""
+    files = resources.files("sqft.tasks").joinpath("specs").iterdir()
+    return tuple(sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")))
+
+
+def load_spec(name: str, data_dir: str | Path | None = None) -> SpecTask:
+    """The task of a built-in name or a YAML file. Raises UsageError naming the file, its line, and the fix."""
+    path = Path(name) if name not in shipped_specs() else Path(str(_shipped(name)))
+    values = _read(path)
+    spec = TaskSpec(**{"name": path.stem, **values})
+    where = f"task {path}: "
+    if spec.metric not in METRICS:
+        raise UsageError(f"{where}unknown metric '{spec.metric}': {did_you_mean(spec.metric, METRICS)}")
+    if spec.pick not in ("first", "last"):
+        raise UsageError(f"{where}pick is first or last (of what extract finds), not '{spec.pick}'")
+    wrong = set(spec.splits) - set(SPLITS)
+    if wrong or not spec.splits:
+        raise UsageError(f"{where}splits map train, validation, test to where they are, e.g. {{test: validation}}")
+    lacking = [key for key in ("folder", "answer") if not getattr(spec, key)]
+    if spec.metric == "multiple-choice" and not (spec.options or spec.contexts):
+        lacking.append("options")
+    elif spec.metric != "multiple-choice" and not spec.prompt:
+        lacking.append("prompt")
+    if lacking:
+        raise UsageError(f"{where}it needs '{lacking[0]}'")
+    return SpecTask(spec, data_dir)
+
+
+def _shipped(name: str) -> Any:
+    return resources.files("sqft.tasks") / "specs" / f"{name}.yaml"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's values over those of its ``base``."""
+    values, lines = load_yaml(path)
+    plain = {k: v for k, v in values.items() if k not in ("splits", "files")}
+    from_dict(TaskSpec, plain, str(path), {key[0]: line for key, line in lines.items() if len(key) == 1})
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if base not in shipped_specs():
+        raise UsageError(f"task {path}: unknown base '{base}': {did_you_mean(str(base), shipped_specs())}")
+    return {**_read(Path(str(_shipped(base)))), "name": path.stem, **values}
+
+
+@dataclass(frozen=True)
+class SpecTask:
+    """A task that a ``TaskSpec`` defines, its data from ``data_dir`` or the hub."""
+
+    spec: TaskSpec
+    data_dir: str | Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.spec.splits)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.spec.max_new_tokens
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return tuple(self.spec.stop)
+
+    def examples(self, split: str, limit: int | None = None) -> list[Example]:
+        """The first ``limit`` examples of a split. Raises UsageError for an unknown split, and for a record that a
+        template does not fit."""
+        if split not in self.spec.splits:
+            raise UsageError(f"task {self.name} has no split '{split}': it has {', '.join(self.spec.splits)}")
+        if limit is not None and limit < 0:
+            raise UsageError(f"limit is {limit}: give a number >= 0")
+        source = Source(self.name, self.spec.hub, self.spec.folder, self.spec.files)
+        records = source.read(self.spec.splits[split], self.data_dir)[:limit]
+        make = _maker(self.spec)
+        return [self._example(make, record, number) for number, record in enumerate(records, 1)]
+
+    def _example(self, make: Callable[[dict[str, Any]], Example], record: dict[str, Any], number: int) -> Example:
+        try:
+            return make(record)
+        except (jinja2.TemplateError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"task {self.name}: record {number} does not fit its templates ({error}); it has "
+                             f"{', '.join(record)}") from None  # fmt: skip
+
+    def is_correct(self, generated: str, example: Example) -> bool:
+        """Whether a generated text gives the example's answer."""
+        if self.spec.metric == "multiple-choice":
+            return self._plain(generated) == self._plain(example.answer)
+        found = extract(self.spec, generated)
+        if self.spec.metric == "number":
+            return found is not None and abs(float(found) - float(example.answer.replace(",", ""))) <= TOLERANCE
+        return found is not None and self._plain(found) == self._plain(example.answer)
+
+    def _plain(self, text: str) -> str:
+        for pattern in self.spec.ignore:
+            text = re.sub(pattern, "", text)
+        return text.lower().strip()
+
+
+def extract(spec: TaskSpec, generated: str) -> str | None:
+    """The answer in a generated text: the first or last match (its first group that matched), or None."""
+    text = generated.replace(",", "") if spec.metric == "number" else generated
+    pattern, last = (r"-?[0-9]+\.?[0-9]*", True) if spec.metric == "number" else (spec.extract, spec.pick == "last")
+    found = list(re.finditer(pattern, text))
+    if not found:
+        return None
+    match = found[-1 if last else 0]
+    return next((group for group in match.groups() if group), match.group()).strip()
+
+
+def _maker(spec: TaskSpec) -> Callable[[dict[str, Any]], Example]:
+    """The function from a record to an example, its templates compiled once."""
+    environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["regex_replace"] = lambda text, pattern, by: re.sub(pattern, by, text)
+    try:
+        prompt, completion = environment.from_string(spec.prompt), environment.from_string(spec.completion)
+        options, contexts, answer = (environment.compile_expression(text or "none", undefined_to_none=False)
+                                     for text in (spec.options, spec.contexts, spec.answer))  # fmt: skip
+    except jinja2.TemplateSyntaxError as error:
+        raise UsageError(f"task {spec.name}: a template is not valid Jinja: {error}") from None
+
+    def make(record: dict[str, Any]) -> Example:
+        right = _defined(answer(record))
+        if spec.metric != "multiple-choice":
+            return Example(prompt.render(record), completion.render(record), str(right), task=spec.name)
+        if spec.contexts:
+            tail = completion.render(record)
+            pairs = [(str(context), tail) for context in _defined(contexts(record))]
+        else:
+            start = prompt.render(record)
+            pairs = [(start, f" {option}") for option in _defined(options(record))]
+        gold = int(right)
+        if not 0 <= gold < len(pairs):
+            raise ValueError(f"the answer is {gold}, of {len(pairs)} options")
+        text = pairs[gold][0] if spec.contexts else pairs[gold][1].strip()
+        return Example(*pairs[gold], text, tuple(pairs), gold, spec.name)
+
+    return make
+
+
+def _defined(value: Any) -> Any:
+    if isinstance(value, jinja2.Undefined):
+        str(value)  # raises, naming the field
+    return value
+
+
+@dataclass(frozen=True)
+class UnionTask:
+    """Several tasks as one: examples of all, in order; a ``limit`` is for each."""
+
+    name: str
+    parts: tuple[Task, ...]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(split for split in SPLITS if all(split in part.splits for part in self.parts))
+
+    @property
+    def max_new_tokens(self) -> int:
+        return max(part.max_new_tokens for part in self.parts)
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(text for part in self.parts for text in part.stop))
+
+    def examples(self, split: str, limit: int | None = None) -> list[Example]:
+        return [example for part in self.parts for example in part.examples(split, limit)]
+
+    def is_correct(self, generated: str, example: Example) -> bool:
+        part = next(part for part in self.parts if part.name == example.task)
+        return part.is_correct(generated, example)
