@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from sqft.adapters.peft_bridge import attach as attach
     from sqft.adapters.ranks import get_ranks as get_ranks
     from sqft.adapters.ranks import set_ranks as set_ranks
+    from sqft.comparison import compare as compare
     from sqft.config import EvaluateConfig as EvaluateConfig
+    from sqft.config import MeasureConfig as MeasureConfig
     from sqft.config import MergeConfig as MergeConfig
     from sqft.config import QuantizeConfig as QuantizeConfig
     from sqft.config import SearchConfig as SearchConfig
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from sqft.evaluation.stage import evaluate as evaluate
     from sqft.folders import load as load
     from sqft.folders import save as save
+    from sqft.measuring.stage import measure as measure
     from sqft.merging import merge as merge
     from sqft.nls.choose import extract as extract
     from sqft.nls.search import search as search
@@ -43,6 +46,7 @@ _WHERE = {
     "get_ranks": "sqft.adapters.ranks",
     "set_ranks": "sqft.adapters.ranks",
     "EvaluateConfig": "sqft.config",
+    "MeasureConfig": "sqft.config",
     "MergeConfig": "sqft.config",
     "QuantizeConfig": "sqft.config",
     "SearchConfig": "sqft.config",
@@ -54,6 +58,8 @@ _WHERE = {
     "evaluate": "sqft.evaluation.stage",
     "load": "sqft.folders",
     "save": "sqft.folders",
+    "compare": "sqft.comparison",
+    "measure": "sqft.measuring.stage",
     "merge": "sqft.merging",
     "extract": "sqft.nls.choose",
     "search": "sqft.nls.search",

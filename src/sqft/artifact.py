@@ -190,6 +190,18 @@ def writing(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it. Raises SqftError if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SqftError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from None
+
+
 def replace_folder(new: Path, path: Path) -> None:
     """Renames ``new`` to ``path``; what stood there is removed only afterwards."""
     old = None

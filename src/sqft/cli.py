@@ -23,7 +23,9 @@ from typing import Any, NoReturn
 
 import sqft
 from sqft.config import (
+    DATA_DIR,
     EvaluateConfig,
+    MeasureConfig,
     MergeConfig,
     QuantizeConfig,
     SearchConfig,
@@ -88,6 +90,20 @@ def build_parser() -> argparse.ArgumentParser:
                      " float model), sqft or lora (base and adapter, not mergeable) [qa-sparse-peft]")  # fmt: skip
     sub.add_argument("--model", help="another model than SmolLM2-135M")
     sub.add_argument("--output", help="folder to write (default: runs/demo)")
+
+    sub = add("compare", _compare, "the paper's table for a model and a task; or what differs between two runs")
+    sub.add_argument("what", metavar="RECIPE | RUN RUN", nargs="*",
+                     help="a recipe with 'compare', by file or name [compare]; or two folders")  # fmt: skip
+    sub.add_argument("--model", help="instead of the recipe's model")
+    sub.add_argument("--output", help="instead of the recipe's output folder")
+    sub.add_argument("--task", help="instead of the recipe's task")
+    sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
+    sub.add_argument("--sparsity", metavar="X", help="one or several, e.g. 0.3,0.5,0.7")
+    sub.add_argument("--methods", metavar="STR", help="some of the rows, e.g. dense,lora,sparse-peft")
+
+    sub = add("measure", _measure, "bytes on disk and decode speed of what would be served")
+    _positional(sub, MODEL="folder of any stage, or an adapter, which is served with its base")
+    add_flags(sub, MeasureConfig)
 
     sub = add("ls", _ls, "list the stage folders under a folder, with their numbers")
     sub.add_argument("root", metavar="RUNS", nargs="?", default=".", help="folder to look in (default: here)")
@@ -227,6 +243,34 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def _compare(arguments: argparse.Namespace) -> Any:
+    from sqft.comparison import compare, with_methods
+    from sqft.pipeline import load_recipe, with_options
+    from sqft.reporting.comparison_table import HEADER, cells, difference
+    from sqft.reporting.table import markdown, print_table
+
+    if len(arguments.what) > 2:
+        raise UsageError("sqft compare takes a recipe, or two folders of runs")
+    if len(arguments.what) == 2:
+        rows = difference(Path(arguments.what[0]), Path(arguments.what[1]))
+        if not arguments.json:
+            print_table(("stage", "option or number", *arguments.what), rows)
+        return [dict(zip(("stage", "name", "left", "right"), row, strict=True)) for row in rows]
+    recipe = with_options(load_recipe(*arguments.what or ["compare"]), task=arguments.task, data_dir=arguments.data_dir)
+    recipe = with_methods(recipe, arguments.sparsity, arguments.methods)
+    result = compare(recipe, model=arguments.model, output=arguments.output,
+                     say=lambda text: print(text, file=sys.stderr))  # fmt: skip
+    rows = [cells(row) for row in result["rows"]]
+    (Path(arguments.output or recipe.output) / "table.md").write_text(markdown(HEADER, rows), encoding="utf-8")
+    if not arguments.json:
+        print_table(HEADER, rows)
+    return result
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    return sqft.measure(arguments.model, read_flags(arguments, MeasureConfig))
+
+
 def _ls(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from sqft.reporting.table import list_stages, print_table, summary
 
@@ -239,7 +283,7 @@ def _ls(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _show(command: str, result: Any) -> None:
     """Prints one stage's metrics, a line each."""
-    if command in ("run", "demo", "ls"):
+    if command in ("run", "demo", "ls", "compare"):
         return  # they print a table
     for name, value in result.items():
         if isinstance(value, dict):

@@ -223,6 +223,26 @@ class EvaluateConfig:
             raise UsageError("nothing to evaluate: give a task (e.g. arithmetic) or a text")
 
 
+@dataclass(frozen=True)
+class MeasureConfig:
+    """Measure what would be served: bytes on disk and decode speed."""
+
+    tokens: int = option(32, "tokens to generate")
+    rounds: int = option(3, "times to do so; the median counts")
+
+    def __post_init__(self) -> None:
+        _positive(self, "tokens", "rounds")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which methods a comparison runs, and at which sparsities."""
+
+    sparsities: list[float] = option(help="e.g. 0.3,0.5,0.7; default: that of sparsify", factory=list)
+    methods: list[str] = option(help="some of the table's rows; default: all", factory=list)
+    reference: str = option("lora", "method whose accuracy the others' is compared with, problem by problem")
+
+
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:

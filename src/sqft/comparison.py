@@ -1,0 +1,203 @@
+"""``sqft compare``: the paper's table for one's own model and task, every method from the same recipe; and two runs.
+
+A method is a base (dense, sparse, INT4), perhaps an adapter on it, and whether that merges. All methods share the
+stages that they have in common, and every stage is skipped when it is there already, so that a comparison goes on
+where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sqft import artifact
+from sqft.config import (
+    CompareConfig,
+    MeasureConfig,
+    MergeConfig,
+    QuantizeConfig,
+    SearchConfig,
+    SparsifyConfig,
+    from_dict,
+    to_dict,
+)
+from sqft.errors import UsageError, did_you_mean
+from sqft.evaluation.intervals import paired
+from sqft.pipeline import Recipe, load_recipe, resolve_model, run_stage
+from sqft.reporting.comparison_table import RESULT
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table. ``base``: model, sparsify or quantize; ``pipeline``: of its adapter, if it is tuned."""
+
+    title: str
+    base: str
+    pipeline: str | None = None
+    elastic: bool = False
+
+    @property
+    def merges(self) -> bool | None:
+        return None if self.pipeline is None else self.pipeline in ("sparse-peft", "qa-sparse-peft")
+
+
+METHODS: dict[str, Method] = {  # in the order of the paper's tables
+    "dense": Method("w/o tune, dense", "model"),
+    "sparse": Method("w/o tune, sparse", "sparsify"),
+    "lora": Method("LoRA", "sparsify", "lora"),
+    "shears": Method("Shears", "sparsify", "lora", elastic=True),
+    "sparse-peft": Method("SQFT + SparsePEFT", "sparsify", "sparse-peft", elastic=True),
+    "sparse-int4": Method("w/o tune, sparse, INT4", "quantize"),
+    "gptq-lora": Method("GPTQ + LoRA", "quantize", "sqft"),
+    "sqft": Method("SQFT", "quantize", "sqft", elastic=True),
+    "qa-sparse-peft": Method("SQFT + QA-SparsePEFT", "quantize", "qa-sparse-peft", elastic=True),
+}
+
+
+def compare(recipe: Recipe | str | Path, *, model: str | None = None, output: str | Path | None = None,
+            say: Say = lambda text: None) -> dict[str, Any]:  # fmt: skip
+    """Runs every method of a recipe with ``train`` and ``evaluate`` and writes OUTPUT/compare.json.
+
+    Each method's adapter is trained with the recipe's options, of elastic rank where the method is, the best
+    sub-adapter searched by the validation split, merged if that can be, and evaluated. Returns the table: task, split,
+    limit, model, and one row a method. Raises UsageError for a recipe that lacks a stage, or an unknown method.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = replace(recipe, model=model or recipe.model, output=str(output or recipe.output))
+    methods, sparsities = check(recipe)
+    out = Path(recipe.output)
+    rows: list[dict[str, Any]] = []
+    for sparsity in sparsities:
+        of_sparsity = out / f"s{100 * sparsity:g}"
+        for name in methods:
+            if METHODS[name].base != "model":
+                rows.append(run_method(name, recipe, sparsity, of_sparsity, say))
+            elif sparsity == sparsities[0]:  # the dense model is one for all
+                rows.append(run_method(name, recipe, None, out, say))
+        assert recipe.compare is not None
+        _compare_with(rows, recipe.compare.reference, sparsity, out)
+        _write(recipe, rows, out)
+    return _write(recipe, rows, out)
+
+
+def with_methods(recipe: Recipe, sparsities: str | None = None, methods: str | None = None) -> Recipe:
+    """The recipe with other sparsities or methods, each given as 'a,b,c'."""
+    given = {"sparsities": sparsities, "methods": methods}
+    config = to_dict(recipe.compare or CompareConfig()) | {k: v for k, v in given.items() if v is not None}
+    return replace(recipe, compare=from_dict(CompareConfig, config))
+
+
+def check(recipe: Recipe) -> tuple[list[str], list[float]]:
+    """The methods and sparsities that a recipe asks for. Raises UsageError for what it lacks."""
+    for stage in ("train", "evaluate", "compare"):
+        if getattr(recipe, stage) is None:
+            raise UsageError(f"a comparison needs '{stage}' in its recipe, e.g. '{stage}: {{}}'")
+    assert recipe.train and recipe.evaluate and recipe.compare
+    if not recipe.evaluate.task:
+        raise UsageError("a comparison needs a task to evaluate on, e.g. --task gsm8k")
+    methods = list(recipe.compare.methods or METHODS)
+    for name in (*methods, recipe.compare.reference):
+        if name not in METHODS:
+            raise UsageError(f"unknown method '{name}': {did_you_mean(name, METHODS)}")
+    if not recipe.train.search_space and any(METHODS[name].elastic for name in methods):
+        raise UsageError("methods of elastic rank need a search_space in 'train', e.g. [32, 24, 16]")
+    sparsities = recipe.compare.sparsities or [(recipe.sparsify or SparsifyConfig()).sparsity]
+    return methods, sorted(sparsities)
+
+
+def run_method(name: str, recipe: Recipe, sparsity: float | None, out: Path, say: Say) -> dict[str, Any]:
+    """Runs one method below ``out`` and returns its row; folders in it are relative to the comparison's output."""
+    method = METHODS[name]
+    root = Path(recipe.output)
+    folders = {"model": resolve_model(recipe.model)}
+    metrics: dict[str, Mapping[str, Any]] = {}
+
+    def stage(kind: str, config: Any, source: str, folder: Path) -> None:
+        metrics[kind] = run_stage(kind, config, folders[source], folder, say)
+        folders[kind] = str(folder)
+
+    if method.base != "model":
+        sparsify = replace(recipe.sparsify or SparsifyConfig(), sparsity=sparsity)
+        stage("sparsify", sparsify, "model", out / "sparsify")
+    if method.base == "quantize":
+        stage("quantize", recipe.quantize or QuantizeConfig(), "sparsify", out / "quantize")
+    last = method.base
+    for kind, config in adapter_stages(method, recipe, folders):
+        stage(kind, config, last, out / name / kind)
+        last = kind
+    stage("evaluate", recipe.evaluate, last, out / name / "evaluate")
+    stage("measure", recipe.measure or MeasureConfig(), last, out / name / "measure")
+    train, search, merge = (metrics.get(kind, {}) for kind in ("train", "search", "merge"))
+    kept = merge.get("sparsity", metrics.get(method.base, {}).get("sparsity"))
+    return {
+        "name": name, "method": method.title, "mergeable": method.merges, "sparsity": sparsity,
+        "precision": metrics["measure"]["precision"],
+        **{key: metrics["evaluate"].get(key) for key in ("accuracy", "accuracy_ci95", "accuracy_norm", "problems")},
+        "sparsity_kept": kept if method.merges is not False else None,
+        "size": metrics["measure"]["size"], "trainable_parameters": train.get("trainable_parameters"),
+        "adapter_parameters": search.get("parameters", train.get("trainable_parameters")),
+        "validation_score": search.get("score"),
+        "train_seconds": train.get("seconds"), "train_peak_bytes": train.get("peak_bytes"),
+        "decode_tokens_per_second": metrics["measure"]["decode_tokens_per_second"],
+        "folder": _relative(folders[last], root), "evaluation": _relative(folders["evaluate"], root),
+    }  # fmt: skip
+
+
+def adapter_stages(method: Method, recipe: Recipe, folders: Mapping[str, str]) -> list[tuple[str, Any]]:
+    """The stages after the base: train, search and merge with the recipe's options, as far as the method has them."""
+    assert recipe.train is not None
+    if method.pipeline is None:
+        return []
+    aware = method.pipeline == "qa-sparse-peft"
+    float_base = folders["sparsify"] if aware and recipe.train.base else None
+    train = replace(recipe.train, pipeline=method.pipeline, base=float_base,
+                    learn_scales=recipe.train.learn_scales and aware)  # fmt: skip
+    if not method.elastic:
+        train = replace(train, search_space=[], rank_groups=[])
+    stages: list[tuple[str, Any]] = [("train", train)]
+    if method.elastic:  # without a search in the recipe: the paper's heuristic
+        by_heuristic = SearchConfig(strategy="median", task=train.task, data_dir=train.data_dir, metric="loss")
+        stages.append(("search", recipe.search or by_heuristic))
+    if method.merges:
+        stages.append(("merge", recipe.merge or MergeConfig()))
+    return stages
+
+
+def _relative(folder: str, root: Path) -> str | None:
+    """Relative to the comparison; the dense model lies outside of it."""
+    path = Path(folder)
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
+
+
+def _compare_with(rows: list[dict[str, Any]], reference: str, sparsity: float, out: Path) -> None:
+    """Adds to each row of a sparsity the interval of its difference to the reference's accuracy, if that was run."""
+    mine = [row for row in rows if row["sparsity"] in (sparsity, None)]
+    theirs = next((row for row in mine if row["name"] == reference), None)
+    if theirs is None:
+        return
+    expected = read_correct(out / theirs["evaluation"])
+    for row in mine:
+        found = read_correct(out / row["evaluation"])
+        if row is not theirs and len(found) == len(expected):
+            row["difference_ci95"] = list(paired(found, expected))
+
+
+def read_correct(evaluation: Path) -> list[bool]:
+    """Which problems an evaluation's folder says were solved, in the task's order."""
+    lines = (evaluation / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["correct"] for line in lines]
+
+
+def _write(recipe: Recipe, rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    assert recipe.evaluate and recipe.compare
+    result = {
+        "task": recipe.evaluate.task, "split": recipe.evaluate.split, "limit": recipe.evaluate.limit,
+        "model": recipe.model, "reference": recipe.compare.reference, "rows": rows,
+    }  # fmt: skip
+    artifact.write_text(out / RESULT, json.dumps(result, indent=1) + "\n")
+    return result

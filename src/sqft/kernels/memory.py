@@ -1,0 +1,41 @@
+"""The highest memory use of a stretch of work."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Peak:
+    """``bytes`` of the accelerator if there is one, else resident bytes of this process (with the interpreter and what
+    was loaded before); None where the system does not tell."""
+
+    bytes: int | None = None
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """Measures from here to the end of the block."""
+    peak = Peak()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # not Linux, or not allowed
+        _RESET.write_text("5")  # the kernel's highest resident size starts anew
+    try:
+        yield peak
+    finally:
+        peak.bytes = torch.cuda.max_memory_allocated() if cuda else _highest_resident()
+
+
+def _highest_resident() -> int | None:
+    try:
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split()[1]) * 1024
