@@ -95,7 +95,7 @@ def test_wrong_comparisons(dense: Path, data: Path, tmp_path: Path, capsys) -> N
     assert "there is no recipe" in fails(capsys, 2, "compare", "arc-esy")
     assert "arc_easy/train.jsonl" in fails(capsys, 2, "compare", recipe, "--data-dir", tmp_path)
     recipe.write_text(recipe.read_text().replace("search_space: [4, 2]", "epochs: 1"))
-    assert "need a search_space" in fails(capsys, 2, *run)
+    assert "with a search_space" in fails(capsys, 2, *run)
     assert not (tmp_path / "out").exists()
 
 
