@@ -286,6 +286,9 @@ def _show(command: str, result: Any) -> None:
     if command in ("run", "demo", "ls", "compare"):
         return  # they print a table
     for name, value in result.items():
+        if name == "tasks":  # of several: the accuracy of each
+            for task, scores in value.items():
+                print(f"{'  ' + task:24} {scores['accuracy']:.6g}")
         if isinstance(value, dict):
             continue
         large = isinstance(value, int) and value > 10**15  # the size of a search space, say

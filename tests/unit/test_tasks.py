@@ -198,6 +198,7 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         (("hub: someone", "hbu: someone"), "unknown option 'hbu'"),
         (("splits: {train: train", "splits: {trian: train"), "splits map train, validation, test"),
         (("splits: {train: train", 'splits: {train: "train[1]"'), "is no split"),
+        (("max_new_tokens: 8", 'ignore: ["("]'), "'(' is not a regular expression"),
         (("metric: exact-match", "metric: multiple-choice"), "it needs 'options'"),
         (("answer: capital", "answer: \"''.__class__.__mro__\""), "record 1"),
     ],
