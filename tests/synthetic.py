@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from sqft.adapters.elastic import RankGroup
-from sqft.nls.space import SearchSpace
+from sqft.adapters.space import SearchSpace
 from sqft.nls.study import Search
 
 

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import sqft
 from sqft.config import (
     DATA_DIR,
+    TASK,
     EvaluateConfig,
     MeasureConfig,
     MergeConfig,
@@ -79,6 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="OUT", help="also write scores and predictions to this folder")
     add_flags(sub, EvaluateConfig)
 
+    sub = add("write-tasks", _write_tasks, "write a task as YAML and data that lm-evaluation-harness runs offline")
+    _positional(sub, TASK=TASK, OUT="folder to write")
+    sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
+    sub.add_argument("--split", default="test", metavar="STR", help="split of the task [test]")
+    sub.add_argument("--limit", type=int, metavar="INT", help="use the first N problems")
+    sub.add_argument("--fewshot", type=int, default=0, metavar="INT", help="solved examples before each problem [0]")
+    commands.add_parser("lm-eval", add_help=False, help="lm-evaluation-harness's own commands, with --model sqft")
+
     sub = add("run", _run, "run all stages of a recipe; skips what is unchanged, resumes what was interrupted")
     _positional(sub, RECIPE="YAML file, or the name of a shipped recipe")
     sub.add_argument("--model", help="instead of the recipe's model")
@@ -115,7 +124,7 @@ def _adder(commands: Any) -> Callable[[str, Callable[..., Any], str], argparse.A
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-v", "--verbose", action="store_true", help="show logs and, on an error, where it came from")
-        if name in ("sparsify", "quantize", "train", "search", "extract", "merge", "evaluate"):
+        if name in ("sparsify", "quantize", "train", "search", "extract", "merge", "evaluate", "write-tasks"):
             sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
         sub.set_defaults(function=function)
         return sub
@@ -215,6 +224,14 @@ def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     config = read_flags(arguments, EvaluateConfig)
     return sqft.evaluate(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
+
+
+def _write_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sqft.evaluation.harness_tasks import write_tasks
+
+    names = write_tasks(arguments.task, arguments.out, data_dir=arguments.data_dir, split=arguments.split,
+                        limit=arguments.limit, fewshot=arguments.fewshot, overwrite=arguments.overwrite)  # fmt: skip
+    return {"tasks": ",".join(names)}
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -327,8 +344,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     verbose = False
     try:
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if given[:1] == ["lm-eval"]:  # its flags are its own
+            from sqft.evaluation.harness import command
+
+            command(given[1:])
+            return 0
         parser = build_parser()
-        given, then = _split_then(sys.argv[1:] if arguments is None else arguments)
+        given, then = _split_then(given)
         parsed, unknown = parser.parse_known_args(given)
         parsed.then = then
         if parsed.command is None:

@@ -27,6 +27,7 @@ def option(default: Any = MISSING, help: str = "", choices: tuple[str, ...] = ()
 
 TASK = "a built-in task (gsm8k, say), several (piqa+boolq), or a task's YAML file"
 DATA_DIR = "folder with the tasks' data; default: from the hub"
+RANKS = "of an elastic adapter: a heuristic (median, say) or a YAML file of ranks; default: the largest"
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,7 @@ class SearchConfig:
 class MergeConfig:
     """Merge an adapter into its base, verify the result, write one model."""
 
-    ranks: str | None = option(None, "of an elastic adapter: a heuristic (median, say) or a YAML file of ranks; "
-                               "default: the largest")  # fmt: skip
+    ranks: str | None = option(None, RANKS)
     allow_dense: bool = option(False, "merge plain LoRA although it fills the pruned weights")
     tolerance: float = option(1e-4, "largest difference allowed between merged and un-merged logits")
     max_shard_size: str = option("5GB", "split the weights into files of at most this size")
@@ -216,11 +216,21 @@ class EvaluateConfig:
     batch_size: int = option(32, "problems, or windows, a forward pass")
     unpack: bool = option(True, "hold a packed model's weights de-quantized while scoring: the same results, faster")
     dtype: str = option("auto", "load the weights as", ("auto", "float32", "bfloat16", "float16"))
+    ranks: str | None = option(None, RANKS)
+    engine: str = option("quick", "sqft's own scorer of tasks, or lm-evaluation-harness: the same scores and, besides, "
+                         "its few-shot examples and results.json", ("quick", "lm-eval"))  # fmt: skip
+    fewshot: int = option(0, "with engine lm-eval: solved examples of the train split before each problem")
 
     def __post_init__(self) -> None:
         _positive(self, "length", "batch_size")
         if not (self.task or self.text):
             raise UsageError("nothing to evaluate: give a task (e.g. arithmetic) or a text")
+        if self.fewshot < 0:
+            raise UsageError(f"fewshot is {self.fewshot}: give a number >= 0")
+        if self.engine == "lm-eval" and not self.task:
+            raise UsageError("engine lm-eval scores tasks: give one (e.g. arithmetic), or leave engine out")
+        if self.fewshot and self.engine != "lm-eval":
+            raise UsageError("few-shot examples are lm-eval's: add engine lm-eval (--engine lm-eval)")
 
 
 @dataclass(frozen=True)

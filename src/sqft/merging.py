@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from sqft import artifact
 from sqft.adapters.elastic import Ranks
+from sqft.adapters.heuristics import resolve_ranks
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked, is_quant_aware, merged_weight
 from sqft.adapters.ranks import set_ranks
 from sqft.config import MergeConfig, parse_size, to_dict
@@ -29,7 +30,6 @@ from sqft.kernels.torch_ops import pack_mask, unpack_mask
 from sqft.models.dense import load_dense, save_settings
 from sqft.models.discover import describe, weight_of
 from sqft.models.tensors import write_model
-from sqft.nls.choose import resolve_ranks
 from sqft.probe import check_probe, logits, sample_tokens, tolerance
 from sqft.sparsity.masks import (
     attach_masks,

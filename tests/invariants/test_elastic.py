@@ -18,8 +18,8 @@ from sqft.adapters.config import PEFT_TYPE
 from sqft.adapters.elastic import make_groups
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.adapters.ranks import RECORDS, rank_groups
+from sqft.adapters.space import space_of
 from sqft.nls.choose import alpha_for
-from sqft.nls.space import space_of
 
 PIPELINES = ("sparse-peft", "qa-sparse-peft", "lora", "sqft")
 SPACE = [6, 4, 2]

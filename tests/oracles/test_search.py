@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from synthetic import BEST, SPACE, make_space, score, searcher
 
 import sqft
+from sqft.adapters.heuristics import heuristic
 from sqft.nls import search as search_module
-from sqft.nls.heuristics import heuristic
 from sqft.nls.picking import Point, pareto_front, pick
 from sqft.nls.strategies import ranks_of
 from sqft.nls.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sqft import artifact
+from sqft.adapters.heuristics import resolve_ranks
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
+from sqft.adapters.ranks import get_ranks, set_ranks
 from sqft.adapters.sparse import SparseLoraLinear
 from sqft.config import EvaluateConfig, to_dict
 from sqft.errors import UsageError
+from sqft.evaluation.harness import require_harness, run_harness
 from sqft.evaluation.perplexity import perplexity
 from sqft.evaluation.scoring import score
 from sqft.folders import load
@@ -31,8 +34,10 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
     """Scores a live model (needs ``tokenizer``) or a folder or hub name of any stage.
 
     Returns accuracy with interval for ``config.task``, perplexity with interval for ``config.text``, and seconds. With
-    ``out``, a folder takes them and, for a task, ``predictions.jsonl``.
+    ``out``, a folder takes them and, for a task, ``predictions.jsonl``; of lm-eval also its ``results.json``.
     """
+    if config.engine == "lm-eval":
+        require_harness()
     task = get_task(config.task, config.data_dir) if config.task else None
     if task is not None:
         task.examples(config.split, 1)  # an unknown split is an error before any work
@@ -48,11 +53,20 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
     started = time.perf_counter()
     was_training = live.training
     live.eval()
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"ranks": config.ranks} if config.ranks else {}
     records: list[dict[str, Any]] = []
-    with unpacked(live) if config.unpack else contextlib.nullcontext():
+    harness: dict[str, Any] = {}
+    with contextlib.ExitStack() as held:
+        if config.ranks:
+            held.enter_context(at_ranks(live, config.ranks, source))
+        if config.unpack:
+            held.enter_context(unpacked(live))
         if task is not None:
-            scores, records = score(live, tokenizer, task, config.split, config.limit, config.batch_size)
+            if config.engine == "lm-eval":
+                scores, records, harness = run_harness(live, tokenizer, task, config.split, config.limit,
+                                                       config.fewshot, config.batch_size)  # fmt: skip
+            else:
+                scores, records = score(live, tokenizer, task, config.split, config.limit, config.batch_size)
             metrics.update(task=task.name, split=config.split, **scores)
         if config.text:
             batch = max(1, config.batch_size // 8)  # logits of whole windows are held, not of one token
@@ -60,8 +74,20 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
     live.train(was_training)
     metrics["seconds"] = round(time.perf_counter() - started, 2)
     if out is not None:
-        _write(Path(out), source, config, metrics, records, overwrite)
+        _write(Path(out), source, config, metrics, records, harness, overwrite)
     return metrics
+
+
+@contextlib.contextmanager
+def at_ranks(model: Any, choice: str, folder: str | Path | None) -> Iterator[None]:
+    """Holds a super-adapter at the ranks that ``choice`` names. Raises UsageError as ``resolve_ranks``."""
+    ranks = resolve_ranks(model, choice, folder or "")
+    before = get_ranks(model)
+    set_ranks(model, ranks)
+    try:
+        yield
+    finally:
+        set_ranks(model, before)
 
 
 @contextlib.contextmanager
@@ -89,11 +115,14 @@ def unpacked(model: Any) -> Iterator[None]:
 
 
 def _write(out: Path, source: str | Path | None, config: EvaluateConfig, metrics: dict[str, Any],
-           records: list[dict[str, Any]], overwrite: bool) -> None:  # fmt: skip
+           records: list[dict[str, Any]], harness: dict[str, Any], overwrite: bool) -> None:  # fmt: skip
     with artifact.writing(out, overwrite) as folder:
         if records:
             lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+        if harness:
+            text = json.dumps(harness, indent=2, ensure_ascii=False)
+            (folder / "results.json").write_text(text + "\n", encoding="utf-8")
         artifact.write_manifest(folder, artifact.Manifest(
             stage="evaluate", config=to_dict(config), metrics=metrics,
             parent=artifact.relative_parent(source, out) if source else None,

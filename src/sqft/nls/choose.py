@@ -1,4 +1,4 @@
-"""From a name or a file to ranks, and from a super-adapter and ranks to a folder with that sub-adapter alone."""
+"""From a super-adapter and ranks to a folder with that sub-adapter alone."""
 
 from __future__ import annotations
 
@@ -8,52 +8,22 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft import artifact
 from sqft.adapters.elastic import Ranks, active_rank
+from sqft.adapters.heuristics import resolve_ranks
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
-from sqft.adapters.ranks import RECORDS, set_ranks
+from sqft.adapters.ranks import set_ranks
+from sqft.adapters.space import space_of
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
-from sqft.nls.heuristics import HEURISTICS, Records, heuristic
 from sqft.nls.picking import PICKS, Point, pick
-from sqft.nls.space import space_of
 from sqft.probe import write_probe
 
 TRIALS = "search.json"  # in the folder that a search writes: every trial, and which was chosen
-
-
-def read_records(folder: str | Path) -> Records:
-    """What training recorded beside an adapter; empty if it did not."""
-    path = Path(folder) / RECORDS
-    try:
-        return json.loads(path.read_text())["records"] if path.is_file() else []
-    except (OSError, ValueError, KeyError) as error:
-        raise SqftError(f"{path} is corrupt ({error}): train again") from None
-
-
-def resolve_ranks(model: Any, choice: str, folder: str | Path = "") -> Ranks:
-    """The ranks that ``choice`` names for a live super-adapter: a heuristic, or a YAML or JSON file (group: rank).
-
-    ``folder`` is the super-adapter's, for heuristics that need its training records. Raises UsageError.
-    """
-    space = space_of(model)
-    if choice in HEURISTICS:
-        return heuristic(choice, space, read_records(folder) if folder else ())
-    path = Path(choice)
-    if not path.is_file():
-        raise UsageError(f"'{choice}' is neither a file nor one of {', '.join(HEURISTICS)}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        ranks = {str(name): int(rank) for name, rank in values.items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is not a list of ranks ({str(error).splitlines()[0]}): write 'group: rank' lines, as "
-                         "in the ranks.yaml that a search writes") from None  # fmt: skip
-    return {**heuristic("maximal", space), **ranks}
 
 
 def read_points(folder: str | Path) -> list[Point]:

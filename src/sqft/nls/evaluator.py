@@ -11,12 +11,12 @@ import torch
 
 from sqft.adapters.elastic import Ranks
 from sqft.adapters.ranks import set_ranks
+from sqft.adapters.space import SearchSpace
 from sqft.config import SearchConfig
 from sqft.errors import SqftError, UsageError
 from sqft.evaluation.likelihood import completion_loss
 from sqft.evaluation.scoring import score
 from sqft.evaluation.stage import unpacked
-from sqft.nls.space import SearchSpace
 from sqft.tasks.base import Task, get_task, without_duplicates
 
 if TYPE_CHECKING:

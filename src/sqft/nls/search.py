@@ -19,16 +19,16 @@ from optuna.study import Study
 
 from sqft import artifact
 from sqft.adapters.elastic import Ranks
+from sqft.adapters.heuristics import HEURISTICS, Records, heuristic, read_records
 from sqft.adapters.ranks import set_ranks
+from sqft.adapters.space import SearchSpace, space_of
 from sqft.config import SearchConfig, to_dict
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
-from sqft.nls.choose import TRIALS, read_records, write_sub_adapter
+from sqft.nls.choose import TRIALS, write_sub_adapter
 from sqft.nls.evaluator import Evaluator, Scorer
-from sqft.nls.heuristics import HEURISTICS, Records, heuristic
 from sqft.nls.picking import Point, pareto_front, pick
 from sqft.nls.plots import plot_pareto, plot_progress
-from sqft.nls.space import SearchSpace, space_of
 from sqft.nls.strategies import SEARCHES, ranks_of
 from sqft.nls.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
 from sqft.probe import write_probe

@@ -16,7 +16,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from sqft.adapters.elastic import Ranks
-from sqft.nls.space import SearchSpace
+from sqft.adapters.space import SearchSpace
 
 PATIENCE = 200  # draws, or repeated trials, until a strategy gives up finding something new
 POPULATION = 16  # of NSGA-II, at most

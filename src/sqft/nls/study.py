@@ -21,8 +21,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm.auto import tqdm
 
 from sqft.adapters.elastic import Ranks
+from sqft.adapters.space import SearchSpace
 from sqft.errors import SqftError, UsageError
-from sqft.nls.space import SearchSpace
 from sqft.nls.strategies import PATIENCE, Exhausted, is_whole, ranks_of, sampler
 
 # What a trial notes besides its ranks and values.

@@ -1,16 +1,53 @@
-"""Sub-adapters that need no search, by name."""
+"""Sub-adapters that need no search: by the name of a heuristic, or from a file."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from sqft.adapters.elastic import Ranks
-from sqft.errors import UsageError, did_you_mean
-from sqft.nls.space import SearchSpace
+from sqft.adapters.ranks import RECORDS
+from sqft.adapters.space import SearchSpace, space_of
+from sqft.errors import SqftError, UsageError, did_you_mean
 
 Records = Sequence[tuple[Sequence[int], float]]  # of training: each group's choice, and the loss under them
 HEURISTICS = ("maximal", "minimal", "median", "most-frequent", "min-loss")
 WINDOW = 16  # steps before and after one, whose mean loss its own is compared with
+
+
+def resolve_ranks(model: Any, choice: str, folder: str | Path = "") -> Ranks:
+    """The ranks that ``choice`` names for a live super-adapter: a heuristic, or a YAML or JSON file (group: rank).
+
+    ``folder`` is the super-adapter's, for heuristics that need its training records. Raises UsageError.
+    """
+    if not getattr(model, "peft_config", None):
+        raise UsageError(f"ranks '{choice}' go with a super-adapter, and this model has no adapter: leave ranks out")
+    space = space_of(model)
+    if choice in HEURISTICS:
+        return heuristic(choice, space, read_records(folder) if folder else ())
+    path = Path(choice)
+    if not path.is_file():
+        raise UsageError(f"'{choice}' is neither a file nor one of {', '.join(HEURISTICS)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        ranks = {str(name): int(rank) for name, rank in values.items()}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{path} is not a list of ranks ({str(error).splitlines()[0]}): write 'group: rank' lines, as "
+                         "in the ranks.yaml that a search writes") from None  # fmt: skip
+    return {**heuristic("maximal", space), **ranks}
+
+
+def read_records(folder: str | Path) -> Records:
+    """What training recorded beside an adapter; empty if it did not."""
+    path = Path(folder) / RECORDS
+    try:
+        return json.loads(path.read_text())["records"] if path.is_file() else []
+    except (OSError, ValueError, KeyError) as error:
+        raise SqftError(f"{path} is corrupt ({error}): train again") from None
 
 
 def heuristic(name: str, space: SearchSpace, records: Records = ()) -> Ranks:

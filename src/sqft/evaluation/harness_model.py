@@ -1,0 +1,66 @@
+"""A model of sqft as lm-evaluation-harness takes one. Imports lm-eval: import this module only where it is wanted."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models import huggingface
+
+from sqft import artifact
+from sqft.adapters.heuristics import resolve_ranks
+from sqft.adapters.ranks import set_ranks
+from sqft.errors import UsageError
+from sqft.evaluation.stage import unpacked
+from sqft.folders import load
+
+_HFLM: Any = huggingface.HFLM  # lm-eval's decorator hides its type
+_LOADING = {"peft", "delta", "parallelize", "tp_plan", "autogptq", "gptqmodel", "gguf_file", "load_in_4bit",
+            "load_in_8bit", "trust_remote_code", "revision", "subfolder"}  # fmt: skip
+
+
+class SqftLM(_HFLM):
+    """``--model sqft``: any stage's folder (dense, sparse, packed, adapter, super-adapter), a GGUF file or a hub name.
+
+    Args:
+        pretrained: that folder, file or name; or a live model, with its ``tokenizer``, which stays as it is.
+        ranks: of a super-adapter: a heuristic (median, say) or a YAML file; default: the largest.
+        dtype: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'.
+        unpack: hold packed weights de-quantized, and masked adapters merged: the same results, faster.
+        softmax_dtype: of log-probabilities. float32, as in sqft's own scorer: bfloat16 would make near ties equal.
+        others: what lm-eval's ``hf`` takes besides, e.g. ``max_length``.
+
+    Raises UsageError for ranks that do not fit, and for options that are about loading and are not sqft's.
+    """
+
+    def __init__(self, pretrained: Any, tokenizer: Any = None, ranks: str | None = None, dtype: str = "auto",
+                 unpack: bool = True, batch_size: int | str = 1, device: str | None = None,
+                 softmax_dtype: str = "float32", **others: Any) -> None:  # fmt: skip
+        wrong = _LOADING & others.keys()
+        if wrong:
+            raise UsageError(f"'{min(wrong)}' is an option of lm-eval's --model hf: of options about loading, sqft takes "
+                             "pretrained, ranks, dtype and unpack")  # fmt: skip
+        self._source = pretrained if isinstance(pretrained, (str, Path)) else None
+        self._held = contextlib.ExitStack()  # what unpack changed stays so as long as this object lives
+        model = pretrained
+        if self._source is not None:
+            model, own = load(self._source, dtype=dtype)
+            tokenizer = tokenizer or own
+            if ranks is not None:
+                set_ranks(model, resolve_ranks(model, ranks, self._source))
+            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if unpack:
+                self._held.enter_context(unpacked(model))
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
+                         softmax_dtype=softmax_dtype, **others)  # fmt: skip
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into results.json: parameters, dtype, and of a stage folder its stage and key."""
+        parameters = sum(p.numel() for p in self.model.parameters())
+        info: dict[str, Any] = {"model_num_parameters": parameters, "model_dtype": str(self.model.dtype)}
+        if self._source is not None and artifact.is_stage(self._source):
+            manifest = artifact.read_manifest(self._source)
+            info.update(model_stage=manifest.stage, model_key=manifest.key)
+        return info
