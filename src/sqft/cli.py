@@ -231,7 +231,7 @@ def _write_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
 
     names = write_tasks(arguments.task, arguments.out, data_dir=arguments.data_dir, split=arguments.split,
                         limit=arguments.limit, fewshot=arguments.fewshot, overwrite=arguments.overwrite)  # fmt: skip
-    return {"tasks": ",".join(names)}
+    return {"lm_eval_tasks": ",".join(names)}
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -40,8 +40,8 @@ class SqftLM(_HFLM):
                  softmax_dtype: str = "float32", **others: Any) -> None:  # fmt: skip
         wrong = _LOADING & others.keys()
         if wrong:
-            raise UsageError(f"'{min(wrong)}' is an option of lm-eval's --model hf: of options about loading, sqft takes "
-                             "pretrained, ranks, dtype and unpack")  # fmt: skip
+            raise UsageError(f"'{min(wrong)}' is an option of --model hf: --model sqft loads by pretrained, ranks, "
+                             "dtype, unpack")  # fmt: skip
         self._source = pretrained if isinstance(pretrained, (str, Path)) else None
         self._held = contextlib.ExitStack()  # what unpack changed stays so as long as this object lives
         model = pretrained
@@ -50,7 +50,9 @@ class SqftLM(_HFLM):
             tokenizer = tokenizer or own
             if ranks is not None:
                 set_ranks(model, resolve_ranks(model, ranks, self._source))
-            model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+                device = "cuda" if torch.cuda.is_available() else "cpu"  # lm-eval's command line always says cuda:0
+            model.to(device)
             if unpack:
                 self._held.enter_context(unpacked(model))
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
