@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,8 @@ def score_over_size(sections: Sequence[Section]) -> list[str]:
 def _score_figure(metric: str, points: Sequence[tuple[int, Point]], sections: Sequence[Section]) -> str:
     several = len(sections) > 1
     merging = any(point.merged is not None for _, point in points)
-    colour: Callable[[int, Point], int] = lambda i, p: i if several else 0 if p.merged or not merging else 1  # noqa: E731
+    kinds = {True: 0, False: 1, None: 7 if merging else 0}
+    colour: Callable[[int, Point], int] = lambda i, p: i if several else kinds[p.merged]  # noqa: E731
     marks = [Mark(p.name, p.size, p.score, colour(i, p), f"{p.name}: {_score(metric, p)}, {human(p.size)}", p.interval,
                   "square" if p.merged else "dot") for i, p in points]  # fmt: skip
     share = metric.startswith("accuracy")
@@ -55,15 +55,22 @@ def _score_figure(metric: str, points: Sequence[tuple[int, Point]], sections: Se
     x, rough = (make_axis("size to serve", sizes, short_size, margin=0.12, limits=(0, float("inf")), count=count)
                 for count in (8, 3))  # fmt: skip
     summary = f"{metric} over size of {len(points)} models"
-    wide = figure("", scatter(marks, x, y, summary, width=1060, height=380), kind="wide")
-    narrow = figure("", scatter(marks, rough, y, summary, width=372, height=420), kind="narrow")
+    both = _both(scatter(marks, x, y, summary, width=1060, height=380),
+                 scatter(marks, rough, y, summary, width=372, height=420))  # fmt: skip
     if several:
-        keys = [(i, section.title) for i, section in enumerate(sections)]
+        keys = [(i, sections[i].title) for i in sorted({i for i, _ in points})]
     else:
-        keys = [(0, "one merged model"), (1, "model, or base and adapter")] if merging else []
+        names = ((True, "merged into one model"), (False, "base and adapter"), (None, "not adapted"))
+        present = {point.merged for _, point in points} if merging else set()
+        keys = [(kinds[kind], name) for kind, name in names if kind in present]
     bars = " Bars are 95 % intervals." if any(p.interval for _, p in points) else ""
     better = "up and to the left is better" if share else "down and to the left is better"
-    return wide + narrow + legend(keys) + f'<p class="note">{metric.capitalize()}: {better}.{bars}</p>'
+    return both + legend(keys) + f'<p class="note">{metric.capitalize()}: {better}.{bars}</p>'
+
+
+def _both(wide: str, narrow: str) -> str:
+    """A chart for wide pages and the same for phones: of the two the page shows one."""
+    return figure("", wide, kind="wide") + figure("", narrow, kind="narrow")
 
 
 def short_size(size: float) -> str:
@@ -93,14 +100,18 @@ def training(section: Section) -> list[str]:
             kind = "dots" if len(held_out) == 1 else "dashed"
             curves.append(Series(f"{stage.name}, held out", held_out, 1 if len(logs) == 1 else i, kind))
             keys += [(1, "held-out loss")] if len(logs) == 1 else []
-    x = make_axis("step", [p[0] for c in curves for p in c.points], margin=0.02, limits=(0, float("inf")))
+    x = make_axis("step", [p[0] for c in curves for p in c.points], margin=0.02, limits=(0, float("inf")), whole=True)
     y = make_axis("", [p[1] for c in curves for p in c.points], zero=True)
     note = "Dashed, or a single dot: held-out loss." if len(logs) > 1 else ""
     if len(logs) > COLOURS:
         note += f" The first {COLOURS} of {len(logs)} trainings."
-    found = [figure("Loss", lines(curves, x, y, "loss over training steps"), note, legend(keys))]
+    summary = "loss over training steps"
+    if len(logs) > 1:
+        both = _both(lines(curves, x, y, summary, width=1060, height=340), lines(curves, x, y, summary, width=372))
+        return [f'<div class="full">{both}{legend(keys)}<p class="note">{note}</p></div>']
+    found = [figure("Loss", lines(curves, x, y, summary), note, legend(keys))]
     rate = _curve(logs[0][1], "learning_rate")
-    if len(logs) == 1 and len(rate) > 1:
+    if len(rate) > 1:
         y = make_axis("", [p[1] for p in rate], zero=True)
         svg = lines([Series("learning rate", rate, 2)], x, y, "learning rate over steps")
         found.append(figure("Learning rate", svg))
@@ -157,14 +168,14 @@ def _trials(stage: Stage, trials: Sequence[Trial], name: str) -> list[str]:
     y = make_axis(score, [t.score for t in trials], margin=0.15)
 
     def marks(place: Callable[[int, Trial], float]) -> list[Mark]:
-        shown = [Mark(t.kind, place(i, t), t.score, 7 if not t.kind else 3, f"{t.kind or 'tried'}: {t.score:.5g}")
+        shown = [Mark(str(t.kind), place(i, t), t.score, 3 if t.kind else 7, f"{t.kind or 'tried'}: {t.score:.5g}")
                  for i, t in enumerate(trials)]  # fmt: skip
         if picked is not None:
             t = trials[picked]
             shown.append(Mark("", place(picked, t), t.score, 1, f"chosen: {t.score:.5g}", None, "ring"))
         return shown
 
-    order = make_axis("sub-adapters evaluated", [1, len(trials)], margin=0.05)
+    order = make_axis("sub-adapters evaluated", [1, len(trials)], margin=0.05, whole=True)
     steps = Series("best so far", [(i + 1, value) for i, value in enumerate(best)], 0, "step")
     progress = lines([steps], order, y, "score of each sub-adapter in order", marks(lambda i, t: i + 1))
     front = sorted((t.cost, t.score) for t in pareto_front(trials))
@@ -179,6 +190,7 @@ def _trials(stage: Stage, trials: Sequence[Trial], name: str) -> list[str]:
 def sparsity(section: Section, measured: dict[str, Counts]) -> list[str]:
     """Heat maps of the share of zeros: as each pruning stage wrote it down, and as counted in merged weights."""
     found = []
+    order: list[str] = []  # of the rows, as the model runs them; files are in order of the alphabet
     for stage in section.stages:
         values = stage.metrics.get("by_module")
         title = "Pruned" if stage.kind == "sparsify" else "Zero"
@@ -189,12 +201,15 @@ def sparsity(section: Section, measured: dict[str, Counts]) -> list[str]:
             values = {name: zeros / weights for name, (zeros, weights) in counts.zeros.items()}
         shares = finite_values(values)
         table = by_layer(shares)
+        order = order or list(table)
+        table = dict(sorted(table.items(), key=lambda row: order.index(row[0]) if row[0] in order else len(order)))
         if table:
             summary = f"share of zeros by layer and module, {stage.name}"
             svg = heat_map(table, 0, 1, lambda v: f"{v * 100:.2f} %", summary)
             ends = f"{min(shares.values()) * 100:.2f} % to {max(shares.values()) * 100:.2f} %"
             note = f"{ends}; darker has more zeros. At the right, a row's mean."
-            found.append(figure(f"{title}, after {stage.name}", svg, note, kind="full"))
+            kind = "full" if max(map(len, table.values())) > 8 else ""
+            found.append(figure(f"{title}, after {stage.name}", svg, note, kind=kind))
     return found[:SHOWN]
 
 
@@ -240,8 +255,7 @@ def _levels(group: Sequence[tuple[Stage, WeightFolder]], measured: dict[str, Cou
     names = _common(group)
     counted = [(stage, measured.get(stage.key) or count_levels(folder, names)) for stage, folder in group]
     measured.update({stage.key: counts for stage, counts in counted})
-    bits = precision(group[0][0])
-    title = f"Weights on the {bits} grid"
+    title = _title(f"{precision(group[0][0])} grid", group)
     moved = ""
     if len(group) > 1:
         share, farthest = moves(group[0][1], group[-1][1], names)
@@ -254,21 +268,25 @@ def _values(group: Sequence[tuple[Stage, WeightFolder]], measured: dict[str, Cou
     reach = spread(group[0][1], names)
     counted = [(stage, count_values(folder, names, reach)) for stage, folder in group]
     measured.update({stage.key: counts for stage, counts in counted})
-    text: Callable[[float], str] = lambda v: f"{v:+.2g}" if abs(v) > 1e-9 else "0"  # noqa: E731
-    return _histogram("Float weights", counted, f"weight ({BINS} bins)", text)
+    text: Callable[[float], str] = lambda v: f"{v:+.3g}" if abs(v) > 1e-9 else "0"  # noqa: E731
+    return _histogram(_title("Float", group), counted, f"weight ({BINS} bins)", text, outline=True)
+
+
+def _title(what: str, group: Sequence[tuple[Stage, WeightFolder]]) -> str:
+    first, last = group[0][0].name, group[-1][0].name
+    return f"{what}: {first}" + (f" to {last}" if len(group) > 1 else "")
 
 
 def _common(group: Sequence[tuple[Stage, WeightFolder]]) -> list[str]:
     """The modules to read: those that all folders have, within the budget."""
-    others = [set(folder.modules) for _, folder in group]
-    sizes = {name: size for name, size in group[0][1].sizes().items() if all(name in modules for modules in others)}
+    sizes = {name: size for name, size in group[0][1].sizes.items() if all(name in f.sizes for _, f in group)}
     if not sizes:
         raise SqftError(f"{group[0][1].folder} has no linear weights that {group[-1][1].folder} has as well")
     return chosen(sizes)
 
 
 def _histogram(title: str, counted: Sequence[tuple[Stage, Counts]], label: str, text: Callable[[float], str],
-               moved: str = "") -> str:  # fmt: skip
+               moved: str = "", outline: bool = False) -> str:  # fmt: skip
     groups, notes = [], []
     for i, (stage, counts) in enumerate(counted):
         total = counts.total or 1
@@ -277,11 +295,13 @@ def _histogram(title: str, counted: Sequence[tuple[Stage, Counts]], label: str, 
         groups.append(Bars(stage.name, shares, counts.pruned / total, colour))
         if counts.pruned:
             notes.append(f"{stage.name}: {counts.pruned / total * 100:.2f} % pruned")
+        if counts.beyond:
+            notes.append(f"{stage.name}: {counts.beyond / total * 100:.2g} % lie beyond the axis")
     read, all_of = counted[0][1].modules, counted[0][1].of_modules
     notes.append(f"{read} of {all_of} weight matrices")
     if moved:
         notes.append(moved)
     keys = [(bars.colour, bars.label) for bars in groups]
-    svg = histogram(groups, label, text, f"{title}: {json.dumps([k[1] for k in keys])}")
+    svg = histogram(groups, label, text, f"histogram of weights, {title}", outline)
     pruned = "The pale bar at 0, cut off, is what is pruned. " if any(bars.pruned for bars in groups) else ""
     return figure(title, svg, pruned + "; ".join(notes) + ".", legend(keys))

@@ -128,8 +128,9 @@ def _read_stages(section: Section) -> Iterator[Stage]:
             continue  # a stage that is being written, or was interrupted
         try:
             manifest = artifact.read_manifest(file.parent)
-            if not isinstance(manifest.metrics, dict) or not isinstance(manifest.config, dict):
-                raise SqftError(f"{file} is corrupt (metrics and config have to be mappings): run the stage again")
+            kinds = (type(manifest.stage), type(manifest.metrics), type(manifest.config))
+            if kinds != (str, dict, dict):
+                raise SqftError(f"{file} is corrupt (stage, metrics or config is of a wrong type): run the stage again")
         except SqftError as error:
             section.notes.append(str(error))
             continue

@@ -77,7 +77,7 @@ def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Com
             pruning = {k: v for k, v in first.items() if not (k == "calibration" and str(v).startswith("tokens:"))}
             return Command(shlex.join(["sqft", "sparsify", source, out, *flags(from_dict(SparsifyConfig, pruning)),
                                        "--then", "quantize", *words]), note)  # fmt: skip
-    except (UsageError, TypeError, AttributeError) as error:
+    except (UsageError, TypeError, AttributeError, OverflowError) as error:
         return Command("", f"{out}: its options are those of another version of sqft ({error})")
     places = [source, "--out", out] if stage == "evaluate" else [source, out]
     return Command(shlex.join(["sqft", stage, *places, *words]), note)

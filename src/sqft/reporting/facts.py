@@ -108,20 +108,27 @@ def method_rows(section: Section) -> list[tuple[str, ...]]:
     """Cells under ``COMPARISON_HEADER``."""
     rows = []
     for method in section.methods:
-        merged = method.get("mergeable")
+        merged = mergeable(method)
         trainable, seconds = number(method, "trainable_parameters"), number(method, "train_seconds")
+        target = number(method, "sparsity")
         peak, speed = number(method, "train_peak_bytes"), number(method, "decode_tokens_per_second")
         size, difference = number(method, "size"), points_between(interval(method, "difference_ci95"))
         rows.append((
             method_name(method), DASH if merged is None else "yes" if merged else "no",
             str(method.get("precision") or DASH),
             _accuracy_cell(method),
-            difference.removesuffix(" points"), share(number(method, "sparsity")),
+            difference.removesuffix(" points"), DASH if target is None else f"{target * 100:g} %",
             share(number(method, "sparsity_kept")), DASH if size is None else human(size),
             DASH if trainable is None else f"{trainable / 1e6:.2f} M", DASH if seconds is None else f"{seconds:.0f} s",
             DASH if peak is None else human(peak), DASH if speed is None else f"{speed:.1f}",
         ))  # fmt: skip
     return rows
+
+
+def mergeable(method: dict[str, Any]) -> bool | None:
+    """Whether a method gives one model; None for a model that was not adapted, or if it is not said."""
+    value = method.get("mergeable")
+    return value if isinstance(value, bool) else None
 
 
 def method_name(method: dict[str, Any]) -> str:
@@ -133,7 +140,7 @@ def chart_points(section: Section) -> list[Point]:
     if section.methods:
         task = str(section.comparison.get("task") or "the task")
         metric = f"accuracy on {task}"
-        return [Point(method_name(m), size, score, interval(m, "accuracy_ci95"), metric, m.get("mergeable"))
+        return [Point(method_name(m), size, score, interval(m, "accuracy_ci95"), metric, mergeable(m))
                 for m in section.methods
                 if (size := number(m, "size")) and (score := number(m, "accuracy")) is not None]  # fmt: skip
     found = []
@@ -212,7 +219,7 @@ def _compare_verdict(section: Section) -> str:
 def best_methods(section: Section) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The most accurate mergeable method with adapters, and LoRA, of a comparison."""
     scored = [m for m in section.methods if number(m, "accuracy") is not None]
-    merging = [m for m in scored if m.get("mergeable") is True]
+    merging = [m for m in scored if mergeable(m)]
     best = max(merging, key=lambda m: number(m, "accuracy") or 0, default=None)
     return best, next((m for m in scored if method_name(m).lower() == "lora"), None)
 

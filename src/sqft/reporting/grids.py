@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from sqft.reporting.svg import COLOURS, LETTER, Axis, Canvas, frame, text_at
+from sqft.reporting.svg import COLOURS, HEIGHT, LETTER, WIDTH, Axis, Canvas, frame, text_at, ticks_between
 
 Table = dict[str, dict[int, float]]  # module -> layer -> value
 
@@ -63,31 +63,38 @@ def _shade(value: float, low: float, high: float) -> float:
     return 0.06 + 0.94 * min(1.0, max(0.0, (value - low) / ((high - low) or 1)))
 
 
-def histogram(groups: Sequence[Bars], label: str, text: Callable[[float], str], summary: str, width: int = 520,
-              height: int = 300) -> str:  # fmt: skip
-    """Bars side by side. What is pruned would dwarf the rest: it is a bar at 0 that breaks off at the top."""
+def histogram(groups: Sequence[Bars], label: str, text: Callable[[float], str], summary: str,
+              outline: bool = False) -> str:  # fmt: skip
+    """Bars side by side, or (for many bins) outlines over one another. What is pruned would dwarf the rest: it is a bar
+    at 0 that breaks off at the top."""
     bins = sorted({value for bars in groups for value in bars.shares})
     tallest = max((share for bars in groups for share in bars.shares.values()), default=0.0) or 1.0
     step = min((b - a for a, b in itertools.pairwise(bins)), default=1.0)
     limit = tallest * 1.3
-    ticks = tuple(bins[i] for i in _every(len(bins), bins))
+    ticks = ticks_between(bins[0], bins[-1]) if outline else tuple(bins[i] for i in _every(len(bins), bins))
     x = Axis(label, bins[0] - step, bins[-1] + step, ticks, text)
     rise = _nice(tallest)
     heights = tuple(k * rise for k in range(1 + int(1e-9 + tallest / rise)))
     y = Axis("share of the weights", 0, limit, heights, lambda value: f"{value * 100:.3g} %")
-    canvas = Canvas(x, y, width, height)
+    canvas = Canvas(x, y, WIDTH, HEIGHT)
     slot = (canvas.right - canvas.left) * step / (x.high - x.low)
     bar = slot * 0.86 / len(groups)
     parts = []
     for g, bars in enumerate(groups):
-        for value, share in bars.shares.items():
+        colour = f"c{bars.colour % COLOURS}"
+        edges = []
+        for value, share in sorted(bars.shares.items()):
             px, py = canvas.at(value, share)
             left = px - slot * 0.43 + g * bar
             tip = f"{bars.label}, {text(value)}: {share * 100:.3g} % of the weights"
-            parts.append(_bar(left, py, bar, canvas.bottom, f"c{bars.colour % COLOURS}", tip))
+            edges.append(f"L{px - slot / 2:.2f} {py:.2f}h{slot:.2f}")
+            if not outline:
+                parts.append(_bar(left, py, bar, canvas.bottom, colour, tip))
             if abs(value) < step / 2 and bars.pruned:
                 tip = f"{bars.label}: {bars.pruned * 100:.2f} % of the weights are pruned"
-                parts.append(_broken(left, canvas.top, bar, py, f"c{bars.colour % COLOURS}", tip))
+                parts.append(_broken(left, canvas.top, bar, canvas.bottom if outline else py, colour, tip))
+        if outline:
+            parts.append(f'<path class="line thin {colour}" d="M{edges[0][1:]}{"".join(edges[1:])}"/>')
     return canvas.finish(parts, summary)
 
 

@@ -11,7 +11,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import sqft
 from sqft.errors import SqftError, UsageError
 from sqft.reporting import charts, facts
 from sqft.reporting.collect import Section, read_section
@@ -37,8 +36,7 @@ PAGE = """<!DOCTYPE html>
 <main>
 {body}
 </main>
-<footer>Written by sqft {version} from {stages} stage folders. This page holds all it shows: no script, no network.
-</footer>
+<footer>Written by sqft report from {stages} stage folders. This page holds all it shows: no script, no network.</footer>
 </body>
 </html>
 """
@@ -56,7 +54,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> dict
     _write({path: page, path.with_suffix(".md"): _markdown(sections)})
     notes = list(dict.fromkeys(note for section in sections for note in section.notes))
     return {"report": str(path), "markdown": str(path.with_suffix(".md")), "sections": len(sections),
-            "stages": _count(sections), **({"notes": notes} if notes else {})}  # fmt: skip
+            "stages": _count(sections), **({"notes": "; ".join(notes)} if notes else {})}  # fmt: skip
 
 
 def _titles(roots: Sequence[Path]) -> list[str]:
@@ -83,7 +81,7 @@ def _write(files: dict[Path, str]) -> None:
         for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             handle, written[path] = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as stream:
                 stream.write(text)
         for path, temporary in written.items():
             os.chmod(temporary, 0o644)
@@ -101,12 +99,12 @@ def _page(sections: Sequence[Section]) -> str:
     links = "".join(f'<a href="#s{i}">{escape(section.title)}</a>' for i, section in enumerate(sections))
     body = [_section(section, i, several) for i, section in enumerate(sections)]
     if several:
-        combined = part("Score over size, all folders", "".join(charts.score_over_size(sections)))
+        combined = part("Score over size, all folders", _scores(sections))
         body.insert(0, f'<div class="section">{combined}</div>' if combined else "")
     style = (resources.files("sqft.reporting") / "report.css").read_text(encoding="utf-8")
     return PAGE.format(
         title=escape(f"sqft: {heading}"), heading=escape(heading), style=style, body="\n".join(body),
-        contents=f"<nav>{links}</nav>" if several else "", version=escape(sqft.__version__), stages=_count(sections),
+        contents=f"<nav>{links}</nav>" if several else "", stages=_count(sections),
     )  # fmt: skip
 
 
@@ -117,7 +115,7 @@ def _section(section: Section, index: int, several: bool) -> str:
     first = [
         part("Pipeline", flow(section)),
         part("Methods", _methods(section)),
-        part("Score over size", "".join(charts.score_over_size([section]))),
+        part("Score over size", _scores([section])),
     ]
     parts = [
         f'<p class="verdict">{bold(facts.verdict(section))}</p>', _tiles(section),
@@ -137,6 +135,10 @@ def _section(section: Section, index: int, several: bool) -> str:
     return f'<div class="section" id="s{index}">{heading}{"".join(parts)}</div>'
 
 
+def _scores(sections: Sequence[Section]) -> str:
+    return "".join(f'<div class="score">{figure}</div>' for figure in charts.score_over_size(sections))
+
+
 def _grid(figures: Sequence[str]) -> str:
     return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
 
@@ -152,13 +154,14 @@ def _methods(section: Section) -> str:
         return ""
     best = facts.best_methods(section)[0]
     strong = [i for i, method in enumerate(section.methods) if method is best]
-    return table(facts.COMPARISON_HEADER, facts.method_rows(section), strong)
+    return f'<div class="many">{table(facts.COMPARISON_HEADER, facts.method_rows(section), strong)}</div>'
 
 
 def _stages(section: Section) -> str:
     final = facts.final_stage(section)
     rows = facts.stage_rows(section)
-    return table(facts.stage_header(), rows, [i for i, row in enumerate(rows) if final and row[0] == final.name])
+    strong = [i for i, row in enumerate(rows) if final and row[0] == final.name]
+    return table(facts.stage_header(), rows, strong) if rows else ""
 
 
 def _zeros(section: Section) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from html import escape
 
 COLOURS = 8  # that the page defines; later series start again
-LETTER, BOLD = 6.7, 7.6  # mean widths of a letter of the charts' 12.5-pixel text, in a wide system font
+LETTER, BOLD = 7.4, 8.1  # mean widths of a letter of the charts' 12.5-pixel text, in a wide system font
+WIDTH, HEIGHT = 460, 280  # of a chart, two of which stand side by side on a wide page
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -63,17 +64,24 @@ def percent(value: float) -> str:
 
 def make_axis(label: str, values: Sequence[float], text: Callable[[float], str] = plain, *, zero: bool = False,
               margin: float = 0.06, limits: tuple[float, float] = (-math.inf, math.inf),
-              count: int = 5) -> Axis:  # fmt: skip
-    """An axis around the values: with ``margin`` on both sides, or from 0; never beyond ``limits``."""
+              count: int = 5, whole: bool = False) -> Axis:  # fmt: skip
+    """An axis around the values: with ``margin`` on both sides, or from 0; beyond ``limits`` only if values are.
+
+    ``whole``: ticks at whole numbers only.
+    """
     low, high = min(values), max(values)
     spread = (high - low) or abs(high) * 0.2 or 1.0
     low, high = low - margin * spread, high + margin * spread
     low = min(0.0, min(values)) if zero else low
-    low, high = max(low, limits[0]), min(high, limits[1])
+    low, high = max(low, min(limits[0], min(values))), min(high, max(limits[1], max(values)))
     step = _step((high - low) / count)
-    first = math.ceil(low / step - 1e-9)
-    ticks = tuple(step * k for k in range(first, math.floor(high / step + 1e-9) + 1))
-    return Axis(label, low, high, ticks, text)
+    return Axis(label, low, high, ticks_between(low, high, max(1.0, math.ceil(step)) if whole else step), text)
+
+
+def ticks_between(low: float, high: float, step: float = 0.0) -> tuple[float, ...]:
+    """Multiples of ``step``, or of a round number that gives about seven of them."""
+    step = step or _step((high - low) / 7)
+    return tuple(step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1))
 
 
 def _step(rough: float) -> float:
@@ -87,8 +95,8 @@ class Canvas:
     def __init__(self, x: Axis, y: Axis, width: int, height: int) -> None:
         self.x, self.y, self.width, self.height = x, y, width, height
         widest = max((len(y.text(tick)) for tick in y.ticks), default=1)
-        self.left, self.right = 12 + widest * LETTER, width - 14.0
-        self.top, self.bottom = 30.0 if y.label else 10.0, height - 42.0
+        self.left, self.right = 14 + widest * LETTER, width - 14.0
+        self.top, self.bottom = 30.0 if y.label else 10.0, height - 46.0
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x.low) / ((self.x.high - self.x.low) or 1)
@@ -125,8 +133,8 @@ def text_at(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> s
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def lines(series: Sequence[Series], x: Axis, y: Axis, summary: str, marks: Sequence[Mark] = (), width: int = 520,
-          height: int = 300) -> str:  # fmt: skip
+def lines(series: Sequence[Series], x: Axis, y: Axis, summary: str, marks: Sequence[Mark] = (), width: int = WIDTH,
+          height: int = HEIGHT) -> str:  # fmt: skip
     """Curves, and labelled points on top of them."""
     canvas = Canvas(x, y, width, height)
     drawn = [_curve(canvas, one) for one in series if one.points]
@@ -164,8 +172,8 @@ def _curve(canvas: Canvas, series: Series) -> str:
     return path + f'<circle class="dot {colour}" cx="{start[0]:.1f}" cy="{start[1]:.1f}" r="3"/>'  # a line of one point
 
 
-def scatter(marks: Sequence[Mark], x: Axis, y: Axis, summary: str, curves: Sequence[Series] = (), width: int = 520,
-            height: int = 300) -> str:  # fmt: skip
+def scatter(marks: Sequence[Mark], x: Axis, y: Axis, summary: str, curves: Sequence[Series] = (), width: int = WIDTH,
+            height: int = HEIGHT) -> str:  # fmt: skip
     """Labelled points with intervals."""
     return lines(curves, x, y, summary, marks, width, height)
 
@@ -210,15 +218,16 @@ def _label(canvas: Canvas, text: str, x: float, y: float, taken: list[Box]) -> s
             outside += max(0.0, 18 - box[1]) + max(0.0, box[3] - canvas.bottom)
             cost = sum(_overlap(box, other) for other in taken) + 60 * outside + 25 * far
             if best is None or cost < best[0]:
-                best = (cost, box, far)
+                best = (cost, box, far, side)
     assert best is not None
-    _, box, far = best
+    _, box, far, side = best
     taken.append(box)
     middle = (box[0] + box[2]) / 2
     end = min(max(x, box[0]), box[2]) if abs(middle - x) < width else x
     edge = box[3] if box[3] < y else box[1]
     leader = f'<path class="leader" d="M{x:.1f} {y:.1f}L{end:.1f} {edge:.1f}"/>' if far else ""
-    return leader + text_at(box[0], box[3] - 3, text, "start", "name")
+    anchor = {1: "start", 0: "middle", -1: "end"}[side]  # the estimated width does not move the end at the point
+    return leader + text_at({1: box[0], 0: middle, -1: box[2]}[side], box[3] - 3, text, anchor, "name")
 
 
 def _overlap(a: Box, b: Box) -> float:

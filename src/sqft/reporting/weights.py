@@ -20,27 +20,28 @@ from sqft.quantization.linear import QuantLinear
 from sqft.sparsity.masks import FILE
 
 BUDGET = 120_000_000  # weights that are read of one folder: seconds, whatever the model's size
-BINS = 61  # odd, so that one lies around 0
+BINS = 61  # of float weights; odd, so that one lies around 0
 
 
 @dataclass
 class Counts:
     """Counts of a folder's weights. ``kept`` maps a bin (integer level, or the middle of a range) to its weights that
-    are not pruned; ``zeros`` maps a module to (zeros, weights)."""
+    are not pruned, ``beyond`` of them lie outside all bins; ``zeros`` maps a module to (zeros, weights)."""
 
     kept: Counter[float] = field(default_factory=Counter)
     pruned: int = 0
+    beyond: int = 0
     zeros: dict[str, tuple[int, int]] = field(default_factory=dict)
     modules: int = 0
     of_modules: int = 0
 
     @property
     def total(self) -> int:
-        return self.pruned + sum(self.kept.values())
+        return self.pruned + self.beyond + sum(self.kept.values())
 
 
 class WeightFolder:
-    """The linear weights of the decoder blocks in a folder's safetensors files, by module name.
+    """The linear weights of the decoder blocks in a folder's safetensors files; ``sizes``: weights by module name.
 
     Raises SqftError if the folder cannot be read.
     """
@@ -60,7 +61,8 @@ class WeightFolder:
             raise SqftError(f"the weights of {folder} cannot be read ({error})") from None
         leaf = f".{self.coder.KEY}" if self.coder else ".weight"
         names = (key.removesuffix(leaf) for key in self._places if key.endswith(leaf))
-        self.modules = [name for name in names if any(part.isdigit() for part in name.split("."))]
+        blocks = [name for name in names if any(part.isdigit() for part in name.split("."))]
+        self.sizes = {name: size for name in blocks if (size := self._size(name + leaf))}
 
     @property
     def packed(self) -> bool:
@@ -92,17 +94,11 @@ class WeightFolder:
             raise SqftError(f"the weights of {self.folder} cannot be read ({error})") from None
         return found
 
-    def sizes(self) -> dict[str, int]:
-        """Weights of each module, from the files' headers; modules that are no matrices are left out."""
-        found = {}
-        for module in self.modules:
-            key = f"{module}.{self.coder.KEY}" if self.coder else f"{module}.weight"
-            with safe_open(self._places[key], "pt") as stream:
-                shape = stream.get_slice(key).get_shape()
-            if len(shape) == 2:
-                words = 32 // self.settings.bits if self.settings else 1
-                found[module] = shape[0] * shape[1] * words
-        return found
+    def _size(self, key: str) -> int:
+        """Weights in a tensor, from the file's header; 0 if it is no matrix (a norm, say)."""
+        with safe_open(self._places[key], "pt") as stream:
+            shape = stream.get_slice(key).get_shape()
+        return shape[0] * shape[1] * 32 // (self.settings.bits if self.settings else 32) if len(shape) == 2 else 0
 
 
 def chosen(sizes: dict[str, int], budget: int = BUDGET) -> list[str]:
@@ -116,7 +112,7 @@ def chosen(sizes: dict[str, int], budget: int = BUDGET) -> list[str]:
 
 def count_levels(folder: WeightFolder, names: Sequence[str]) -> Counts:
     """Counts of the integer levels of a packed folder; those of 8 bits in groups of nine."""
-    counts = Counts(of_modules=len(folder.modules))
+    counts = Counts(of_modules=len(folder.sizes))
     width = 9 if folder.settings and folder.settings.bits == 8 else 1
     for name, mask in _with_masks(folder.folder, names):
         level_OI = folder.levels(name)
@@ -185,13 +181,15 @@ def spread(folder: WeightFolder, names: Sequence[str]) -> float:
 
 def count_values(folder: WeightFolder, names: Sequence[str], reach: float) -> Counts:
     """Counts of the weights of a float folder in ``BINS`` ranges of [-reach, reach]; exact zeros count as pruned."""
-    counts = Counts(of_modules=len(folder.modules))
+    counts = Counts(of_modules=len(folder.sizes))
     totals = torch.zeros(BINS, dtype=torch.float64)
     for name in names:
         weight = folder.weight(name)
         zeros = weight.numel() - int(torch.count_nonzero(weight))
         counts.zeros[name] = (zeros, weight.numel())
-        totals += torch.histc(weight.clamp(-reach, reach), BINS, -reach, reach).double()
+        inside = torch.histc(weight, BINS, -reach, reach).double()
+        counts.beyond += weight.numel() - int(inside.sum())
+        totals += inside
         totals[BINS // 2] -= zeros
         counts.pruned += zeros
         counts.modules += 1
