@@ -36,7 +36,7 @@ PAGE = """<!DOCTYPE html>
 <main>
 {body}
 </main>
-<footer>Written by sqft report from {stages} stage folders. This page holds all it shows: no script, no network.</footer>
+<footer>Written by sqft report from {stages} stage folders. It needs no script and no network.</footer>
 </body>
 </html>
 """
