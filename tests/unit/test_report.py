@@ -156,7 +156,7 @@ def comparison(root: Path, rows: list[dict]) -> Path:
 
 def test_a_comparison(run: Path, capsys) -> None:
     rows = [
-        {"method": "LoRA", "mergeable": False, "precision": "float32", "accuracy": 0.5, "accuracy_ci95": [0.4, 0.6],
+        {"name": "lora", "method": "LoRA", "mergeable": False, "precision": "FP32", "accuracy": 0.5, "accuracy_ci95": [0.4, 0.6],
          "sparsity": 0.5, "sparsity_kept": None, "size": 2e6, "trainable_parameters": 10},
         {"method": "SparsePEFT", "mergeable": True, "accuracy": 0.48, "size": 1e6, "sparsity_kept": 1.0,
          "difference_ci95": [-0.05, 0.01], "evaluation": "evaluate/merge"},
@@ -166,12 +166,12 @@ def test_a_comparison(run: Path, capsys) -> None:
     comparison(run, rows)
     section = read_section(run, "cmp")
     assert facts.verdict(section) == (
-        "**SparsePEFT** is the best that merges into one model: **48.0 %** in 1.0 MB; LoRA, which stays beside its base, "
-        "has 50.0 % in 2.0 MB (paired difference -5.0 to +1.0 points, 95 %)."
+        "**SparsePEFT** is the best that merges into one model: **48.0 %** in 1.0 MB; LoRA, whose adapter stays beside its "
+        "base, has 50.0 % in 2.0 MB (paired difference -5.0 to +1.0 points, 95 %)."
     )
     cells = facts.method_rows(section)
-    assert cells[0][:5] == ("LoRA", "no", "float32", "50.0 % (40.0 - 60.0 %)", "-")
-    assert cells[1][4] == "-5.0 to +1.0" and cells[2][0] == "<b>new</b>" and cells[3] == ("?", *["-"] * 11)
+    assert cells[0][:6] == ("LoRA", "50 %", "no", "FP32", "50.0 % (40.0 - 60.0 %)", "-")
+    assert cells[1][5] == "-5.0 to +1.0" and cells[2][0] == "<b>new</b>" and cells[3] == ("?", *["-"] * 11)
     assert [point.name for point in facts.chart_points(section)] == ["LoRA", "SparsePEFT"]
     assert [name for name, _, _ in facts.samples(section)[0].answers] == ["SparsePEFT"]
     assert cli.main(["report", str(run), "--out", str(run / "x.html")]) == 0
@@ -390,3 +390,19 @@ def test_heat_map_and_histogram() -> None:
 def test_an_unknown_folder_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         report([tmp_path / "x"])
+
+
+def test_a_comparison_at_several_sparsities(tmp_path: Path) -> None:
+    rows = [{"name": name, "method": name.upper(), "sparsity": sparsity, "mergeable": merges, "accuracy": accuracy, "size": 10}
+            for name, sparsity, merges, accuracy in (("dense", None, None, 0.9), ("sqft", 0.3, False, 0.5), ("qa", 0.3, True, 0.6),
+                                                     ("sqft", 0.5, False, 0.4), ("qa", 0.5, True, 0.3))]  # fmt: skip
+    root = comparison(tmp_path, rows)
+    (root / "compare.json").write_text(json.dumps({"rows": rows, "reference": "sqft"}))
+    section = read_section(root, "x")
+    assert [row[:2] for row in facts.method_rows(section)][:2] == [("DENSE", "-"), ("SQFT", "30 %")]
+    names = ["DENSE", "SQFT, 30 %", "QA, 30 %", "SQFT, 50 %", "QA, 50 %"]
+    assert [point.name for point in facts.chart_points(section)] == names
+    assert facts.method_header(section)[5] == "points to SQFT (95 %)"
+    assert "**QA, 30 %** is the best" in facts.verdict(section) and "; SQFT, 30 %, whose adapter" in facts.verdict(
+        section
+    )

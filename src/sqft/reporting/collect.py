@@ -17,8 +17,9 @@ from typing import Any
 from sqft import artifact
 from sqft.errors import SqftError, UsageError
 from sqft.folders import ADAPTER_CONFIG
+from sqft.reporting.comparison_table import RESULT
 
-COMPARISON = "compare.json"
+LOOKS = ("evaluate", "measure")  # stages that look at a folder and make no model
 SCORES = ("accuracy", "accuracy_ci95", "perplexity", "perplexity_ci95", "problems")
 ADAPTERS = ("search", "extract")  # their manifest's parent is the base; the adapter they came from is in the metrics
 
@@ -54,7 +55,8 @@ class Stage:
 
 @dataclass
 class Section:
-    """What one FOLDER of the command line holds. ``stages`` are in order: none comes before what it was made from."""
+    """What one FOLDER of the command line holds. ``stages`` are in order: none comes before what it was made from;
+    ``evaluations`` are those that looked at one of them."""
 
     root: Path
     title: str
@@ -113,11 +115,12 @@ def read_section(root: Path, title: str) -> Section:
             raise SqftError(section.notes[0])
         raise UsageError(f"no folder under {root} was written by sqft: give the output folder of 'sqft run', or any "
                          "folder that holds stage folders")  # fmt: skip
-    section.evaluations = [stage for stage in found if stage.kind == "evaluate"]
-    section.stages = _in_order([stage for stage in found if stage.kind != "evaluate"])
+    section.evaluations = [stage for stage in found if stage.kind in LOOKS]
+    section.stages = _in_order([stage for stage in found if stage.kind not in LOOKS])
     _add_models(section)
     for evaluation in section.evaluations:
-        _attach(section, evaluation)
+        if evaluation.kind == "evaluate":
+            _attach(section, evaluation)
     return section
 
 
@@ -199,7 +202,7 @@ def _attach(section: Section, evaluation: Stage) -> None:
 
 
 def _read_comparison(section: Section) -> dict[str, Any]:
-    value = read_json(section, section.root / COMPARISON)
+    value = read_json(section, section.root / RESULT)
     return value if isinstance(value, dict) else {}
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqft.config import (
     EvaluateConfig,
+    MeasureConfig,
     MergeConfig,
     QuantizeConfig,
     SearchConfig,
@@ -22,7 +23,8 @@ from sqft.errors import UsageError
 from sqft.reporting.collect import Section, Stage
 
 CONFIGS: dict[str, Any] = {"sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig,
-                           "search": SearchConfig, "merge": MergeConfig, "evaluate": EvaluateConfig}  # fmt: skip
+                           "search": SearchConfig, "merge": MergeConfig, "evaluate": EvaluateConfig,
+                           "measure": MeasureConfig}  # fmt: skip
 FROM_PYTHON = "from Python"
 
 
@@ -79,7 +81,7 @@ def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Com
                                        "--then", "quantize", *words]), note)  # fmt: skip
     except (UsageError, TypeError, AttributeError, OverflowError) as error:
         return Command("", f"{out}: its options are those of another version of sqft ({error})")
-    places = [source, "--out", out] if stage == "evaluate" else [source, out]
+    places = {"evaluate": [source, "--out", out], "measure": [source]}.get(stage, [source, out])
     return Command(shlex.join(["sqft", stage, *places, *words]), note)
 
 

@@ -11,10 +11,6 @@ from sqft.measuring.size import human
 from sqft.reporting.collect import Section, Stage, interval, number, serving_bytes
 from sqft.reporting.table import HEADER, Row, cells, share
 
-COMPARISON_HEADER = (
-    "method", "one model", "precision", "accuracy (95 % interval)", "points to LoRA (95 %)", "sparsity",
-    "zeros kept", "size to serve", "trainable", "training", "peak memory", "tokens / s",
-)  # fmt: skip
 ZEROS_HEADER = ("stage", "pruned weights", "no longer zero", "kept", "integers compared", "largest logit difference")
 DASH = "-"
 
@@ -104,8 +100,21 @@ def stage_header() -> tuple[str, ...]:
     return tuple("size to serve" if name == "on disk" else name for name in HEADER)
 
 
+def method_header(section: Section) -> tuple[str, ...]:
+    reference = next((str(m.get("method")) for m in section.methods if m.get("name") == _reference(section)), "LoRA")
+    return (
+        "method", "sparsity", "one model", "precision", "accuracy (95 % interval)", f"points to {reference} (95 %)",
+        "sparsity kept", "size to serve", "trainable", "training", "peak memory", "tokens / s",
+    )  # fmt: skip
+
+
+def _reference(section: Section) -> str:
+    """The name of the method that the others' accuracies are compared with."""
+    return str(section.comparison.get("reference") or "lora")
+
+
 def method_rows(section: Section) -> list[tuple[str, ...]]:
-    """Cells under ``COMPARISON_HEADER``."""
+    """Cells under ``method_header``."""
     rows = []
     for method in section.methods:
         merged = mergeable(method)
@@ -114,10 +123,11 @@ def method_rows(section: Section) -> list[tuple[str, ...]]:
         peak, speed = number(method, "train_peak_bytes"), number(method, "decode_tokens_per_second")
         size, difference = number(method, "size"), points_between(interval(method, "difference_ci95"))
         rows.append((
-            method_name(method), DASH if merged is None else "yes" if merged else "no",
+            str(method.get("method") or "?"), DASH if target is None else f"{target * 100:g} %",
+            DASH if merged is None else "yes" if merged else "no",
             str(method.get("precision") or DASH),
             _accuracy_cell(method),
-            difference.removesuffix(" points"), DASH if target is None else f"{target * 100:g} %",
+            difference.removesuffix(" points"),
             share(number(method, "sparsity_kept")), DASH if size is None else human(size),
             DASH if trainable is None else f"{trainable / 1e6:.2f} M", DASH if seconds is None else f"{seconds:.0f} s",
             DASH if peak is None else human(peak), DASH if speed is None else f"{speed:.1f}",
@@ -131,8 +141,11 @@ def mergeable(method: dict[str, Any]) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def method_name(method: dict[str, Any]) -> str:
-    return str(method.get("method") or "?")
+def method_name(section: Section, method: dict[str, Any]) -> str:
+    """A method's title, with its sparsity where the comparison has several."""
+    title, target = str(method.get("method") or "?"), number(method, "sparsity")
+    several = len({number(other, "sparsity") for other in section.methods} - {None}) > 1
+    return f"{title}, {target * 100:g} %" if several and target is not None else title
 
 
 def chart_points(section: Section) -> list[Point]:
@@ -140,7 +153,7 @@ def chart_points(section: Section) -> list[Point]:
     if section.methods:
         task = str(section.comparison.get("task") or "the task")
         metric = f"accuracy on {task}"
-        return [Point(method_name(m), size, score, interval(m, "accuracy_ci95"), metric, mergeable(m))
+        return [Point(method_name(section, m), size, score, interval(m, "accuracy_ci95"), metric, mergeable(m))
                 for m in section.methods
                 if (size := number(m, "size")) and (score := number(m, "accuracy")) is not None]  # fmt: skip
     found = []
@@ -204,11 +217,13 @@ def _compare_verdict(section: Section) -> str:
     if best is None:
         return f"{len(section.methods)} methods; none that merges into one model has been scored yet."
     size = number(best, "size")
-    text = (f"**{method_name(best)}** is the best that merges into one model: **{accuracy(number(best, 'accuracy'))}**"
+    score = accuracy(number(best, "accuracy"))
+    text = (f"**{method_name(section, best)}** is the best that merges into one model: **{score}**"
             + (f" in {human(size)}" if size else ""))  # fmt: skip
     if lora is not None:
         size = number(lora, "size")
-        text += (f"; LoRA, which stays beside its base, has {accuracy(number(lora, 'accuracy'))}"
+        beside = "" if mergeable(lora) else ", whose adapter stays beside its base,"
+        text += (f"; {method_name(section, lora)}{beside} has {accuracy(number(lora, 'accuracy'))}"
                  + (f" in {human(size)}" if size else ""))  # fmt: skip
         difference = interval(best, "difference_ci95")
         if difference:
@@ -217,11 +232,14 @@ def _compare_verdict(section: Section) -> str:
 
 
 def best_methods(section: Section) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The most accurate mergeable method with adapters, and LoRA, of a comparison."""
+    """The most accurate method that merges, and the reference at its sparsity (LoRA)."""
     scored = [m for m in section.methods if number(m, "accuracy") is not None]
     merging = [m for m in scored if mergeable(m)]
     best = max(merging, key=lambda m: number(m, "accuracy") or 0, default=None)
-    return best, next((m for m in scored if method_name(m).lower() == "lora"), None)
+    target = number(best, "sparsity")
+    same = [m for m in scored if target is None or number(m, "sparsity") in (target, None)]
+    found = next((m for m in same if m.get("name") == _reference(section)), None)
+    return best, None if found is best else found
 
 
 def tiles(section: Section) -> list[Tile]:
@@ -254,14 +272,14 @@ def tiles(section: Section) -> list[Tile]:
 def _compare_tiles(section: Section) -> list[Tile]:
     best, lora = best_methods(section)
     found = [Tile("methods", str(len(section.methods)), str(section.comparison.get("task") or ""))]
-    for title, method in (("best merged", best), ("LoRA", lora)):
+    for title, method in (("best merged", best), ("reference", lora)):
         if method is not None:
-            found.append(Tile(title, accuracy(number(method, "accuracy")), method_name(method)))
+            found.append(Tile(title, accuracy(number(method, "accuracy")), method_name(section, method)))
     if best is not None:
         difference, kept, size = interval(best, "difference_ci95"), number(best, "sparsity_kept"), number(best, "size")
         if difference:
             found.append(Tile("difference, 95 %", points_between(difference).removesuffix(" points"), "points, paired"))
-        found.append(Tile("zeros kept", share(kept), method_name(best)))
+        found.append(Tile("sparsity kept", share(kept), method_name(section, best)))
         found.append(Tile("size to serve", DASH if size is None else human(size), str(best.get("precision") or "")))
     return found
 
@@ -342,7 +360,7 @@ def _predictions(section: Section) -> Iterator[tuple[str, dict[str, dict[str, An
     for method in section.methods:
         evaluation = by_key.get(os.path.abspath(section.root / str(method.get("evaluation") or "")))
         if evaluation is not None:
-            named.append((method_name(method), evaluation))
+            named.append((method_name(section, method), evaluation))
     named = named or [(label(stage), stage) for stage in section.stages]
     for name, stage in [(name, stage) for name, stage in named if stage.predictions][:10]:
         answers = {str(r["prompt"]): {**r, "prompt": str(r["prompt"])} for r in stage.predictions if "prompt" in r}

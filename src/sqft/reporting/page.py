@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sqft.errors import SqftError, UsageError
+from sqft import artifact
+from sqft.errors import UsageError
 from sqft.reporting import charts, facts
 from sqft.reporting.collect import Section, read_section
 from sqft.reporting.commands import section_commands
@@ -51,7 +50,8 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> dict
     sections = [read_section(root, title) for root, title in zip(roots, _titles(roots), strict=True)]
     path = _check_out(Path(out) if out is not None else roots[0] / "report.html")
     page = _page(sections)
-    _write({path: page, path.with_suffix(".md"): _markdown(sections)})
+    for file, text in ((path, page), (path.with_suffix(".md"), _markdown(sections))):
+        artifact.write_text(file, text.encode("utf-8", "replace").decode())  # data may hold halves of characters
     notes = list(dict.fromkeys(note for section in sections for note in section.notes))
     return {"report": str(path), "markdown": str(path.with_suffix(".md")), "sections": len(sections),
             "stages": _count(sections), **({"notes": "; ".join(notes)} if notes else {})}  # fmt: skip
@@ -72,25 +72,6 @@ def _check_out(path: Path) -> Path:
     if path.is_dir():
         raise UsageError(f"--out {path} is a folder: name a file in it, e.g. {path / 'report.html'}")
     return path
-
-
-def _write(files: dict[Path, str]) -> None:
-    """Writes all files under other names, then renames them: an interruption leaves what was there."""
-    written: dict[Path, str] = {}
-    try:
-        for path, text in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, written[path] = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as stream:
-                stream.write(text)
-        for path, temporary in written.items():
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-    except OSError as error:
-        raise SqftError(f"cannot write {next(iter(files))}: {error.strerror}; name another file with --out") from None
-    finally:
-        for temporary in written.values():
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _page(sections: Sequence[Section]) -> str:
@@ -154,7 +135,7 @@ def _methods(section: Section) -> str:
         return ""
     best = facts.best_methods(section)[0]
     strong = [i for i, method in enumerate(section.methods) if method is best]
-    return f'<div class="many">{table(facts.COMPARISON_HEADER, facts.method_rows(section), strong)}</div>'
+    return f'<div class="many">{table(facts.method_header(section), facts.method_rows(section), strong)}</div>'
 
 
 def _stages(section: Section) -> str:
@@ -217,7 +198,7 @@ def _markdown(sections: Sequence[Section]) -> str:
     for section in sections:
         pieces.append(f"# {_cell(section.title)}\n\n{_cell(facts.verdict(section))}\n")
         if section.methods:
-            pieces.append(_md_table(facts.COMPARISON_HEADER, facts.method_rows(section)))
+            pieces.append(_md_table(facts.method_header(section), facts.method_rows(section)))
         if section.stages:
             pieces.append(_md_table(facts.stage_header(), facts.stage_rows(section)))
         zeros = facts.zero_rows(section)
