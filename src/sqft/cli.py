@@ -114,6 +114,10 @@ def build_parser() -> argparse.ArgumentParser:
     _positional(sub, MODEL="folder of any stage, or an adapter, which is served with its base")
     add_flags(sub, MeasureConfig)
 
+    sub = add("report", _report, "write an HTML page and Markdown of folders of runs: charts, tables, samples")
+    sub.add_argument("folders", metavar="FOLDER", nargs="+", help="output of 'sqft run' or 'sqft compare', or any")
+    sub.add_argument("--out", metavar="FILE.html", help="file to write (default: report.html in the first folder)")
+
     sub = add("ls", _ls, "list the stage folders under a folder, with their numbers")
     sub.add_argument("root", metavar="RUNS", nargs="?", default=".", help="folder to look in (default: here)")
     return parser
@@ -286,6 +290,12 @@ def _compare(arguments: argparse.Namespace) -> Any:
 
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return sqft.measure(arguments.model, read_flags(arguments, MeasureConfig))
+
+
+def _report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sqft.reporting.page import report
+
+    return report(arguments.folders, arguments.out)
 
 
 def _ls(arguments: argparse.Namespace) -> list[dict[str, Any]]:
