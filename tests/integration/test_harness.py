@@ -13,6 +13,7 @@ import pytest
 import torch
 from pico import pico_model, pico_tokenizer
 from test_cli import call, fails
+from tokenizers.processors import TemplateProcessing
 
 import sqft
 from sqft.evaluation.generation import solve
@@ -96,9 +97,16 @@ def agree(model: Any, tokenizer: Any, task: Task, limit: int | None = None) -> d
     return {**metrics, "results": results["results"]}
 
 
+@pytest.mark.parametrize("start", [False, True])
 @pytest.mark.parametrize("name", ["arc_easy", "winogrande"])
-def test_multiple_choice_agrees_on_every_problem(name: str, data: Path) -> None:
-    metrics = agree(pico_model(), pico_tokenizer(), get_task(name, data))
+def test_multiple_choice_agrees_on_every_problem(name: str, start: bool, data: Path) -> None:
+    """``start``: the tokenizer puts a token before every text, as Llama's and Gemma's do."""
+    tokenizer = pico_tokenizer()
+    if start:
+        begin = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = begin
+        assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    metrics = agree(pico_model(), tokenizer, get_task(name, data))
     assert metrics["problems"] == PROBLEMS and 0 < metrics["correct"] < PROBLEMS
     result = metrics["results"][f"sqft_{name}"]
     assert result["acc,none"] == metrics["accuracy"] and result["acc_norm,none"] == metrics["accuracy_norm"]

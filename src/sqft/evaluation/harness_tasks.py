@@ -167,6 +167,6 @@ def write_tasks(name: str, folder: str | Path, *, data_dir: str | Path | None = 
             names.append(config["task"])
         artifact.write_manifest(target, artifact.Manifest(
             stage="tasks", config={"task": name, "split": split, "limit": limit, "fewshot": fewshot},
-            metrics={"tasks": names},
+            metrics={"lm_eval_tasks": ",".join(names)},
         ))  # fmt: skip
     return names
