@@ -35,7 +35,6 @@ from sqft.config import (
 )
 from sqft.errors import SqftError, UsageError, did_you_mean
 
-
 PIPELINES = ("qa-sparse-peft (one sparse INT4 model), sparse-peft (one sparse float model), sqft or lora (base and "
              "adapter, not mergeable)")  # fmt: skip
 

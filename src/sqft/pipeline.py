@@ -157,7 +157,7 @@ def run(recipe: Recipe | str | Path, *, model: str | None = None, output: str | 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a run. ``name`` tells it from the others, e.g. 'evaluate/merge'; ``source`` may be a step's folder."""
+    """One stage of a run: its name (that of an evaluation: evaluate/merge, say), options, parent and folder."""
 
     name: str
     stage: str
