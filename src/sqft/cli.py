@@ -38,6 +38,8 @@ from sqft.errors import SqftError, UsageError, did_you_mean
 PIPELINES = ("qa-sparse-peft (one sparse INT4 model), sparse-peft (one sparse float model), sqft or lora (base and "
              "adapter, not mergeable)")  # fmt: skip
 
+DRY_RUN = "show the stages, and about what they take; loads and writes nothing"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -88,10 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", help="instead of the recipe's output folder")
     sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
     sub.add_argument("--pipeline", metavar="STR", help=f"{PIPELINES} [the recipe's]")
+    sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
 
     sub = add("demo", _run, "SmolLM2-135M: prune to 50 %%, quantize to INT4, adapt, merge, compare; about 10 minutes")
     sub.set_defaults(recipe="demo")
     sub.add_argument("--pipeline", metavar="STR", help=f"{PIPELINES} [qa-sparse-peft]")
+    sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     sub.add_argument("--model", help="another model than SmolLM2-135M")
     sub.add_argument("--output", help="folder to write (default: runs/demo)")
 
@@ -229,6 +233,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.pipeline:
         recipe = with_pipeline(recipe, arguments.pipeline)
     recipe = with_options(recipe, data_dir=getattr(arguments, "data_dir", None))
+    if arguments.dry_run:
+        given = {key: getattr(arguments, key) for key in ("model", "output") if getattr(arguments, key)}
+        return _plan(dataclasses.replace(recipe, **given), arguments.json)
     results = sqft.run(recipe, model=arguments.model, output=arguments.output,
                        say=lambda text: print(text, file=sys.stderr))  # fmt: skip
     output = Path(arguments.output or recipe.output)
@@ -246,6 +253,18 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             print("Other pipelines: sqft demo --pipeline sparse-peft (one sparse float model) | sqft | lora (base and "
                   "adapter, not mergeable)")  # fmt: skip
     return results
+
+
+def _plan(recipe: Any, as_json: bool) -> dict[str, Any]:
+    from sqft.planning import plan
+    from sqft.reporting.plan_table import HEADER, cells, footer
+    from sqft.reporting.table import print_table
+
+    found = dataclasses.asdict(plan(recipe))
+    if not as_json:
+        print_table(HEADER, [cells(step) for step in found["steps"]])
+        print("\n".join(footer(found)))
+    return found
 
 
 def _compare(arguments: argparse.Namespace) -> Any:
