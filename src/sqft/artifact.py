@@ -198,7 +198,8 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be a file
+            temporary.unlink(missing_ok=True)
         raise SqftError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from None
 
 

@@ -113,6 +113,10 @@ def build_parser() -> argparse.ArgumentParser:
     _positional(sub, MODEL="folder of any stage, or an adapter, which is served with its base")
     add_flags(sub, MeasureConfig)
 
+    sub = add("report", _report, "write an HTML page and Markdown of folders of runs: charts, tables, samples")
+    sub.add_argument("folders", metavar="FOLDER", nargs="+", help="output of 'sqft run' or 'sqft compare', or any")
+    sub.add_argument("--out", metavar="FILE.html", help="file to write (default: report.html in the first folder)")
+
     sub = add("ls", _ls, "list the stage folders under a folder, with their numbers")
     sub.add_argument("root", metavar="RUNS", nargs="?", default=".", help="folder to look in (default: here)")
     return parser
@@ -234,8 +238,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         recipe = with_pipeline(recipe, arguments.pipeline)
     recipe = with_options(recipe, data_dir=getattr(arguments, "data_dir", None))
     if arguments.dry_run:
-        given = {key: getattr(arguments, key) for key in ("model", "output") if getattr(arguments, key)}
-        return _plan(dataclasses.replace(recipe, **given), arguments.json)
+        from sqft.planning import plan
+        from sqft.reporting.plan_table import show
+
+        return show(plan(recipe, model=arguments.model, output=arguments.output), quiet=arguments.json)
     results = sqft.run(recipe, model=arguments.model, output=arguments.output,
                        say=lambda text: print(text, file=sys.stderr))  # fmt: skip
     output = Path(arguments.output or recipe.output)
@@ -253,18 +259,6 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             print("Other pipelines: sqft demo --pipeline sparse-peft (one sparse float model) | sqft | lora (base and "
                   "adapter, not mergeable)")  # fmt: skip
     return results
-
-
-def _plan(recipe: Any, as_json: bool) -> dict[str, Any]:
-    from sqft.planning import plan
-    from sqft.reporting.plan_table import HEADER, cells, footer
-    from sqft.reporting.table import print_table
-
-    found = dataclasses.asdict(plan(recipe))
-    if not as_json:
-        print_table(HEADER, [cells(step) for step in found["steps"]])
-        print("\n".join(footer(found)))
-    return found
 
 
 def _compare(arguments: argparse.Namespace) -> Any:
@@ -295,6 +289,12 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return sqft.measure(arguments.model, read_flags(arguments, MeasureConfig))
 
 
+def _report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sqft.reporting.page import report
+
+    return report(arguments.folders, arguments.out)
+
+
 def _ls(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     from sqft.reporting.table import list_stages, print_table, summary
 
@@ -310,6 +310,9 @@ def _show(command: str, result: Any) -> None:
     if command in ("run", "demo", "ls", "compare"):
         return  # they print a table
     for name, value in result.items():
+        if name == "tasks":  # of several: the accuracy of each
+            for task, scores in value.items():
+                print(f"{'  ' + task:24} {scores['accuracy']:.6g}")
         if isinstance(value, dict):
             continue
         large = isinstance(value, int) and value > 10**15  # the size of a search space, say

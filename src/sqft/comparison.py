@@ -26,7 +26,7 @@ from sqft.config import (
 )
 from sqft.errors import UsageError, did_you_mean
 from sqft.evaluation.intervals import paired
-from sqft.pipeline import Recipe, load_recipe, resolve_model, run_stage
+from sqft.pipeline import Recipe, check_data, load_recipe, resolve_model, run_stage
 from sqft.reporting.comparison_table import RESULT
 
 Say = Callable[[str], None]
@@ -70,6 +70,7 @@ def compare(recipe: Recipe | str | Path, *, model: str | None = None, output: st
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     recipe = replace(recipe, model=model or recipe.model, output=str(output or recipe.output))
     methods, sparsities = check(recipe)
+    check_data(recipe)
     out = Path(recipe.output)
     rows: list[dict[str, Any]] = []
     for sparsity in sparsities:

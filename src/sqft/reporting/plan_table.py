@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sqft.measuring.size import human
+from sqft.reporting.table import print_table
 
 HEADER = ("stage", "of", "state", "time", "memory", "on disk", "options that are not the default")
+
+
+def show(plan: Any, quiet: bool = False) -> dict[str, Any]:
+    """A plan as plain data, and printed unless ``quiet``."""
+    found = dataclasses.asdict(plan)
+    if not quiet:
+        print_table(HEADER, [cells(step) for step in found["steps"]])
+        print("\n".join(footer(found)))
+    return found
 
 
 def cells(step: Mapping[str, Any]) -> tuple[str, ...]:

@@ -79,6 +79,11 @@ def load_spec(name: str, data_dir: str | Path | None = None) -> SpecTask:
     wrong = set(spec.splits) - set(SPLITS)
     if wrong or not spec.splits:
         raise UsageError(f"{where}splits map train, validation, test to where they are, e.g. {{test: validation}}")
+    for pattern in (spec.extract, *spec.ignore):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UsageError(f"{where}'{pattern}' is not a regular expression: {error}") from None
     lacking = [key for key in ("folder", "answer") if not getattr(spec, key)]
     if spec.metric == "multiple-choice" and not (spec.options or spec.contexts):
         lacking.append("options")

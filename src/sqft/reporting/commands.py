@@ -1,0 +1,101 @@
+"""The command line that makes a stage folder again, from its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqft.config import (
+    EvaluateConfig,
+    MeasureConfig,
+    MergeConfig,
+    QuantizeConfig,
+    SearchConfig,
+    SparsifyConfig,
+    TrainConfig,
+    from_dict,
+)
+from sqft.errors import UsageError
+from sqft.reporting.collect import Section, Stage
+
+CONFIGS: dict[str, Any] = {"sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig,
+                           "search": SearchConfig, "merge": MergeConfig, "evaluate": EvaluateConfig,
+                           "measure": MeasureConfig}  # fmt: skip
+FROM_PYTHON = "from Python"
+
+
+@dataclass(frozen=True)
+class Command:
+    """``line`` for a shell, or empty; ``note`` says what of the stage a command line cannot say."""
+
+    line: str
+    note: str = ""
+
+
+def flags(config: Any) -> list[str]:
+    """The flags of a config, only of options that differ from their defaults; parsed, they give it back."""
+    words: list[str] = []
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # pyright: ignore
+        if value == default:
+            continue
+        flag = "--" + spec.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, dict):
+            words += [flag, *(f"{key}={number}" for key, number in value.items())]
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+            # A value that begins with a dash would be taken for a flag.
+            words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return words
+
+
+def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Command:
+    """``sqft STAGE SOURCE OUT --flag ...``. A config of another version of sqft gives a note instead of a line."""
+    values, note = dict(config), ""
+    if stage == "extract":
+        choice = str(values.get("choice", "median"))
+        return Command(shlex.join(["sqft", stage, source, out, "--config", choice]))
+    if stage not in CONFIGS:
+        return Command("", f"{out}: written {FROM_PYTHON}")
+    first = values.pop("first", None)
+    if str(values.get("calibration", "")).startswith("tokens:"):
+        del values["calibration"]
+        note = f"{out}: the calibration tokens were given {FROM_PYTHON}"
+    if isinstance(values.get("ranks"), dict):
+        del values["ranks"]
+        note = f"{out}: the ranks were given {FROM_PYTHON}"
+    if stage == "train" and not (values.get("task") or values.get("data")):
+        note = f"{out}: the training examples were given {FROM_PYTHON}"
+    try:
+        words = flags(from_dict(CONFIGS[stage], values))
+        if first is not None:
+            pruning = {k: v for k, v in first.items() if not (k == "calibration" and str(v).startswith("tokens:"))}
+            return Command(shlex.join(["sqft", "sparsify", source, out, *flags(from_dict(SparsifyConfig, pruning)),
+                                       "--then", "quantize", *words]), note)  # fmt: skip
+    except (UsageError, TypeError, AttributeError, OverflowError) as error:
+        return Command("", f"{out}: its options are those of another version of sqft ({error})")
+    places = {"evaluate": [source, "--out", out], "measure": [source]}.get(stage, [source, out])
+    return Command(shlex.join(["sqft", stage, *places, *words]), note)
+
+
+def section_commands(section: Section) -> list[Command]:
+    """A command for each stage folder, in an order in which they can be run."""
+    stages = [stage for stage in section.stages if stage.manifest is not None]
+    return [_stage_command(section, stage) for stage in stages + section.evaluations]
+
+
+def _stage_command(section: Section, stage: Stage) -> Command:
+    source = section.stage(stage.source)
+    path = str(source.folder) if source is not None else stage.source
+    if not path or stage.source == stage.key:
+        return Command("", f"{stage.folder}: made {FROM_PYTHON} of a model that is in no folder")
+    if os.path.isabs(path) and not os.path.isabs(stage.folder):  # as the folders were named on the command line
+        path = min(path, os.path.relpath(path), key=len)
+    return command(stage.kind, path, str(stage.folder), stage.config)

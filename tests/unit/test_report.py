@@ -1,0 +1,408 @@
+"""``sqft report``: what it reads, draws and says, and what it does with folders that are broken or empty."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import sqft
+from sqft import artifact, cli
+from sqft.config import EvaluateConfig, MergeConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig, to_dict
+from sqft.errors import UsageError
+from sqft.reporting import facts, grids, svg
+from sqft.reporting.collect import read_section, serving_bytes
+from sqft.reporting.commands import command
+from sqft.reporting.page import report
+from sqft.reporting.weights import WeightFolder, chosen, count_levels, count_values, moves
+
+EVIL = "</pre><script>alert(1)</script> & 'x' \"y\" | **z** `"
+LONE = "\ud800"  # half of a character, which JSON can hold and UTF-8 cannot
+
+
+def stage(folder: Path, name: str, parent: str | None = None, metrics: dict | None = None, config: dict | None = None,
+          seed: int | None = 0) -> Path:  # fmt: skip
+    """A stage folder with a manifest and no weights."""
+    folder.mkdir(parents=True)
+    manifest = artifact.Manifest(stage=name, parent=parent, metrics=metrics or {}, config=config or {}, seed=seed)
+    artifact.write_manifest(folder, manifest)
+    return folder
+
+
+def evaluation(folder: Path, parent: str, accuracy: float, answers: list[tuple[str, bool]], task: str = "sums") -> Path:
+    metrics = {"task": task, "split": "test", "accuracy": accuracy, "accuracy_ci95": [accuracy - 0.1, accuracy + 0.1],
+               "problems": len(answers), "seconds": 1.0}  # fmt: skip
+    stage(folder, "evaluate", parent, metrics, to_dict(EvaluateConfig(task="arithmetic")))
+    lines = [{"prompt": f"Q{i}", "generated": text, "answer": "1", "correct": correct}
+             for i, (text, correct) in enumerate(answers)]  # fmt: skip
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run without weights: sparse, adapter, merged, two of them evaluated."""
+    root = tmp_path / "run"
+    by_module = {f"model.layers.{i}.mlp.up_proj": 0.4 + 0.1 * i for i in range(3)}
+    stage(root / "sparsify", "sparsify", "some/model", {"sparsity": 0.5, "by_module": by_module, "parameters": 100,
+          "zeros": 40, "seconds": 1.5}, to_dict(SparsifyConfig(samples=4)))  # fmt: skip
+    train = stage(
+        root / "train", "train", "../sparsify", {"trainable_parameters": 10}, to_dict(TrainConfig(task="arithmetic"))
+    )
+    log = [{"loss": 2 / (i + 1), "learning_rate": 1e-3, "step": i} for i in range(5)] + [{"eval_loss": 1.0, "step": 4}]
+    (train / "training_log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    kept = {"pruned": 40, "filled": 0, "zeros_kept": 1.0, "sparsity": 0.5, "max_logit_difference": 0.0}
+    stage(root / "merge", "merge", "../train", kept, to_dict(MergeConfig()))
+    evaluation(
+        root / "evaluate" / "sparsify", "../../sparsify", 0.25, [("0", False), ("1", True), ("2", False), ("", False)]
+    )
+    evaluation(
+        root / "evaluate" / "merge", "../../merge", 0.75, [("1", True), ("1" + LONE, True), ("1", True), (EVIL, False)]
+    )
+    return root
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order; collects the texts of elements and the addresses that they name."""
+
+    VOID = ("meta", "link", "br", "img", "rect", "circle", "path")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        assert not any(name.startswith("on") for name, _ in attributes)
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(run: Path, tmp_path: Path) -> None:
+    result = report([run])
+    assert result == {
+        "report": str(run / "report.html"),
+        "markdown": str(run / "report.md"),
+        "sections": 1,
+        "stages": 5,
+    }
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags and page.addresses == ["data:,"] and "http" not in text.replace("http-equiv", "")
+    for title in ("Pipeline", "Stages", "Training", "Zeros kept", "Sparsity by layer and module", "Samples", "Reproduce",
+                  "Environment"):  # fmt: skip
+        assert title in page.words
+    assert "Search" not in page.words and "Weights before and after" not in page.words  # there was none
+    assert "</pre><script>" not in text and EVIL in page.words
+    for drawing in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + drawing.split("</svg>")[0] + "</svg>")
+    # The same folders give the same bytes, and nothing is left beside them.
+    first = text
+    report([run])
+    assert (run / "report.html").read_text() == first
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_what_it_says(run: Path) -> None:
+    section = read_section(run, "run")
+    assert [s.name for s in section.stages] == ["some/model", "sparsify", "train", "merge"]
+    assert facts.verdict(section).startswith("**75.0 %** on sums, from 25.0 % before adapting: one 50.0 % sparse float")
+    rows = {row[0]: row for row in facts.stage_rows(section)}
+    assert rows["merge"][1] == "75.0 % (65.0 - 85.0 %)" and rows["merge"][4] == "100.000 %"
+    assert rows["train"][1] == "-"
+    assert facts.zero_rows(section) == [("merge", "40", "0", "100.000 %", "-", "0")]
+    assert dict(facts.environment_rows(section))["sqft"] == sqft.__version__
+    text = Path(report([run], run / "out.html")["markdown"]).read_text()
+    assert "| merge | 75.0 % (65.0 - 85.0 %) |" in text
+    assert f"sqft train {run}/sparsify {run}/train --task arithmetic\n" in text
+
+
+def test_samples_show_each_pattern_once_before_more_of_the_same(run: Path) -> None:
+    found = facts.samples(read_section(run, "run"), limit=3)
+    # Q0 and Q2: wrong then right (twice, so first); Q1: both right; Q3: both wrong; then Q2.
+    assert [sample.prompt for sample in found] == ["Q0", "Q1", "Q3"]
+    assert found[0].answers == [("sparsify", "0", False), ("merge", "1", True)] and found[0].answer == "1"
+    assert [s.prompt for s in facts.samples(read_section(run, "run"), limit=9)] == ["Q0", "Q1", "Q3", "Q2"]
+
+
+def comparison(root: Path, rows: list[dict]) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "compare.json").write_text(json.dumps({"task": "sums", "rows": rows}))
+    return root
+
+
+def test_a_comparison(run: Path, capsys) -> None:
+    rows = [
+        {"name": "lora", "method": "LoRA", "mergeable": False, "precision": "FP32", "accuracy": 0.5, "accuracy_ci95": [0.4, 0.6],
+         "sparsity": 0.5, "sparsity_kept": None, "size": 2e6, "trainable_parameters": 10},
+        {"method": "SparsePEFT", "mergeable": True, "accuracy": 0.48, "size": 1e6, "sparsity_kept": 1.0,
+         "difference_ci95": [-0.05, 0.01], "evaluation": "evaluate/merge"},
+        {"method": "<b>new</b>", "mergeable": None, "accuracy": None, "size": float("nan")},
+        {},
+    ]  # fmt: skip
+    comparison(run, rows)
+    section = read_section(run, "cmp")
+    assert facts.verdict(section) == (
+        "**SparsePEFT** is the best that merges into one model: **48.0 %** in 1.0 MB; LoRA, whose adapter stays beside its "
+        "base, has 50.0 % in 2.0 MB (paired difference -5.0 to +1.0 points, 95 %)."
+    )
+    cells = facts.method_rows(section)
+    assert cells[0][:6] == ("LoRA", "50 %", "no", "FP32", "50.0 % (40.0 - 60.0 %)", "-")
+    assert cells[1][5] == "-5.0 to +1.0" and cells[2][0] == "<b>new</b>" and cells[3] == ("?", *["-"] * 11)
+    assert [point.name for point in facts.chart_points(section)] == ["LoRA", "SparsePEFT"]
+    assert [name for name, _, _ in facts.samples(section)[0].answers] == ["SparsePEFT"]
+    assert cli.main(["report", str(run), "--out", str(run / "x.html")]) == 0
+    assert "sections                 1" in capsys.readouterr().out
+    page = Page((run / "x.html").read_text())
+    assert "Methods" in page.words and "<b>new</b>" in page.words
+
+
+def test_a_comparison_alone_and_several_folders(run: Path, tmp_path: Path) -> None:
+    alone = comparison(tmp_path / "alone" / "run", [{"method": "LoRA", "accuracy": 0.5, "size": 3}])
+    result = report([run, alone, run], tmp_path / "new" / "both.html")
+    assert result["sections"] == 2 and (tmp_path / "new" / "both.md").is_file()
+    page = Page((tmp_path / "new" / "both.html").read_text())
+    assert str(run) in page.words and str(alone) in page.words  # equal names: whole paths
+    assert page.addresses == ["data:,", "#s0", "#s1"]
+
+
+def test_broken_files_become_notes(run: Path, capsys) -> None:
+    stage(run / "extra", "search", "../sparsify", {"super_adapter": "../train", "trial": 1})
+    (run / "extra" / "search.json").write_text("{")
+    (run / "train" / "training_log.jsonl").write_text('{"loss": 1')
+    (run / "evaluate" / "merge" / "predictions.jsonl").write_text("[]\n{}\nx")
+    (run / "compare.json").write_text("[1,")
+    for name, text in (
+        ("a", "{"),
+        ("b", '{"stage": 1}'),
+        ("c", '{"stage": "merge", "metrics": []}'),
+        ("d", '{"x": 1}'),
+    ):
+        (run / name).mkdir()
+        (run / name / "sqft.json").write_text(text)
+    assert cli.main(["report", str(run)]) == 0
+    notes = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("notes"))
+    for name in ("extra/search.json", "training_log.jsonl", "predictions.jsonl", "compare.json", "a/sqft.json", "b/sqft.json",
+                 "c/sqft.json", "d/sqft.json"):  # fmt: skip
+        assert f"{name} is corrupt" in notes, name
+    assert "Training" not in Page((run / "report.html").read_text()).words
+
+
+def test_numbers_that_are_none(run: Path) -> None:
+    """A manifest's numbers may be anything: the page says '-'."""
+    metrics = {"sparsity": "half", "zeros_kept": None, "by_module": {"model.layers.0.x": "a"}, "pruned": True, "seconds": 10**400,
+               "filled": 1, "ranks": [1], "super_adapter": 5, "parameters": float("inf")}  # fmt: skip
+    for kind in ("sparsify", "quantize", "train", "search", "merge", "save", "unheard-of"):
+        stage(run / "odd" / kind, kind, "gone", metrics, {"first": 3, "method": ["x"], "limit": float("inf")})
+    (run / "odd" / "search" / "search.json").write_text(json.dumps({"points": [
+        {"number": i, "ranks": {}, "score": score, "cost": 1.0} for i, score in enumerate((1.0, None, float("nan"), 2.0))]}))  # fmt: skip
+    stage(run / "odd" / "evaluate", "evaluate", None, {"task": 5, "accuracy": 1.5, "accuracy_ci95": [0]})
+    report([run])
+    Page((run / "report.html").read_text())
+
+
+def test_errors(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad" / "a").mkdir(parents=True)
+    (tmp_path / "bad" / "a" / "sqft.json").write_text("{")
+    (tmp_path / "file").write_text("")
+    for code, message, arguments in (
+        (2, "there is no folder", [tmp_path / "none"]),
+        (2, "was written by sqft", [tmp_path / "empty"]),
+        (1, "is corrupt", [tmp_path / "bad"]),
+        (2, "ends in .html", [run, "--out", tmp_path / "x.txt"]),
+        (2, "is a folder", [run, "--out", tmp_path / "d.html"]),
+        (1, "cannot write", [run, "--out", tmp_path / "file" / "x.html"]),
+        (2, "FOLDER", []),
+    ):
+        (tmp_path / "d.html").mkdir(exist_ok=True)
+        assert cli.main(["report", *map(str, arguments)]) == code
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert not list(tmp_path.glob("x.*"))
+
+
+CONFIGS = [
+    ("sparsify", SparsifyConfig(sparsity=0.6, overrides={"*.down_proj": 0.4, "a b": 0.25}, exclude=["x*", "y"], samples=3)),
+    ("sparsify", SparsifyConfig(pattern="2:4", calibration="it's a file.txt", dtype="bfloat16")),
+    ("quantize", QuantizeConfig(group_size=-1, bits=3, symmetric=True, act_order=False, scale_bits=7, exclude=["-a", "b"])),
+    ("train", TrainConfig(data="d.jsonl", prompt="Question: {q}\n$A `x` \"y\":", completion="", search_space=[32, 16],
+                          rank_groups=["q_proj+k_proj", "up_proj=32/16"], learning_rate=1.5e-3, max_steps=5, eval_limit=None,
+                          group_by_length=False, gradient_checkpointing=True, epochs=0.5)),
+    ("train", TrainConfig(task="arithmetic", prompt="- {question}", pipeline="qa-sparse-peft", base="a folder", learn_scales=True)),
+    ("search", SearchConfig(task="arithmetic", pick="smallest-within 1%", limit=None, metric="loss", screen=3)),
+    ("merge", MergeConfig(ranks="median", allow_dense=True, tolerance=1e-3)),
+    ("evaluate", EvaluateConfig(text="builtin", max_tokens=5, unpack=False)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "config"), CONFIGS, ids=lambda value: value if isinstance(value, str) else "")
+def test_commands_parse_back_to_their_config(name: str, config: object) -> None:
+    made = command(name, "in put", "out", json.loads(json.dumps(to_dict(config))))
+    words = shlex.split(made.line)
+    assert words[0] == "sqft" and made.note == ""
+    parsed = cli.build_parser().parse_args(words[1:])
+    assert cli.read_flags(parsed, type(config)) == config
+    assert parsed.out == "out" and "in put" in vars(parsed).values()
+
+
+def test_commands_of_what_flags_cannot_say() -> None:
+    both = {**to_dict(QuantizeConfig(bits=8)), "first": to_dict(SparsifyConfig(samples=2))}
+    head, then = cli._split_then(shlex.split(command("quantize", "m", "o", both).line)[1:])
+    assert then == QuantizeConfig(bits=8)
+    assert cli.read_flags(cli.build_parser().parse_args(head), SparsifyConfig) == SparsifyConfig(samples=2)
+    assert command("extract", "a", "o", {"choice": "knee"}).line == "sqft extract a o --config knee"
+    tokens = command("sparsify", "m", "o", {**to_dict(SparsifyConfig()), "calibration": "tokens:ab"})
+    assert tokens.line == "sqft sparsify m o" and "calibration tokens were given" in tokens.note
+    assert "ranks were given" in command("merge", "m", "o", {**to_dict(MergeConfig()), "ranks": {"a": 1}}).note
+    assert "examples were given" in command("train", "m", "o", to_dict(TrainConfig())).note
+    assert "another version" in command("merge", "m", "o", {"new": 1}).note and command("save", "m", "o", {}).line == ""
+
+
+def test_the_search_is_between_its_super_adapter_and_the_merge(tmp_path: Path) -> None:
+    stage(tmp_path / "base", "quantize")
+    stage(tmp_path / "train", "train", "../base")
+    stage(
+        tmp_path / "found", "search", "../base", {"super_adapter": "../train"}, to_dict(SearchConfig(task="arithmetic"))
+    )
+    stage(tmp_path / "merged", "merge", "../found")
+    section = read_section(tmp_path, "x")
+    assert [s.name for s in section.lineage(section.stages[-1])] == ["merged", "found", "train", "base"]
+    text = Path(report([tmp_path])["markdown"]).read_text()
+    assert f"sqft search {tmp_path}/train {tmp_path}/found --task arithmetic\n" in text
+
+
+@pytest.fixture(scope="module")
+def packed(sparse: Path, tokens, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "model"
+    sqft.quantize(sparse, QuantizeConfig(group_size=32), tokens, out=out)
+    return out
+
+
+def test_counts_of_integer_levels_are_those_of_the_model(packed: Path) -> None:
+    folder = WeightFolder(packed)
+    counts = count_levels(folder, list(folder.sizes))
+    model, _ = sqft.load(packed)
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
+    assert set(layers) == set(folder.sizes) and counts.modules == len(layers) == counts.of_modules
+    assert counts.total == sum(folder.sizes.values()) == sum(m.in_features * m.out_features for m in layers.values())
+    metrics = artifact.read_manifest(packed).metrics
+    assert counts.pruned == metrics["pruned"]
+    assert sum(zeros for zeros, _ in counts.zeros.values()) == metrics["zeros"] == counts.pruned + counts.kept[0.0]
+    assert moves(folder, folder, list(folder.sizes)) == (0.0, 0)
+    with pytest.raises(sqft.SqftError, match="cannot be read"):
+        WeightFolder(packed / "masks")
+
+
+def test_counts_of_float_weights(dense: Path, sparse: Path) -> None:
+    before, after = WeightFolder(dense), WeightFolder(sparse)
+    names = list(before.sizes)
+    all_of, half = count_values(before, names, 0.5), count_values(after, names, 0.5)
+    assert all_of.total == half.total == sum(before.sizes.values()) and all_of.pruned == 0
+    assert half.pruned == artifact.read_manifest(sparse).metrics["zeros"]
+    narrow = count_values(before, names, 0.01)
+    assert narrow.beyond > 0 and narrow.total == all_of.total
+    assert not any("norm" in name for name in names)
+
+
+def test_a_large_model_is_sampled_evenly() -> None:
+    sizes = {f"{i}": 10 for i in range(100)}
+    assert len(chosen(sizes, 1000)) == 100 and chosen(sizes, 1) == ["0"]
+    some = chosen(sizes, 250)
+    assert len(some) == 25 and {int(b) - int(a) for a, b in itertools.pairwise(some)} == {4}
+
+
+def test_weights_and_sizes_of_real_folders(
+    dense: Path, sparse: Path, packed: Path, trained: Path, tmp_path: Path
+) -> None:
+    for name, folder in (("sparse", sparse), ("packed", packed), ("adapter", trained)):
+        shutil.copytree(folder, tmp_path / name)
+        manifest = artifact.read_manifest(tmp_path / name)
+        parent = str(dense) if name == "sparse" else "../sparse"
+        (tmp_path / name / "sqft.json").write_text(json.dumps(vars(replace(manifest, parent=parent))))
+    section = read_section(tmp_path, "x")
+    sizes = {s.name: serving_bytes(s, section) for s in section.stages}
+    assert sizes["sparse"] == (sparse / "model.safetensors").stat().st_size  # without masks
+    assert sizes["adapter"] == sizes["sparse"] + (trained / "adapter_model.safetensors").stat().st_size
+    report([tmp_path])
+    page = Page((tmp_path / "report.html").read_text())
+    assert "INT4 grid: packed" in page.words and "Float: model to sparse" in page.words
+    weights = tmp_path / "packed" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "cannot be read" in report([tmp_path])["notes"]
+
+
+def test_axes_and_labels() -> None:
+    axis = svg.make_axis("", [0.0, 1.0], margin=0)
+    assert axis.ticks == pytest.approx((0, 0.2, 0.4, 0.6, 0.8, 1))
+    assert svg.make_axis("", [1, 9], whole=True, margin=0).ticks == (2, 4, 6, 8)
+    assert svg.make_axis("", [0.9, 0.99], limits=(0, 1)).high < svg.make_axis("", [0.9, 1.0], limits=(0, 1)).high == 1
+    for values in ([3.0], [0.0], [-1e-9, 1e-9], [1e12, 2e12], [1.5, 1.5]):
+        axis = svg.make_axis("", values, limits=(0, 1))
+        assert axis.low < axis.high and axis.ticks
+    # Labels of points that lie on each other do not.
+    marks = [svg.Mark(f"name {i}", 1.0, 1.0, i) for i in range(6)]
+    drawing = svg.scatter(marks, svg.make_axis("", [1.0]), svg.make_axis("", [1.0]), "x")
+    places = [
+        (t.get("x"), t.get("y")) for t in ElementTree.fromstring(drawing).iter("text") if t.get("class") == "name"
+    ]
+    assert len(set(places)) == len(places) == 6
+
+
+def test_heat_map_and_histogram() -> None:
+    table = grids.by_layer(
+        {"model.layers.1.mlp.up": 0.5, "model.layers.0.mlp.up": 0.1, "lm_head": 1.0, "3.qkv": 8, "4": 2}
+    )
+    assert table == {"mlp.up": {1: 0.5, 0: 0.1}, "qkv": {3: 8}, "all": {4: 2}}
+    drawing = ElementTree.fromstring(grids.heat_map(table, 0, 1, lambda v: f"{v}<", "x"))
+    assert len(list(drawing.iter("rect"))) == 12 and "layer 1, mlp.up: 0.5<" in [t.text for t in drawing.iter("title")]
+    bars = [grids.Bars("a", {float(i): 0.1 for i in range(-3, 4)}, 0.5, 0), grids.Bars("b", {0.0: 0.2}, 0.0, 1)]
+    tips = [t.text for t in ElementTree.fromstring(grids.histogram(bars, "x", str, "x")).iter("title")]
+    assert "a: 50.00 % of the weights are pruned" in tips and len(tips) == 9
+    ElementTree.fromstring(grids.histogram(bars, "x", str, "x", outline=True))
+    for kind in ("model", "sparsify", "quantize", "train", "search", "merge", "other"):
+        ElementTree.fromstring(grids.pictogram(kind))
+
+
+def test_an_unknown_folder_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        report([tmp_path / "x"])
+
+
+def test_a_comparison_at_several_sparsities(tmp_path: Path) -> None:
+    rows = [{"name": name, "method": name.upper(), "sparsity": sparsity, "mergeable": merges, "accuracy": accuracy, "size": 10}
+            for name, sparsity, merges, accuracy in (("dense", None, None, 0.9), ("sqft", 0.3, False, 0.5), ("qa", 0.3, True, 0.6),
+                                                     ("sqft", 0.5, False, 0.4), ("qa", 0.5, True, 0.3))]  # fmt: skip
+    root = comparison(tmp_path, rows)
+    (root / "compare.json").write_text(json.dumps({"rows": rows, "reference": "sqft"}))
+    section = read_section(root, "x")
+    assert [row[:2] for row in facts.method_rows(section)][:2] == [("DENSE", "-"), ("SQFT", "30 %")]
+    names = ["DENSE", "SQFT, 30 %", "QA, 30 %", "SQFT, 50 %", "QA, 50 %"]
+    assert [point.name for point in facts.chart_points(section)] == names
+    assert facts.method_header(section)[5] == "points to SQFT (95 %)"
+    assert "**QA, 30 %** is the best" in facts.verdict(section) and "; SQFT, 30 %, whose adapter" in facts.verdict(
+        section
+    )
