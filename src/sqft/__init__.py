@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sqft.nls.search import search as search
     from sqft.pipeline import run as run
     from sqft.quantizing import quantize as quantize
+    from sqft.reporting.page import report as report
     from sqft.sparsity.stage import sparsify as sparsify
     from sqft.tasks.base import Example as Example
     from sqft.training.loop import train as train
@@ -65,6 +66,7 @@ _WHERE = {
     "search": "sqft.nls.search",
     "run": "sqft.pipeline",
     "quantize": "sqft.quantizing",
+    "report": "sqft.reporting.page",
     "sparsify": "sqft.sparsity.stage",
     "Example": "sqft.tasks.base",
     "train": "sqft.training.loop",

@@ -36,6 +36,11 @@ from sqft.config import (
 )
 from sqft.errors import SqftError, UsageError, did_you_mean
 
+PIPELINES = ("qa-sparse-peft (one sparse INT4 model), sparse-peft (one sparse float model), sqft or lora (base and "
+             "adapter, not mergeable)")  # fmt: skip
+
+DRY_RUN = "show the stages, and about what they take; loads and writes nothing"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -92,11 +97,14 @@ def build_parser() -> argparse.ArgumentParser:
     _positional(sub, RECIPE="YAML file, or the name of a shipped recipe")
     sub.add_argument("--model", help="instead of the recipe's model")
     sub.add_argument("--output", help="instead of the recipe's output folder")
+    sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
+    sub.add_argument("--pipeline", metavar="STR", help=f"{PIPELINES} [the recipe's]")
+    sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
 
     sub = add("demo", _run, "SmolLM2-135M: prune to 50 %%, quantize to INT4, adapt, merge, compare; about 10 minutes")
     sub.set_defaults(recipe="demo")
-    sub.add_argument("--pipeline", metavar="STR", help="qa-sparse-peft (one sparse INT4 model), sparse-peft (one sparse"
-                     " float model), sqft or lora (base and adapter, not mergeable) [qa-sparse-peft]")  # fmt: skip
+    sub.add_argument("--pipeline", metavar="STR", help=f"{PIPELINES} [qa-sparse-peft]")
+    sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     sub.add_argument("--model", help="another model than SmolLM2-135M")
     sub.add_argument("--output", help="folder to write (default: runs/demo)")
 
@@ -239,12 +247,18 @@ def _write_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from sqft.pipeline import load_recipe, resolve_model, with_pipeline
+    from sqft.pipeline import load_recipe, resolve_model, with_options, with_pipeline
     from sqft.reporting.table import HEADER, cells, markdown, print_table, run_rows
 
     recipe = load_recipe(arguments.recipe)
-    if getattr(arguments, "pipeline", None):
+    if arguments.pipeline:
         recipe = with_pipeline(recipe, arguments.pipeline)
+    recipe = with_options(recipe, data_dir=getattr(arguments, "data_dir", None))
+    if arguments.dry_run:
+        from sqft.planning import plan
+        from sqft.reporting.plan_table import show
+
+        return show(plan(recipe, model=arguments.model, output=arguments.output), quiet=arguments.json)
     results = sqft.run(recipe, model=arguments.model, output=arguments.output,
                        say=lambda text: print(text, file=sys.stderr))  # fmt: skip
     output = Path(arguments.output or recipe.output)

@@ -46,11 +46,12 @@ class Method:
         return None if self.pipeline is None else self.pipeline in ("sparse-peft", "qa-sparse-peft")
 
 
-METHODS: dict[str, Method] = {  # in the order of the paper's tables
+METHODS: dict[str, Method] = {  # the paper's rows in its order, and one that tells the mask's part from the rank's
     "dense": Method("w/o tune, dense", "model"),
     "sparse": Method("w/o tune, sparse", "sparsify"),
     "lora": Method("LoRA", "sparsify", "lora"),
     "shears": Method("Shears", "sparsify", "lora", elastic=True),
+    "sparse-peft-fixed": Method("SparsePEFT, fixed rank", "sparsify", "sparse-peft"),
     "sparse-peft": Method("SQFT + SparsePEFT", "sparsify", "sparse-peft", elastic=True),
     "sparse-int4": Method("w/o tune, sparse, INT4", "quantize"),
     "gptq-lora": Method("GPTQ + LoRA", "quantize", "sqft"),

@@ -99,9 +99,10 @@ def with_pipeline(recipe: Recipe, pipeline: str) -> Recipe:
     """The recipe with another of the four pipelines: quantized or not, and merged if it can be.
 
     What cannot be merged is evaluated as base and adapter. The output folder gets the pipeline's name. Raises
-    UsageError for an unknown pipeline.
+    UsageError for an unknown pipeline, and for a recipe that does not train.
     """
-    assert recipe.train is not None
+    if recipe.train is None:
+        raise UsageError("the recipe does not train: there is no pipeline to choose")
     values = to_dict(recipe.train) | {"pipeline": pipeline}
     if pipeline != "qa-sparse-peft":
         values |= {"base": None, "learn_scales": False}
@@ -161,40 +162,60 @@ def run(recipe: Recipe | str | Path, *, model: str | None = None, output: str | 
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     recipe = replace(recipe, model=model or recipe.model, output=str(output or recipe.output))
     check_data(recipe)
-    source, out = resolve_model(recipe.model), Path(recipe.output)
-    results: dict[str, Any] = {}
-    produced = {"model": source}
-    current = source
+    return {step.name: run_stage(step.stage, step.config, step.source, step.folder, say) for step in steps(recipe)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a run: its name (that of an evaluation: evaluate/merge, say), options, parent and folder."""
+
+    name: str
+    stage: str
+    config: Any
+    source: str
+    folder: Path
+
+
+def steps(recipe: Recipe) -> list[Step]:
+    """What ``run`` does with a recipe, in order."""
+    out = Path(recipe.output)
+    produced = {"model": resolve_model(recipe.model)}
+    found: list[Step] = []
+    current = "model"
     for name in STAGES:
         config = getattr(recipe, name)
         if config is None:
             continue
         if name == "train" and config.base in produced:
             config = replace(config, base=produced[config.base])
-        folder = out / name
-        results[name] = run_stage(name, config, current, folder, say)
-        produced[name] = current = str(folder)
-    if recipe.evaluate:
-        for name in recipe.evaluate_on:
-            if name in produced:
-                folder = out / "evaluate" / name
-                results[f"evaluate/{name}"] = run_stage("evaluate", recipe.evaluate, produced[name], folder, say)
-    return results
+        found.append(Step(name, name, config, produced[current], out / name))
+        produced[name], current = str(out / name), name
+    scored = [name for name in recipe.evaluate_on if name in produced] if recipe.evaluate else []
+    return found + [
+        Step(f"evaluate/{name}", "evaluate", recipe.evaluate, produced[name], out / "evaluate" / name)
+        for name in scored
+    ]
 
 
 def run_stage(name: str, config: Any, source: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Runs one stage from ``source`` into ``folder``, unless it is there unchanged; returns its metrics."""
-    key = artifact.stage_key(name, to_dict(config), artifact.folder_key(source))
+    manifest = finished(folder, artifact.stage_key(name, to_dict(config), artifact.folder_key(source)), say)
+    if manifest is not None:
+        say(f"{folder}: unchanged, skipped")
+        return manifest.metrics
+    say(f"{folder}: {name} {source}")
+    return _verb(name)(source, config, folder)
+
+
+def finished(folder: Path, key: str, say: Callable[[str], None]) -> artifact.Manifest | None:
+    """The manifest of a stage folder that is whole and has this key, or None; says what is wrong with a broken one."""
     if artifact.is_stage(folder):
         try:
             manifest = artifact.check_files(folder)
-            if manifest.key == key:
-                say(f"{folder}: unchanged, skipped")
-                return manifest.metrics
+            return manifest if manifest.key == key else None
         except SqftError as error:
             say(f"{error}; doing so")
-    say(f"{folder}: {name} {source}")
-    return _verb(name)(source, config, folder)
+    return None
 
 
 def _verb(name: str) -> Callable[[str, Any, Path], dict[str, Any]]:

@@ -93,7 +93,7 @@ def _quantize_folder(source: str, config: QuantizeConfig, calibration: Tensor | 
     if first is not None:
         settings["first"] = sparsity.identity(first, calibration)
     counts, masks = Counts(), {}
-    templates = {name: _template(module, config) for name, module in architecture.linears() if name in names}
+    templates = {name: template(module, config) for name, module in architecture.linears() if name in names}
     with artifact.writing(out, overwrite) as folder:
         writer = ModelWriter(plan_tensors(model, templates, config.format), folder, MAX_SHARD_BYTES)
         for block in _steps(architecture, names, config, calibration, first, tokenizer):
@@ -142,7 +142,7 @@ def plan(architecture: Architecture, config: QuantizeConfig) -> set[str]:
     return set(chosen)
 
 
-def _template(module: nn.Linear, config: QuantizeConfig) -> QuantLinear:
+def template(module: nn.Linear, config: QuantizeConfig) -> QuantLinear:
     """An empty layer of the shape that the module will have, for names, shapes and dtypes."""
     layer = QuantLinear(module.in_features, module.out_features, config.bits, config.group_size,
                         bias=module.bias is not None, device="meta", dtype=module.weight.dtype)  # fmt: skip

@@ -94,6 +94,11 @@ def _study_name(config: SearchConfig, key: str) -> str:
     return artifact.stage_key("search", settings, key)[:16]
 
 
+def work_folder(out: Path, config: SearchConfig, key: str) -> Path:
+    """Where a search of the adapter of this key keeps its trials until it is done."""
+    return out.absolute().with_name(f".{out.name}.searching-{_study_name(config, key)}")
+
+
 def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bool) -> dict[str, Any]:
     artifact.check_output(out, overwrite)
     if not is_adapter(adapter):
@@ -101,7 +106,7 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
     started = time.perf_counter()
     parent = artifact.folder_key(adapter)
     name = _study_name(config, parent)
-    work = out.absolute().with_name(f".{out.name}.searching-{name}")
+    work = work_folder(out, config, parent)
     url = config.storage or f"journal:{work / 'journal.log'}"
     model, tokenizer = load(adapter)
     space, records = space_of(model), read_records(adapter)

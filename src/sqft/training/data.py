@@ -83,13 +83,19 @@ def fill_templates(records: Sequence[dict[str, Any]], prompt: str, completion: s
 
 
 def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> dict[str, list[int]]:
-    """``input_ids`` and ``labels`` of prompt + completion + end of text, cut to ``max_length``."""
-    prompt = tokenizer(example.prompt)["input_ids"]
-    completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token_id is not None:
-        completion = [*completion, tokenizer.eos_token_id]  # pyright: ignore
-    ids = [*prompt, *completion]  # pyright: ignore
-    labels = [IGNORED] * len(prompt) + list(completion) if config.completion_only else list(ids)  # pyright: ignore
+    """``input_ids`` and ``labels`` of prompt + completion + end of text, cut to ``max_length``.
+
+    Both are tokenized together, as generation will see them: alone, a completion would get another first token from
+    tokenizers that put a space before every text (Mistral's, Phi-3's). The prompt is what they have in common.
+    """
+    prompt: Any = tokenizer(example.prompt)["input_ids"]
+    ids: list[int] = list(tokenizer(example.prompt + example.completion)["input_ids"])  # pyright: ignore
+    start = next((i for i, (one, other) in enumerate(zip(prompt, ids, strict=False)) if one != other),
+                 min(len(prompt), len(ids)))  # fmt: skip
+    end: Any = tokenizer.eos_token_id
+    if end is not None and ids[-1:] != [end]:
+        ids.append(end)
+    labels = [IGNORED] * start + ids[start:] if config.completion_only else list(ids)
     return {"input_ids": ids[: config.max_length], "labels": labels[: config.max_length]}
 
 

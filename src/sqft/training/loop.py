@@ -88,7 +88,7 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, out: Pat
     check_pipeline(base, config.pipeline, source)
     set_seed(config.seed)
     model = attach(base, adapter_config(config))
-    work = out.absolute().with_name(f".{out.name}.training-{key[:12]}")
+    work = work_folder(out, key)
     trainer = make_trainer(model, tokenizer, config, data, work)
     metrics = _run(trainer, model, last_checkpoint(work)) | data.notes
     logs = _write_logs(trainer, model, tokenizer, work / "logs")
@@ -97,6 +97,11 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, out: Pat
     for stale in out.absolute().parent.glob(f".{out.name}.training-*"):
         shutil.rmtree(stale, ignore_errors=True)
     return metrics
+
+
+def work_folder(out: Path, key: str) -> Path:
+    """Where a training of this key keeps its checkpoints until it is done."""
+    return out.absolute().with_name(f".{out.name}.training-{key[:12]}")
 
 
 def check_pipeline(base: nn.Module, pipeline: str, source: str) -> None:

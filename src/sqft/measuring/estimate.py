@@ -1,0 +1,228 @@
+"""Estimates of a stage's time, memory and disk from a model's sizes, before anything is loaded.
+
+Time is work over speed: FLOPs of products and bytes moved, over what ``device.measure_device`` measured. In symbols:
+T tokens, W weights of the blocks' linear layers, A those of them that are adapted, H the head's, R rank, I inputs.
+
+    forward               2 T (W + H), attention 4 T^2 hidden a layer and sequence
+    sparsify              two forwards of the blocks, and a choice among W
+    quantize              one forward (two without true_sequential), T I^2 an input for its Hessian, 8 I^3 to factorize
+                          it, a search for ranges and a loop over columns
+    train, a step         2 T (W + H) forward and again to propagate back, 2 T W more with checkpointing; a masked
+                          adapter's gradient 2 T A, its weight built anew every time (2 R A, a pass over memory); with
+                          dropout base and adapter are multiplied apart: 2 T A more each time
+    search, a sub-adapter a forward over the completions, or a generation
+    generate              a forward over the prompts; then for each token the weights are read, and 2 (W + H) a sequence
+
+The constants in front of memory passes were measured on SmolLM2-135M (``docs/recipes.md`` compares).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sqft.config import EvaluateConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
+from sqft.measuring.device import Speed
+from sqft.measuring.shape import Linear, Shape
+
+# Bytes moved a weight, where a step is bound by memory.
+CHOOSE, CLIP, ROUND = 1600, 2200, 1000  # Wanda's choice; GPTQ's search for ranges; its loop over columns
+BUILD, BUILD_PACKED = 80, 190  # a masked adapter's effective weight, on a float and on a packed base
+UNPACK = 45
+FACTORIZE = 8  # x I^3 FLOPs: two Cholesky factors and an inverse in float64, in float32's FLOPs
+COLUMN = 5e-5  # seconds a column of GPTQ's loop, whatever its length
+TOKEN = 1e-3  # seconds a layer and generated token, whatever its size: Python and launches
+GGUF = 1.1e-7  # seconds a weight to de-quantize a GGUF file
+START = 3.0  # seconds to start a stage: libraries, tokenizer
+SHORT = 1.35  # times as long as their FLOPs: the products of short sequences, beside the large ones that are measured
+ADAM = 16  # bytes a trained weight: itself, gradient, two moments, float32
+LOGITS = 5  # float32 copies of the logits while training
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a model's own products, of the fastest library's (in its dtype and in float32), bytes moved, and seconds
+    that depend on neither."""
+
+    products: float = 0.0
+    fast: float = 0.0
+    fast32: float = 0.0
+    moved: float = 0.0
+    fixed: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.products + other.products, self.fast + other.fast, self.fast32 + other.fast32,
+                    self.moved + other.moved, self.fixed + other.fixed)  # fmt: skip
+
+    def times(self, n: float) -> Work:
+        return Work(self.products * n, self.fast * n, self.fast32 * n, self.moved * n, self.fixed * n)
+
+    @property
+    def flops(self) -> float:
+        return self.products + self.fast + self.fast32
+
+    def seconds(self, speed: Speed) -> float:
+        return (self.products / speed.products + self.fast / speed.fast + self.fast32 / speed.fast32
+                + self.moved / speed.moved + self.fixed)  # fmt: skip
+
+
+class Estimate(NamedTuple):
+    """Work of a stage; the most memory that it holds, in bytes, on the device that computes."""
+
+    work: Work
+    memory: float
+
+
+Lengths = Sequence[tuple[int, int]]  # of each example: tokens of the prompt, and of the completion with its end
+
+
+class Run(NamedTuple):
+    """A model as a stage meets it: its weights' bytes in memory, whether they are packed, or in a GGUF file."""
+
+    shape: Shape
+    bytes: float
+    packed: bool = False
+    gguf: bool = False
+
+    def load(self) -> Work:
+        return Work(moved=4 * self.bytes, fixed=START + GGUF * self.shape.parameters * self.gguf)
+
+
+def forward(shape: Shape, tokens: float, length: float, head: bool = True) -> Work:
+    """A forward pass over sequences of ``length`` tokens each."""
+    products = 2 * tokens * (shape.weights + shape.head * head) + 4 * tokens * length * shape.hidden * shape.layers
+    elementwise = shape.layers * (20 * shape.hidden + 4 * shape.inner) * shape.itemsize
+    return Work(products=products, moved=tokens * elementwise)
+
+
+def sparsify(run: Run, config: SparsifyConfig, on_gpu: bool) -> Estimate:
+    shape = run.shape
+    tokens = 0 if config.method == "magnitude" else config.samples * config.length
+    work = run.load() + forward(shape, tokens, config.length, head=False).times(2)
+    work += Work(moved=(CHOOSE + 3 * shape.itemsize) * shape.weights)
+    block = shape.weights / shape.layers
+    batch = config.batch_size * config.length * (4 * shape.hidden + 3 * shape.inner) * shape.itemsize
+    hidden = tokens * shape.hidden * shape.itemsize
+    whole = 0 if on_gpu else run.bytes + hidden
+    return Estimate(work, whole + block * (shape.itemsize + 20) + batch)
+
+
+def quantize(run: Run, config: QuantizeConfig, on_gpu: bool) -> Estimate:
+    shape = run.shape
+    calibrated = config.method != "rtn"
+    tokens = config.samples * config.length if calibrated else 0
+    once = forward(shape, tokens, config.length, head=False)
+    once = Work(fast=once.products, moved=once.moved)
+    work = run.load() + once.times(1 if config.true_sequential else 2)
+    inputs = [linear.inputs for linear in shape.linears if linear.own_input]
+    if calibrated:
+        work += Work(fast32=sum(tokens * i**2 + FACTORIZE * i**3 for i in inputs)
+                     + sum(linear.weights * linear.inputs for linear in shape.linears),
+                     moved=ROUND * shape.weights, fixed=COLUMN * sum(inputs))  # fmt: skip
+    work += Work(moved=(CLIP * (config.clip == "mse") + 60) * shape.weights)
+    block = shape.weights / shape.layers
+    held = tokens * (shape.inner if config.true_sequential else shape.hidden) * shape.itemsize
+    hessian = max(inputs) ** 2 * (4 + 3 * 8) if calibrated else 0
+    hidden = tokens * shape.hidden * shape.itemsize
+    whole = 0 if on_gpu else run.bytes + hidden
+    return Estimate(work, whole + block * (shape.itemsize + 8) + held + hessian)
+
+
+def batches(lengths: Lengths, config: TrainConfig) -> tuple[float, float, float]:
+    """(steps, tokens with padding, tokens of the longest sequence) of a training."""
+    totals = [min(prompt + completion, config.max_length) for prompt, completion in lengths]
+    if config.packing:
+        totals = [config.max_length] * max(1, sum(totals) // config.max_length)
+    elif config.group_by_length:
+        totals.sort()
+    chunks = [totals[i : i + config.batch_size] for i in range(0, len(totals), config.batch_size)]
+    padded = sum(max(chunk) * len(chunk) for chunk in chunks)
+    steps = -(-len(chunks) // config.gradient_accumulation) * config.epochs
+    if config.max_steps > 0:
+        return config.max_steps, padded * config.epochs * config.max_steps / max(1, steps), max(totals)
+    return steps, padded * config.epochs, max(totals)
+
+
+def train(run: Run, config: TrainConfig, adapted: Sequence[Linear], lengths: Lengths, evaluation: Lengths) -> Estimate:
+    """``adapted``: the linear layers with an adapter."""
+    shape = run.shape
+    steps, tokens, longest = batches(lengths, config)
+    micro = steps * config.gradient_accumulation
+    mean = tokens / max(1.0, micro * config.batch_size)
+    passes = 3 if config.gradient_checkpointing else 2  # of the blocks; of the head two
+    weights = sum(linear.weights for linear in adapted)
+    factors = max([config.r, *config.search_space] if config.search_space else [config.r])
+    edges = factors * sum(linear.inputs + linear.outputs for linear in adapted)
+    masked = config.pipeline in ("sparse-peft", "qa-sparse-peft")
+    work = forward(shape, tokens, mean, head=False).times(passes) + Work(products=4 * tokens * shape.head)
+    work += Work(moved=tokens * shape.vocabulary * 4 * 2 * LOGITS)
+    if masked:  # these layers multiply by the fastest library, forward, back and for the gradient
+        apart = 2 if config.lora_dropout else 1
+        work += Work(products=-2 * tokens * weights * passes,
+                     fast=2 * tokens * weights * (passes * apart + 1) + micro * 2 * factors * weights * (passes + 2),
+                     moved=micro * weights * passes * (BUILD_PACKED if run.packed else BUILD))  # fmt: skip
+    else:
+        work += Work(products=2 * tokens * edges * (passes + 1))
+    if run.packed:
+        work += Work(moved=micro * passes * UNPACK * (shape.weights - weights * masked))
+    work += Work(moved=steps * ADAM * 2 * edges)
+    seen = [min(prompt + completion, config.max_length) for prompt, completion in evaluation]
+    work += forward(shape, sum(seen) * max(1.0, config.epochs), mean)
+    saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * shape.inner
+    batch = config.batch_size * longest
+    memory = (run.bytes + (weights * shape.itemsize if config.base else 0) + weights / 8 + ADAM * edges
+              + batch * (shape.layers * saved + 10 * shape.hidden + 3 * shape.inner) * shape.itemsize
+              + batch * shape.vocabulary * 4 * LOGITS)  # fmt: skip
+    return Estimate(run.load() + work.times(SHORT), memory)
+
+
+def generate(run: Run, lengths: Lengths, batch_size: int, new_tokens: float) -> Estimate:
+    """Greedy generation of ``new_tokens`` for each of the prompts, with the weights held as floats."""
+    shape = run.shape
+    prompts = [prompt for prompt, _ in lengths]
+    count = -(-len(prompts) // batch_size)
+    work = forward(shape, sum(prompts), sum(prompts) / max(1, len(prompts)))
+    work += Work(products=2 * (shape.weights + shape.head) * len(prompts) * new_tokens,
+                 moved=count * new_tokens * shape.parameters * shape.itemsize,
+                 fixed=count * new_tokens * shape.layers * TOKEN)  # fmt: skip
+    cache = batch_size * (max(prompts, default=0) + new_tokens) * shape.layers * 2 * shape.hidden * shape.itemsize
+    return Estimate(work, shape.parameters * shape.itemsize + cache + batch_size * shape.vocabulary * 4)
+
+
+def evaluate(run: Run, config: EvaluateConfig, lengths: Lengths, generated: float, text_tokens: int) -> Estimate:
+    """``generated``: tokens to generate a problem; 0: the problems are scored by forward passes."""
+    shape = run.shape
+    work, memory = run.load() + Work(moved=UNPACK * shape.weights * run.packed), run.bytes
+    if generated:
+        scored = generate(run, lengths, config.batch_size, generated)
+        work, memory = work + scored.work, max(memory, scored.memory)
+    elif lengths:
+        work += forward(shape, sum(map(sum, lengths)), sum(map(sum, lengths)) / len(lengths))
+    if text_tokens:
+        work += forward(shape, text_tokens, config.length)
+        logits = max(1, config.batch_size // 8) * config.length * shape.vocabulary * (shape.itemsize + 4)
+        memory = max(memory, shape.parameters * shape.itemsize + logits)
+    return Estimate(work, memory)
+
+
+def search(run: Run, config: SearchConfig, lengths: Lengths, generated: float) -> Estimate:
+    shape = run.shape
+    searched = config.strategy in ("random", "hill-climb", "nsga2")
+    if config.metric == "accuracy" and generated:
+        one = generate(run, lengths, config.batch_size, generated)
+    else:
+        tokens = sum(map(sum, lengths))
+        logits = config.batch_size * max(map(sum, lengths), default=0) * shape.vocabulary * (shape.itemsize + 4)
+        once = forward(shape, tokens, tokens / max(1, len(lengths)))
+        one = Estimate(once, shape.parameters * shape.itemsize + logits)
+    each = one.work + Work(moved=(BUILD_PACKED + UNPACK if run.packed else BUILD) * shape.weights)
+    count = config.evaluations if searched else 1
+    return Estimate(run.load() + each.times(count * SHORT), run.bytes + one.memory)
+
+
+def merge(run: Run) -> Estimate:
+    """Both are loaded, compared on a few tokens (three forwards), written, and read again to be checked."""
+    passes = 2 * (BUILD_PACKED + 2 * UNPACK) if run.packed else 2 * BUILD
+    work = run.load().times(2) + Work(moved=passes * run.shape.weights + 6 * run.bytes)
+    return Estimate(work + forward(run.shape, 3 * 256, 64), 2 * run.bytes)

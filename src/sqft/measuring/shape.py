@@ -1,0 +1,88 @@
+"""A model's sizes from its configuration alone: nothing is loaded, every tensor lies on the ``meta`` device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sqft.errors import SqftError
+from sqft.models.dense import locate
+from sqft.models.discover import Architecture, describe
+
+REUSES = ("k_proj", "v_proj", "up_proj")  # they read the same input as the linear layer before them
+
+
+def skeleton(source: str | Path) -> Any:
+    """The model of a folder, .gguf file or hub name without weights. Code that comes with a model is not run.
+
+    Raises SqftError if there is no configuration to be had, or it is not of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, gguf = locate(source)
+    try:
+        config = copy.deepcopy(AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False))
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")
+        dtype = torch.float32 if gguf else getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds; each means that there is nothing to count
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SqftError(f"the configuration of {source} is not here: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a decoder block. ``own_input``: no layer before it reads the same."""
+
+    name: str
+    outputs: int
+    inputs: int
+    own_input: bool
+
+    @property
+    def weights(self) -> int:
+        return self.outputs * self.inputs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Counts of weights: of the model, and of the head, with which every token is multiplied too; bytes a weight."""
+
+    parameters: int
+    linears: tuple[Linear, ...]
+    head: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    itemsize: int
+
+    @property
+    def weights(self) -> int:
+        """Of the decoder blocks' linear layers."""
+        return sum(linear.weights for linear in self.linears)
+
+    @property
+    def inner(self) -> int:
+        """The most features that a linear layer of a block reads or writes."""
+        return max(max(linear.inputs, linear.outputs) for linear in self.linears)
+
+
+def shape_of(model: Any, architecture: Architecture | None = None) -> Shape:
+    """The sizes of a model, live or a skeleton."""
+    architecture = architecture or describe(model)
+    config = model.config.get_text_config()
+    linears = tuple(
+        Linear(name, module.out_features, module.in_features, name.rsplit(".", 1)[-1] not in REUSES)
+        for name, module in architecture.linears()
+    )
+    return Shape(
+        parameters=sum(p.numel() for p in model.parameters()), linears=linears,
+        head=config.vocab_size * config.hidden_size, layers=len(architecture.blocks), hidden=config.hidden_size,
+        vocabulary=config.vocab_size, itemsize=next(model.parameters()).element_size(),
+    )  # fmt: skip

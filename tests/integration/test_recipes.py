@@ -1,0 +1,103 @@
+"""The shipped recipes for GSM8K, end to end on pico models of the same architectures: only sizes are changed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from pico import pico_folder
+from test_cli import call, fails
+
+import sqft
+from sqft.adapters.peft_bridge import adapter_layers
+from sqft.pipeline import Recipe, load_recipe, run, with_options, with_pipeline
+from sqft.sparsity.masks import load_masks
+
+RECIPES = {"llama-3-8b-gsm8k": "llama", "mistral-7b-v0.3-gsm8k": "mistral", "phi-3-mini-gsm8k": "phi3"}
+ADAPTED = {"llama": ["down_proj", "k_proj", "q_proj", "up_proj", "v_proj"], "phi3": ["qkv_proj"]}
+HELD_OUT = 256  # of train, by the task
+
+
+@pytest.fixture(scope="session")
+def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with problems like GSM8K's: 40 to train on."""
+    root = tmp_path_factory.mktemp("data")
+    folder = root / "gsm8k"
+    folder.mkdir()
+
+    def lines(start: int, count: int) -> str:
+        records = [{"question": f"Ann has {i} pens and buys {i % 7}. How many?",
+                    "answer": f"She has {i} + {i % 7} = <<{i}+{i % 7}={i + i % 7}>>{i + i % 7}.\n#### {i + i % 7}"}
+                   for i in range(start, start + count)]  # fmt: skip
+        return "".join(json.dumps(record) + "\n" for record in records)
+
+    with gzip.open(folder / "train.jsonl.gz", "wt") as stream:
+        stream.write(lines(1000, 40 + HELD_OUT))
+    (folder / "test.jsonl").write_text(lines(5000, 6))
+    return root
+
+
+def reduced(name: str, gsm8k: Path, model: Path, output: Path) -> Recipe:
+    """The recipe as shipped, but for the model and what makes it long or large."""
+    recipe = with_options(load_recipe(name), data_dir=str(gsm8k))
+    assert recipe.sparsify and recipe.quantize and recipe.train and recipe.search and recipe.evaluate
+    small = {"calibration": "builtin", "samples": 4, "length": 32}
+    return replace(
+        recipe, model=str(model), output=str(output), sparsify=replace(recipe.sparsify, **small),
+        quantize=replace(recipe.quantize, **small, group_size=32),  # pico models are 32 wide
+        train=replace(recipe.train, max_steps=3, eval_limit=4, limit=24, batch_size=8),
+        search=replace(recipe.search, limit=6, evaluations=4),
+        evaluate=replace(recipe.evaluate, limit=2),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shipped_recipe_end_to_end(name: str, gsm8k: Path, tmp_path: Path) -> None:
+    family = RECIPES[name]
+    recipe = reduced(name, gsm8k, pico_folder(tmp_path / "model", family), tmp_path / "run")
+    results = run(recipe)
+    assert results["sparsify"]["sparsity"] == 0.5
+    assert results["quantize"]["bits"] == 4 and results["quantize"]["zeros_kept"] == 1.0
+    assert results["train"]["steps"] == 3 and results["train"]["duplicates_left_out"] == 0
+    # One group a block: q, k and v share a rank (fused, they have one), the other modules keep theirs.
+    assert results["search"]["configurations"] == 5**2 and results["search"]["evaluated"] == 4
+    assert results["merge"]["zeros_kept"] == 1.0 and results["merge"]["max_logit_difference"] < 1e-4
+    assert set(results) - set(recipe.__dataclass_fields__) == {
+        "evaluate/model", "evaluate/sparsify", "evaluate/quantize", "evaluate/merge"}  # fmt: skip
+    assert results["evaluate/merge"]["problems"] == 2 and results["evaluate/merge"]["task"] == "gsm8k"
+    adapter, _ = sqft.load(tmp_path / "run" / "train")
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in adapter_layers(adapter)})
+    assert leaves == ADAPTED[family if family == "phi3" else "llama"]
+    assert load_masks(tmp_path / "run" / "merge").keys() == load_masks(tmp_path / "run" / "sparsify").keys()
+    done: list[str] = []
+    run(recipe, say=done.append)
+    assert len(done) == 9 and all(line.endswith("unchanged, skipped") for line in done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", ["sparse-peft", "sqft", "lora"])
+def test_the_other_pipelines_of_a_shipped_recipe(pipeline: str, gsm8k: Path, tmp_path: Path) -> None:
+    model = pico_folder(tmp_path / "model", "phi3")
+    recipe = with_pipeline(reduced("phi-3-mini-gsm8k", gsm8k, model, tmp_path / "run"), pipeline)
+    results = run(recipe)
+    assert ("quantize" in results) == (pipeline == "sqft") and ("merge" in results) == (pipeline == "sparse-peft")
+    last = "merge" if pipeline == "sparse-peft" else "search"
+    assert results[f"evaluate/{last}"]["problems"] == 2
+    assert (tmp_path / f"run-{pipeline}" / last / "sqft.json").is_file()
+
+
+def test_run_takes_the_pipeline_as_a_flag(gsm8k: Path, dense: Path, tmp_path: Path, capsys) -> None:
+    text = f"model: {dense}\noutput: {tmp_path / 'run'}\nsparsify: {{samples: 4, length: 32}}\n"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    assert "does not train" in fails(capsys, 2, "run", recipe, "--pipeline", "lora")
+    recipe.write_text(text + "train: {task: gsm8k, limit: 8, eval_limit: 2, max_steps: 1, batch_size: 4, r: 4}\n")
+    message = fails(capsys, 2, "run", recipe, "--pipeline", "sparse-pefd")
+    assert "unknown pipeline 'sparse-pefd': did you mean 'sparse-peft'" in message
+    code, out, err = call(capsys, "run", recipe, "--pipeline", "lora", "--data-dir", gsm8k, "--json")
+    assert code == 0, err
+    assert json.loads(out)["train"]["steps"] == 1 and (tmp_path / "run-lora" / "train").is_dir()
