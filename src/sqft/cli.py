@@ -7,15 +7,12 @@ progress and messages to standard error.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import errno
 import json
 import logging
 import os
 import sys
 import traceback
-import types
-import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,9 +29,9 @@ from sqft.config import (
     SearchConfig,
     SparsifyConfig,
     TrainConfig,
-    from_dict,
 )
 from sqft.errors import SqftError, UsageError, did_you_mean
+from sqft.flags import add_flags, read_flags
 
 PIPELINES = ("qa-sparse-peft (one sparse INT4 model), sparse-peft (one sparse float model), sqft or lora (base and "
              "adapter, not mergeable)")  # fmt: skip
@@ -147,45 +144,6 @@ def _adder(commands: Any) -> Callable[[str, Callable[..., Any], str], argparse.A
 def _positional(sub: argparse.ArgumentParser, **names: str) -> None:
     for name, text in names.items():
         sub.add_argument(name.lower(), metavar=name, help=text)
-
-
-def add_flags(sub: argparse.ArgumentParser, config_class: Any) -> None:
-    """One flag a field of the config class; its help and default come from there."""
-    hints = typing.get_type_hints(config_class)
-    group = sub.add_argument_group("settings")
-    for spec in dataclasses.fields(config_class):
-        flag, hint = "--" + spec.name.replace("_", "-"), hints[spec.name]
-        default = spec.default if spec.default is not dataclasses.MISSING else None
-        text = spec.metadata["help"].replace("%", "%%")
-        if spec.metadata["choices"]:
-            text += f" ({', '.join(spec.metadata['choices'])})"
-        if default not in (None, ""):
-            text += f" [{str(default).replace('%', '%%')}]"
-        if hint is bool:
-            group.add_argument(flag, dest=spec.name, action=argparse.BooleanOptionalAction, default=None, help=text)
-        elif typing.get_origin(hint) in (list, dict):
-            group.add_argument(flag, dest=spec.name, nargs="+", metavar="X", default=None, help=text)
-        else:
-            if typing.get_origin(hint) in (types.UnionType, typing.Union):
-                hint = typing.get_args(hint)[0]
-            group.add_argument(flag, dest=spec.name, metavar=hint.__name__.upper(), default=None, help=text)
-
-
-def read_flags(arguments: argparse.Namespace, config_class: Any) -> Any:
-    """The config of the flags that were given."""
-    hints = typing.get_type_hints(config_class)
-    given = {}
-    for name, hint in hints.items():
-        value = getattr(arguments, name)
-        if value is None:
-            continue
-        if typing.get_origin(hint) is dict:
-            pairs = [item.partition("=") for item in value]
-            if any(not separator for _, separator, _ in pairs):
-                raise UsageError(f"--{name.replace('_', '-')} takes PATTERN=NUMBER, e.g. '*.down_proj=0.4'")
-            value = {key: number for key, _, number in pairs}
-        given[name] = value
-    return from_dict(config_class, given)
 
 
 def _sparsify(arguments: argparse.Namespace) -> dict[str, Any]:
