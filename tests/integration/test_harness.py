@@ -83,7 +83,17 @@ def write(file: Path, records: list[dict[str, Any]]) -> None:
 
 
 def agree(model: Any, tokenizer: Any, task: Task, limit: int | None = None) -> dict[str, Any]:
-    """Asserts that both engines give the same records and metrics; returns the metrics."""
+    """Asserts that both engines give the same records and metrics, also where lm-eval itself calls the model (as --model
+    hf does); returns the metrics."""
+    from sqft.evaluation.harness_model import _HFLM, SqftLM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SqftLM, "_loglikelihood_tokens", _HFLM._loglikelihood_tokens)
+        agree_by(model, tokenizer, task, limit)
+    return agree_by(model, tokenizer, task, limit)
+
+
+def agree_by(model: Any, tokenizer: Any, task: Task, limit: int | None) -> dict[str, Any]:
     quick, mine = score(model, tokenizer, task, "test", limit, 8, quiet=True)
     metrics, theirs, results = run_harness(model, tokenizer, task, "test", limit, batch_size=5)
     assert len(mine) == len(theirs) == metrics["problems"]
@@ -130,6 +140,37 @@ def test_generation_agrees_on_every_problem(tmp_path: Path) -> None:
     metrics = agree(model, tokenizer, task)
     assert metrics["correct"] == PROBLEMS // 2
     assert metrics["results"]["sqft_written"]["exact_match,strict-match"] == metrics["accuracy"] == 0.5
+
+
+def test_a_shared_context_changes_no_likelihood() -> None:
+    """Log-likelihood and whether it is what greedy decoding gives; rolling windows; what is too long."""
+    from lm_eval.api.instance import Instance
+
+    from sqft.evaluation.harness_model import SqftLM
+
+    shared, plain = (
+        SqftLM(pico_model(), pico_tokenizer(), share=share, batch_size=4, max_length=24) for share in (True, False)
+    )
+    pairs = [
+        ("Say a", " b"),
+        ("Say a", " longer"),
+        ("Q", "x"),
+        ("a text that is longer than it may be", " y"),
+    ]
+    for method, arguments in (
+        ("loglikelihood", pairs),
+        ("loglikelihood_rolling", [("some text of more than one window",), ("ab",)]),
+    ):
+        requests = [Instance(request_type=method, doc={}, arguments=pair, idx=0) for pair in arguments]
+        ours, theirs = (getattr(lm, method)(requests, disable_tqdm=True) for lm in (shared, plain))
+        torch.testing.assert_close(
+            torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64), rtol=1e-4, atol=1e-4
+        )
+    prompt = list(b"Say a")
+    written = shared.model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[0, 5:].tolist()
+    for lm in (shared, plain):
+        likely, other = lm._loglikelihood_tokens([(None, prompt, written), (None, prompt, [*written[:2], 7])])
+        assert likely[1] and not other[1]
 
 
 def test_several_tasks_agree(data: Path) -> None:

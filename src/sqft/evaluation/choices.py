@@ -57,10 +57,17 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     return whole, len(whole) - len(start)
 
 
-@torch.no_grad()
 def log_likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: int,
                     quiet: bool = False) -> list[float]:  # fmt: skip
-    """Sum of the log-probabilities, in nats, of the last n >= 1 tokens of each row (tokens, n).
+    """Sum of the log-probabilities, in nats, of the last n >= 1 tokens of each row (tokens, n)."""
+    return [value for value, _ in likelihoods(model, pairs, batch_size, quiet)]
+
+
+@torch.no_grad()
+def likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: int,
+                quiet: bool = False) -> list[tuple[float, bool]]:  # fmt: skip
+    """Of the last n >= 1 tokens of each row (tokens, n): the sum of their log-probabilities, in nats, and whether they
+    are what greedy decoding gives.
 
     Rows that share the tokens before those n share their forward pass: a question is read once for all its options.
     """
@@ -68,7 +75,7 @@ def log_likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_si
     for i, (tokens, n) in enumerate(pairs):
         groups.setdefault(tuple(tokens[:-n]), []).append(i)
     ordered = sorted(groups.items(), key=lambda group: len(group[0]))
-    scores = [0.0] * len(pairs)
+    scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     with tqdm(total=len(pairs), desc="Evaluate", unit="option", disable=quiet or None) as bar:
         while ordered:
             batch, size = [], 0
@@ -83,7 +90,8 @@ def log_likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_si
     return scores
 
 
-def _score(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], int]]], model: Any) -> list[float]:
+def _score(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], int]]],
+           model: Any) -> list[tuple[float, bool]]:  # fmt: skip
     """One batch: the prefixes, padded on the left, and from their cache all continuations, padded on the right."""
     device = next(model.parameters()).device
     length = max(map(len, prefixes))
@@ -93,7 +101,8 @@ def _score(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], i
     owner = torch.tensor([g for g, group in enumerate(groups) for _ in group], device=device)
     tails = [whole[-n:] for group in groups for whole, n in group]
     first = out.logits[:, -1].float().log_softmax(-1)
-    values = first[owner, torch.tensor([tail[0] for tail in tails], device=device)].double()
+    heads = torch.tensor([tail[0] for tail in tails], device=device)
+    values, greedy = first[owner, heads].double(), first.argmax(-1)[owner] == heads
     longest = max(map(len, tails)) - 1
     if longest:
         cache = out.past_key_values
@@ -104,7 +113,8 @@ def _score(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], i
         logits = _forward(model, inputs, torch.cat([mask[owner], kept], 1), cache).logits
         picked = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         values += (picked * kept).double().sum(1)
-    return values.tolist()
+        greedy &= ((logits.argmax(-1) == targets) | (kept == 0)).all(1)
+    return list(zip(values.tolist(), greedy.tolist(), strict=True))
 
 
 def _forward(model: Any, tokens: Tensor, mask: Tensor, cache: Any) -> Any:

@@ -13,6 +13,7 @@ from sqft import artifact
 from sqft.adapters.heuristics import resolve_ranks
 from sqft.adapters.ranks import set_ranks
 from sqft.errors import UsageError
+from sqft.evaluation.choices import likelihoods
 from sqft.evaluation.stage import unpacked
 from sqft.folders import load
 
@@ -29,6 +30,7 @@ class SqftLM(_HFLM):
         ranks: of a super-adapter: a heuristic (median, say) or a YAML file; default: the largest.
         dtype: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'.
         unpack: hold packed weights de-quantized, and masked adapters merged: the same results, faster.
+        share: read a context once for all its continuations: the same results, faster.
         softmax_dtype: of log-probabilities. float32, as in sqft's own scorer: bfloat16 would make near ties equal.
         others: what lm-eval's ``hf`` takes besides, e.g. ``max_length``.
 
@@ -36,13 +38,14 @@ class SqftLM(_HFLM):
     """
 
     def __init__(self, pretrained: Any, tokenizer: Any = None, ranks: str | None = None, dtype: str = "auto",
-                 unpack: bool = True, batch_size: int | str = 1, device: str | None = None,
+                 unpack: bool = True, share: bool = True, batch_size: int | str = 1, device: str | None = None,
                  softmax_dtype: str = "float32", **others: Any) -> None:  # fmt: skip
         wrong = _LOADING & others.keys()
         if wrong:
             raise UsageError(f"'{min(wrong)}' is an option of --model hf: --model sqft loads by pretrained, ranks, "
                              "dtype, unpack")  # fmt: skip
         self._source = pretrained if isinstance(pretrained, (str, Path)) else None
+        self._share = share
         self._held = contextlib.ExitStack()  # what unpack changed stays so as long as this object lives
         model = pretrained
         if self._source is not None:
@@ -57,6 +60,19 @@ class SqftLM(_HFLM):
                 self._held.enter_context(unpacked(model))
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,
                          softmax_dtype=softmax_dtype, **others)  # fmt: skip
+
+    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
+                              override_bs: int | None = None) -> list[tuple[float, bool]]:  # fmt: skip
+        size = override_bs or self.batch_size
+        if not self._share or not isinstance(size, int):  # 'auto' is lm-eval's to find
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        longest = self.max_length + 1  # nothing follows the last token
+        pairs = [((context + tail)[-longest:], len(tail)) for _, context, tail in requests]
+        answers = likelihoods(self.model, pairs, size, quiet=disable_tqdm)
+        for (key, _, _), answer in zip(requests, answers, strict=True):
+            if key is not None:  # lm-eval's cache of answers
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return answers
 
     def get_model_info(self) -> dict[str, Any]:
         """What goes into results.json: parameters, dtype, and of a stage folder its stage and key."""
