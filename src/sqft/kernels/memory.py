@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from sqft.kernels.dispatch import release_memory
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -21,6 +23,7 @@ class Peak:
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Peak]:
     """Measures from here to the end of the block."""
+    release_memory()  # what earlier work left is not this work's
     peak = Peak()
     cuda = torch.cuda.is_available()
     if cuda:
