@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sqft.sparsity.masks import FILE as MASKS
+
 
 def weight_bytes(folder: str | Path) -> int:
     """Bytes on disk of all weights, masks and GGUF files in a folder, or of one file."""
@@ -11,6 +13,13 @@ def weight_bytes(folder: str | Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.suffix in (".safetensors", ".gguf"))
+
+
+def serving_bytes(folder: str | Path) -> int:
+    """Bytes on disk of the weights that have to be there to answer: ``weight_bytes`` without the masks."""
+    path = Path(folder)
+    masks = path / MASKS
+    return weight_bytes(path) - (masks.stat().st_size if masks.is_file() else 0)
 
 
 def human(size: float) -> str:

@@ -10,13 +10,13 @@ from sqft import artifact
 from sqft.config import MeasureConfig, to_dict
 from sqft.folders import base_of, is_adapter, load
 from sqft.formats.checkpoint import packed_layers
-from sqft.measuring.size import weight_bytes
+from sqft.measuring.size import serving_bytes
 from sqft.measuring.speed import decode_speed
 
 
 def measure(model: str | Path, config: MeasureConfig | None = None, *, out: str | Path | None = None,
             overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Bytes on disk (with masks), decode tokens a second and precision of a folder of any stage."""
+    """Bytes on disk (without masks), decode tokens a second and precision of a folder of any stage."""
     config = config or MeasureConfig()
     if out is not None:
         artifact.check_output(out, overwrite)
@@ -24,7 +24,7 @@ def measure(model: str | Path, config: MeasureConfig | None = None, *, out: str 
     live, _ = load(model)
     parts = [str(model), base_of(model)] if is_adapter(model) else [str(model)]
     metrics = {
-        "size": sum(weight_bytes(part) for part in parts if Path(part).exists()),
+        "size": sum(serving_bytes(part) for part in parts if Path(part).exists()),
         "decode_tokens_per_second": round(decode_speed(live, config.tokens, config.rounds), 3),
         "precision": precision(live),
         "seconds": round(time.perf_counter() - started, 2),

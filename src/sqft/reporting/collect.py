@@ -17,6 +17,7 @@ from typing import Any
 from sqft import artifact
 from sqft.errors import SqftError, UsageError
 from sqft.folders import ADAPTER_CONFIG
+from sqft.measuring.size import serving_bytes as size_of
 from sqft.reporting.comparison_table import RESULT
 
 LOOKS = ("evaluate", "measure")  # stages that look at a folder and make no model
@@ -234,10 +235,7 @@ def serving_bytes(stage: Stage, section: Section) -> int | None:
     path = stage.folder
     if not path.exists() or (stage.manifest is None and stage.key in {e.key for e in section.evaluations}):
         return None
-    if path.is_file():
-        return path.stat().st_size
-    files = [*path.glob("*.safetensors"), *path.glob("*.gguf"), *path.glob("*/*.gguf")]
-    size = sum(file.stat().st_size for file in files)
+    size = size_of(path)
     if (path / ADAPTER_CONFIG).is_file():
         base = next((s for s in section.lineage(stage)[1:] if not (s.folder / ADAPTER_CONFIG).is_file()), None)
         below = serving_bytes(base, section) if base is not None else None

@@ -28,11 +28,11 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     accuracy = text("accuracy", lambda value: f"{value:.1%}")
     if row.get("accuracy_ci95"):
         low, high = row["accuracy_ci95"]
-        accuracy += f" ({low:.1%} - {high:.1%})"
+        accuracy += f" ({low:.1%} to {high:.1%})"
     return (
         row["method"], text("sparsity", lambda value: f"{value:.0%}"),
         text("mergeable", lambda value: "yes" if value else "no"), text("precision", str), accuracy,
-        text("difference_ci95", lambda value: f"{value[0]:+.1%} - {value[1]:+.1%}"), text("sparsity_kept", share),
+        text("difference_ci95", lambda value: f"{value[0]:+.1%} to {value[1]:+.1%}"), text("sparsity_kept", share),
         text("size", human), text("trainable_parameters", lambda value: f"{value / 1e6:.2f} M"),
         text("train_seconds", lambda value: f"{value / 60:.1f} min"), text("train_peak_bytes", human),
         text("decode_tokens_per_second", lambda value: f"{value:.1f} tokens/s"), text("folder", str),
