@@ -38,6 +38,8 @@ PIPELINES = ("qa-sparse-peft (one sparse INT4 model), sparse-peft (one sparse fl
 
 DRY_RUN = "show the stages, and about what they take; loads and writes nothing"
 
+Add = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]  # (name, function, help) -> its parser
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -50,6 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     add = _adder(commands)
 
+    _add_stages(add)
+    _add_runs(add)
+    _add_tools(add)
+    commands.add_parser("lm-eval", add_help=False, help="lm-evaluation-harness's own commands, with --model sqft")
+    return parser
+
+
+def _add_stages(add: Add) -> None:
     sub = add("sparsify", _sparsify, "prune a model's linear weights")
     _positional(sub, MODEL="folder, .gguf file or hub name", OUT="folder to write")
     sub.epilog = "'--then quantize' and options of 'sqft quantize' after all others quantizes in the same walk."
@@ -82,14 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="OUT", help="also write scores and predictions to this folder")
     add_flags(sub, EvaluateConfig)
 
-    sub = add("write-tasks", _write_tasks, "write a task as YAML and data that lm-evaluation-harness runs offline")
-    _positional(sub, TASK=TASK, OUT="folder to write")
-    sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
-    sub.add_argument("--split", default="test", metavar="STR", help="split of the task [test]")
-    sub.add_argument("--limit", type=int, metavar="INT", help="use the first N problems")
-    sub.add_argument("--fewshot", type=int, default=0, metavar="INT", help="solved examples before each problem [0]")
-    commands.add_parser("lm-eval", add_help=False, help="lm-evaluation-harness's own commands, with --model sqft")
 
+def _add_runs(add: Add) -> None:
     sub = add("run", _run, "run all stages of a recipe; skips what is unchanged, resumes what was interrupted")
     _positional(sub, RECIPE="YAML file, or the name of a shipped recipe")
     sub.add_argument("--model", help="instead of the recipe's model")
@@ -115,6 +119,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--sparsity", metavar="X", help="one or several, e.g. 0.3,0.5,0.7")
     sub.add_argument("--methods", metavar="STR", help="some of the rows, e.g. dense,lora,sparse-peft")
 
+
+def _add_tools(add: Add) -> None:
+    sub = add("write-tasks", _write_tasks, "write a task as YAML and data that lm-evaluation-harness runs offline")
+    _positional(sub, TASK=TASK, OUT="folder to write")
+    sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
+    sub.add_argument("--split", default="test", metavar="STR", help="split of the task [test]")
+    sub.add_argument("--limit", type=int, metavar="INT", help="use the first N problems")
+    sub.add_argument("--fewshot", type=int, default=0, metavar="INT", help="solved examples before each problem [0]")
+
     sub = add("measure", _measure, "bytes on disk and decode speed of what would be served")
     _positional(sub, MODEL="folder of any stage, or an adapter, which is served with its base")
     add_flags(sub, MeasureConfig)
@@ -125,10 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = add("ls", _ls, "list the stage folders under a folder, with their numbers")
     sub.add_argument("root", metavar="RUNS", nargs="?", default=".", help="folder to look in (default: here)")
-    return parser
 
 
-def _adder(commands: Any) -> Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]:
+def _adder(commands: Any) -> Add:
     def add(name: str, function: Callable[..., Any], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
