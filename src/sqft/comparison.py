@@ -108,8 +108,13 @@ def check(recipe: Recipe) -> tuple[list[str], list[float]]:
             raise UsageError(f"unknown method '{name}': {did_you_mean(name, METHODS)}")
     if not recipe.train.search_space and any(METHODS[name].elastic for name in methods):
         raise UsageError("methods of elastic rank need a search_space in 'train', e.g. [32, 24, 16]")
-    sparsities = recipe.compare.sparsities or [(recipe.sparsify or SparsifyConfig()).sparsity]
-    return methods, sorted(sparsities)
+    sparsify = recipe.sparsify or SparsifyConfig()
+    if sparsify.pattern and recipe.compare.sparsities:
+        raise UsageError(f"sparsities do not go with the pattern {sparsify.pattern} of 'sparsify': leave one out")
+    sparsities = sorted(set(recipe.compare.sparsities)) or [sparsify.sparsity]
+    for sparsity in sparsities:
+        replace(sparsify, sparsity=sparsity)  # one out of range is an error before any work
+    return methods, sparsities
 
 
 def run_method(name: str, recipe: Recipe, sparsity: float | None, out: Path, say: Say) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "r", "lora_alpha", "batch_size", "gradient_accumulation", "max_length", "learning_rate",
-                  "epochs", "save_steps", "logging_steps")  # fmt: skip
+                  "epochs", "save_steps", "logging_steps", "limit")  # fmt: skip
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout is {self.lora_dropout}: it has to lie in [0, 1)")
         if (self.base or self.learn_scales) and self.pipeline != "qa-sparse-peft":
@@ -182,7 +182,7 @@ class SearchConfig:
     seed: int = option(0, "of the proposals")
 
     def __post_init__(self) -> None:
-        _positive(self, "evaluations", "batch_size", "workers")
+        _positive(self, "evaluations", "batch_size", "workers", "limit")
         if not 0 < self.screen_keep <= 1:
             raise UsageError(f"screen_keep is {self.screen_keep}: it has to lie in (0, 1]")
         if self.screen is not None and not 0 < self.screen < (self.limit or self.screen + 1):
@@ -222,7 +222,7 @@ class EvaluateConfig:
     fewshot: int = option(0, "with engine lm-eval: solved examples of the train split before each problem")
 
     def __post_init__(self) -> None:
-        _positive(self, "length", "batch_size")
+        _positive(self, "length", "batch_size", "limit")
         if not (self.task or self.text):
             raise UsageError("nothing to evaluate: give a task (e.g. arithmetic) or a text")
         if self.fewshot < 0:
@@ -253,9 +253,16 @@ class CompareConfig:
     reference: str = option("lora", "method whose accuracy the others' is compared with, problem by problem")
 
 
+# By stage, for recipes, comparisons and reports.
+STAGE_CONFIGS: dict[str, Any] = {
+    "sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig, "search": SearchConfig,
+    "merge": MergeConfig, "evaluate": EvaluateConfig, "measure": MeasureConfig, "compare": CompareConfig,
+}  # fmt: skip
+
+
 def _positive(config: Any, *names: str) -> None:
     for name in names:
-        if not getattr(config, name) > 0:
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise UsageError(f"{name} is {getattr(config, name)}: it has to be greater than 0")
 
 

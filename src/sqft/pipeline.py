@@ -11,6 +11,7 @@ from typing import Any
 
 from sqft import artifact
 from sqft.config import (
+    STAGE_CONFIGS,
     CompareConfig,
     EvaluateConfig,
     MeasureConfig,
@@ -27,9 +28,6 @@ from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.tasks.base import get_task
 
 STAGES = ("sparsify", "quantize", "train", "search", "merge")  # those that write a model or adapter, in order
-STAGE_CONFIGS = {"sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig, "search": SearchConfig,
-                 "merge": MergeConfig, "evaluate": EvaluateConfig, "measure": MeasureConfig,
-                 "compare": CompareConfig}  # fmt: skip
 DEMO_MODEL = "demo-model"
 
 

@@ -89,6 +89,7 @@ def test_wrong_comparisons(dense: Path, data: Path, tmp_path: Path, capsys) -> N
     recipe.write_text(RECIPE.format(model=dense, out=tmp_path / "out"))
     run = ("compare", recipe, "--data-dir", data)
     assert "unknown method 'loar'" in fails(capsys, 2, *run, "--methods", "loar")
+    assert "sparsity is 1.5" in fails(capsys, 2, *run, "--sparsity", "0.5,1.5")
     assert "takes a recipe, or two folders" in fails(capsys, 2, "compare", "a", "b", "c")
     assert "there is no folder" in fails(capsys, 2, "compare", tmp_path / "a", tmp_path / "b")
     assert "was written by sqft" in fails(capsys, 2, "compare", tmp_path, tmp_path)
@@ -96,6 +97,10 @@ def test_wrong_comparisons(dense: Path, data: Path, tmp_path: Path, capsys) -> N
     assert "arc_easy/train.jsonl" in fails(capsys, 2, "compare", recipe, "--data-dir", tmp_path)
     recipe.write_text(recipe.read_text().replace("search_space: [4, 2]", "epochs: 1"))
     assert "with a search_space" in fails(capsys, 2, *run)
+    recipe.write_text(
+        RECIPE.format(model=dense, out=tmp_path / "out").replace("sparsify: {", "sparsify: {pattern: '2:4', ")
+    )
+    assert "do not go with the pattern 2:4" in fails(capsys, 2, *run, "--sparsity", "0.5")
     assert not (tmp_path / "out").exists()
 
 

@@ -217,7 +217,11 @@ def test_numbers_that_are_none(run: Path) -> None:
         {"number": i, "ranks": {}, "score": score, "cost": 1.0} for i, score in enumerate((1.0, None, float("nan"), 2.0))]}))  # fmt: skip
     stage(run / "odd" / "evaluate", "evaluate", None, {"task": 5, "accuracy": 1.5, "accuracy_ci95": [0]})
     report([run])
-    Page((run / "report.html").read_text())
+    words = Page((run / "report.html").read_text()).words
+    assert "odd/sparsify" in words and "odd/merge" in words
+    assert not {"half", "inf", "nan"} & {part.lower() for word in words for part in word.split()}
+    rows = [line for line in (run / "report.md").read_text().splitlines() if line.startswith("| odd/sparsify |")]
+    assert rows and set(rows[0].replace("odd/sparsify", "").split()) == {"|", "-"}, rows
 
 
 def test_errors(run: Path, tmp_path: Path, capsys) -> None:

@@ -118,6 +118,15 @@ def test_a_slice_of_train_is_held_out(tmp_path: Path) -> None:
     assert len(without_duplicates(validation, train)) == 3
 
 
+def test_too_little_data_and_a_limit_of_none_at_all_are_said(tmp_path: Path) -> None:
+    write(tmp_path / "gsm8k" / "train.jsonl", [{"question": "1?", "answer": "#### 1"}] * 3)
+    with pytest.raises(sqft.UsageError, match="split 'train' .* has no examples"):
+        get_task("gsm8k", tmp_path).examples("train")
+    for config in (sqft.EvaluateConfig, sqft.SearchConfig, sqft.TrainConfig):
+        with pytest.raises(sqft.UsageError, match="limit is 0"):
+            config(task="gsm8k", limit=0)
+
+
 def test_math_10k_from_a_json_list(tmp_path: Path) -> None:
     (tmp_path / "llm_adapters" / "math_10k").mkdir(parents=True)
     rows = [{"instruction": f"{i}?", "input": "", "output": f"It is {i}.", "answer": str(i)} for i in range(130)]

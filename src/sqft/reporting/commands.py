@@ -9,22 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqft.config import (
-    EvaluateConfig,
-    MeasureConfig,
-    MergeConfig,
-    QuantizeConfig,
-    SearchConfig,
-    SparsifyConfig,
-    TrainConfig,
-    from_dict,
-)
+from sqft.config import STAGE_CONFIGS, SparsifyConfig, from_dict
 from sqft.errors import UsageError
 from sqft.reporting.collect import Section, Stage
 
-CONFIGS: dict[str, Any] = {"sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig,
-                           "search": SearchConfig, "merge": MergeConfig, "evaluate": EvaluateConfig,
-                           "measure": MeasureConfig}  # fmt: skip
 FROM_PYTHON = "from Python"
 
 
@@ -62,7 +50,7 @@ def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Com
     if stage == "extract":
         choice = str(values.get("choice", "median"))
         return Command(shlex.join(["sqft", stage, source, out, "--config", choice]))
-    if stage not in CONFIGS:
+    if stage not in STAGE_CONFIGS:
         return Command("", f"{out}: written {FROM_PYTHON}")
     first = values.pop("first", None)
     if str(values.get("calibration", "")).startswith("tokens:"):
@@ -74,7 +62,7 @@ def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Com
     if stage == "train" and not (values.get("task") or values.get("data")):
         note = f"{out}: the training examples were given {FROM_PYTHON}"
     try:
-        words = flags(from_dict(CONFIGS[stage], values))
+        words = flags(from_dict(STAGE_CONFIGS[stage], values))
         if first is not None:
             pruning = {k: v for k, v in first.items() if not (k == "calibration" and str(v).startswith("tokens:"))}
             return Command(shlex.join(["sqft", "sparsify", source, out, *flags(from_dict(SparsifyConfig, pruning)),

@@ -142,9 +142,12 @@ class SpecTask:
         if limit is not None and limit < 0:
             raise UsageError(f"limit is {limit}: give a number >= 0")
         source = Source(self.name, self.spec.hub, self.spec.folder, self.spec.files)
-        records = source.read(self.spec.splits[split], self.data_dir)[:limit]
+        records = source.read(self.spec.splits[split], self.data_dir)
+        if not records:
+            raise UsageError(f"task {self.name}: its split '{split}' ({self.spec.splits[split]}) has no examples: "
+                             "the data is too short")  # fmt: skip
         make = _maker(self.spec)
-        return [self._example(make, record, number) for number, record in enumerate(records, 1)]
+        return [self._example(make, record, number) for number, record in enumerate(records[:limit], 1)]
 
     def _example(self, make: Callable[[dict[str, Any]], Example], record: dict[str, Any], number: int) -> Example:
         try:
