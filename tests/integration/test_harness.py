@@ -337,7 +337,7 @@ def test_what_goes_wrong(dense: Path, trained: Path, data: Path, tmp_path: Path,
     )
     assert "evaluate another split" in fails(capsys, 2, *arc, "--fewshot", 1, "--split", "train")
     assert "has 64 training examples" in fails(capsys, 2, *arc, "--fewshot", 99)
-    assert "is limit 0?" in fails(capsys, 2, *arc[:-1], "0")
+    assert "limit is 0: it has to be greater than 0" in fails(capsys, 2, *arc[:-1], "0")
     assert "this model has no adapter" in fails(capsys, 2, *arc, "--ranks", "median")
     assert "rank is fixed" in fails(capsys, 2, "evaluate", trained, *arc[2:], "--ranks", "median")
     assert "already holds something" in fails(capsys, 2, "write-tasks", "arithmetic", dense)

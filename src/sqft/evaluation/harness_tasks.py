@@ -85,7 +85,7 @@ def main_filter(config: dict[str, Any]) -> str:
 def documents(task: Task, examples: Sequence[Example], split: str, fewshot: int) -> dict[str, list[Document]]:
     """lm-eval's records of each split that it needs. Raises UsageError for problems that it cannot take."""
     if not examples:
-        raise UsageError(f"task {task.name} has no problems to evaluate in split '{split}': is limit 0?")
+        raise UsageError(f"task {task.name} has no problems to evaluate in split '{split}'")
     found = {split: [_document(task, example, examples[0]) for example in examples]}
     if fewshot:
         if split == SHOTS:
