@@ -1,7 +1,8 @@
 """Products with packed INT weights, and QA-SparsePEFT's: ``y = x Q(W + s * M o (B A))^T + bias`` (arXiv 2410.03750).
 
 Shape letters: T tokens, O output features, I input features, R rank, G groups, P = ceil(I / 8) packed mask bytes. The
-packed layout runs along the input, so weights are built as [I, O] here, a chunk of outputs at a time.
+packed layout runs along the input, so weights are [I, O] here, built a chunk of outputs at a time. With an un-quantized
+base, which is [O, I], they are views of [O, I] memory: nothing large is transposed.
 
 In units of the grid's scale, with q the base's integers and z its zero points, the weight that is multiplied with is
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from sqft.kernels.dispatch import product
 from sqft.kernels.packing import pack, unpack
-from sqft.kernels.torch_ops import drop, row_chunks
+from sqft.kernels.torch_ops import drop, row_chunks, unpack_mask
 
 
 class Packed(NamedTuple):
@@ -108,13 +109,14 @@ def _pieces(packed: Packed, adapter: Adapter) -> Iterator[Piece]:
     low = (-zeros).float()
     for chunk in row_chunks(outputs, inputs, b_RO.device):
         shape = (len(zeros), -1, chunk.stop - chunk.start)
-        mask = _mask_IO(adapter.mask_OP[chunk], inputs)
         if adapter.base is None:
+            mask = _mask_IO(adapter.mask_OP[chunk], inputs)
             t = torch.mm(a_IR, b_RO[:, chunk]).mul_(mask).view(shape).mul_(inverse[..., chunk])
             u = unpack(packed.qweight[:, chunk], inputs, packed.bits).view(shape).sub_(zeros[..., chunk])
             t += u if ratio is None else u * ratio[..., chunk]
         else:
-            t = torch.addmm(adapter.base[chunk].mT.float(), a_IR, b_RO[:, chunk]).mul_(mask)
+            mask = unpack_mask(adapter.mask_OP[chunk], inputs, torch.float32).mT
+            t = torch.addmm(adapter.base[chunk].float(), b_RO[:, chunk].mT, a_IR.mT).mT.mul_(mask)
             t = t.view(shape).mul_(inverse[..., chunk])
         below = low[..., chunk]
         yield Piece(chunk, t, mask, below, below + packed.largest, scales[..., chunk])
@@ -134,15 +136,25 @@ def _mask_IO(mask_OP: Tensor, inputs: int) -> Tensor:
     return out.bitwise_and_(1).view(-1, bits_PO.shape[1])[:inputs].float()
 
 
-@torch.no_grad()
-def quant_aware_weight(packed: Packed, adapter: Adapter, dtype: torch.dtype) -> Tensor:
-    """[I, O]: the weight that training multiplies with, and merging stores."""
-    inputs, outputs = adapter.a_RI.shape[1], adapter.b_OR.shape[0]
-    out_IO = torch.empty(inputs, outputs, dtype=dtype, device=adapter.b_OR.device)
+def _empty_IO(adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    outputs, inputs = adapter.b_OR.shape[0], adapter.a_RI.shape[1]
+    if adapter.base is None:
+        return adapter.b_OR.new_empty(inputs, outputs, dtype=dtype)
+    return adapter.b_OR.new_empty(outputs, inputs, dtype=dtype).mT
+
+
+def _adapted(packed: Packed, adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    out_IO = _empty_IO(adapter, dtype)
     for chunk, t, _, low, high, scales in _pieces(packed, adapter):
         w = torch.clamp(t.round_(), low, high, out=t).mul_(scales)
-        out_IO[:, chunk] = w.view(inputs, -1)
+        out_IO[:, chunk] = w.view(len(out_IO), -1)
     return out_IO
+
+
+@torch.no_grad()
+def quant_aware_weight(packed: Packed, adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    """[I, O], contiguous: the weight that training multiplies with, and merging stores."""
+    return _adapted(packed, adapter, dtype).contiguous()
 
 
 @torch.no_grad()
@@ -165,22 +177,23 @@ def _gradients(dy_TO: Tensor, x_TI: Tensor, packed: Packed, adapter: Adapter,
     and for a learnt scale the sum over its group of G o (clamp(round(t)) - C o t) (LSQ, arXiv 1902.08153, eq. 3).
     """
     a_RI, b_OR = adapter.a_RI.float(), adapter.b_OR.float()
-    inputs, outputs = a_RI.shape[1], b_OR.shape[0]
-    w_IO = torch.empty(inputs, outputs, dtype=dtype, device=b_OR.device)
+    w_IO = _empty_IO(adapter, dtype)
     da_IR, db_OR = torch.zeros_like(a_RI.mT), torch.empty_like(b_OR)
     ds_GO = None if adapter.new_scales is None else torch.zeros_like(adapter.new_scales)
     for chunk, t, mask, low, high, scales in _pieces(packed, adapter):
-        g_IO = product(dy_TO[:, chunk].mT, x_TI.mT).mT.to(torch.float32, memory_format=torch.contiguous_format)
-        nearest = t.round()
+        g_IO = product(dy_TO[:, chunk].mT, x_TI.mT).mT.float()
+        if adapter.base is None:
+            g_IO = g_IO.contiguous()
+        nearest = t.round_() if ds_GO is None else t.round()
         rounded = torch.clamp(nearest, low, high)
-        outside = nearest != rounded
+        inside = nearest.eq_(rounded)  # 1.0 or 0.0, in place: several times faster than masked_fill
         if ds_GO is not None:
-            by_column = g_IO.view(t.shape) * (rounded - t.masked_fill_(outside, 0))
+            by_column = g_IO.view(t.shape) * (rounded - t.mul_(inside))
             _add_by_group(ds_GO[:, chunk], by_column, packed.g_idx)
-        g_IO.mul_(mask).view(t.shape).masked_fill_(outside, 0)
+        g_IO.mul_(mask).view(t.shape).mul_(inside)
         da_IR.addmm_(g_IO, b_OR[chunk])
         torch.mm(g_IO.mT, a_RI.mT, out=db_OR[chunk])
-        w_IO[:, chunk] = rounded.mul_(scales).view(inputs, -1)
+        w_IO[:, chunk] = rounded.mul_(scales).view(len(w_IO), -1)
     return da_IR.mT.mul(adapter.scale), db_OR.mul_(adapter.scale), ds_GO, w_IO
 
 
@@ -266,8 +279,8 @@ def quant_aware_linear_op(x: Tensor, bias: Tensor | None, qweight: Tensor, qzero
                           training: bool) -> Tensor:  # fmt: skip
     a = _drop_features(a, p, seed)
     packed, adapter = _unflatten((qweight, qzeros, scales, g_idx, a, b, mask, base, new_scales), bits, scale)
-    w_IO = quant_aware_weight(packed, adapter, x.dtype)
     # Evaluation multiplies as QuantLinear does: un-merged and merged logits are then equal, not merely close.
+    w_IO = (_adapted if training else quant_aware_weight)(packed, adapter, x.dtype)
     y_TO = (product if training else F.linear)(x.reshape(-1, x.shape[-1]), w_IO.mT, bias)
     return y_TO.view(*x.shape[:-1], b.shape[0])
 
