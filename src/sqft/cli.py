@@ -102,7 +102,7 @@ def _add_runs(add: Add) -> None:
     sub.add_argument("--pipeline", metavar="STR", help=f"{PIPELINES} [the recipe's]")
     sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
 
-    sub = add("demo", _run, "SmolLM2-135M: prune to 50 %%, quantize to INT4, adapt, merge, compare; about 10 minutes")
+    sub = add("demo", _run, "SmolLM2-135M: prune to 50 %%, quantize to INT4, adapt, merge, compare; 10 to 20 minutes")
     sub.set_defaults(recipe="demo")
     sub.add_argument("--pipeline", metavar="STR", help=f"{PIPELINES} [qa-sparse-peft]")
     sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
