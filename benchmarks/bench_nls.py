@@ -22,7 +22,7 @@ from common import RESULTS, alternate, check, write_results
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.measuring.size import weight_bytes
-from sqft.pipeline import resolve_model
+from sqft.recipe import resolve_model
 
 SPACE = [32, 24, 16]
 TRAIN: dict[str, Any] = {"task": "arithmetic", "epochs": 1, "batch_size": 8, "learning_rate": 1.5e-3, "warmup_steps": 8,
@@ -88,9 +88,9 @@ def table(sparse: str, runs: Path, examples: int, test: int) -> dict[str, Any]:
     median = SPACE[len(SPACE) // 2]
     alpha = 64
     adapters = {
-        "super": {"pipeline": "sparse-peft", "search_space": SPACE, "lora_alpha": alpha},
-        "fixed SparsePEFT": {"pipeline": "sparse-peft", "r": median, "lora_alpha": alpha * median // SPACE[0]},
-        "fixed LoRA": {"pipeline": "lora", "r": median, "lora_alpha": alpha * median // SPACE[0]},
+        "super": {"adapter": "sparse-peft", "search_space": SPACE, "lora_alpha": alpha},
+        "fixed SparsePEFT": {"adapter": "sparse-peft", "r": median, "lora_alpha": alpha * median // SPACE[0]},
+        "fixed LoRA": {"adapter": "lora", "r": median, "lora_alpha": alpha * median // SPACE[0]},
     }
     trained = {name: sqft.train(sparse, sqft.TrainConfig(**TRAIN, **options, limit=examples), out=runs / name)
                for name, options in adapters.items()}  # fmt: skip

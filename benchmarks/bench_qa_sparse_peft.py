@@ -72,7 +72,7 @@ def resident(packed: str) -> dict[str, int]:
 def merge_case(packed: str, runs: Path) -> dict[str, Any]:
     """Trains a little, merges twice, and compares the weights file with what it takes on paper."""
     config = sqft.TrainConfig(
-        pipeline="qa-sparse-peft", task="arithmetic", max_steps=4, batch_size=4, learning_rate=1e-3
+        adapter="qa-sparse-peft", task="arithmetic", max_steps=4, batch_size=4, learning_rate=1e-3
     )
     sqft.train(packed, config, out=runs / "adapter")
     metrics = sqft.merge(runs / "adapter", out=runs / "merged-1")

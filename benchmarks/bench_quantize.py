@@ -25,13 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sqft
-import sqft.quantizing
+import sqft.compressing.quantize
 from sqft.calibration.data import token_blocks
 from sqft.evaluation.perplexity import perplexity
 from sqft.formats.checkpoint import packed_layers, unpack_model
 from sqft.models.discover import describe
-from sqft.pipeline import resolve_model
 from sqft.quantization.gptq import gptq
+from sqft.recipe import resolve_model
 from sqft.sparsity.masks import mask_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ def quantize_here(folder: str, tokens: str, out: str, propagate: bool) -> dict[s
     """Our stage, folder to folder, in this process."""
     ids = load_file(tokens)["tokens"]
     if not propagate:
-        sqft.quantizing.QUANTIZERS = {"gptq": functools.partial(gptq, propagate=False)}  # type: ignore[assignment]
+        sqft.compressing.quantize.QUANTIZERS = {"gptq": functools.partial(gptq, propagate=False)}  # type: ignore[assignment]
     with PeakMemory() as peak:
         metrics = sqft.quantize(folder, CONFIG, ids, out=out)
     return {**metrics, "peak_mib": peak.mib, "highest_mib": peak.highest_mib}

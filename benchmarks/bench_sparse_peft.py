@@ -30,7 +30,7 @@ import sqft
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.kernels import dispatch
 from sqft.kernels.torch_ops import pack_mask, sparse_linear
-from sqft.pipeline import resolve_model
+from sqft.recipe import resolve_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAPTER = {"r": 32, "lora_alpha": 64, "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]}

@@ -24,7 +24,7 @@ from sqft.calibration import walker
 from sqft.calibration.data import token_blocks
 from sqft.evaluation.perplexity import perplexity
 from sqft.models.discover import describe
-from sqft.pipeline import resolve_model
+from sqft.recipe import resolve_model
 from sqft.sparsity.masks import mask_of
 
 CONFIG = sqft.SparsifyConfig(samples=32, length=512, batch_size=1)

@@ -71,6 +71,6 @@ def trained_lora(sparse: Path, examples: list, tmp_path_factory: pytest.TempPath
     import sqft
 
     out = tmp_path_factory.mktemp("lora") / "adapter"
-    config = sqft.TrainConfig(pipeline="lora", max_steps=6, batch_size=4, r=4, lora_alpha=8, learning_rate=0.02)
+    config = sqft.TrainConfig(adapter="lora", max_steps=6, batch_size=4, r=4, lora_alpha=8, learning_rate=0.02)
     sqft.train(sparse, config, examples, out=out)
     return out

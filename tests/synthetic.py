@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from sqft.adapters.elastic import RankGroup
-from sqft.adapters.space import SearchSpace
-from sqft.nls.study import Search
+from sqft.elastic.groups import RankGroup
+from sqft.elastic.space import SearchSpace
+from sqft.searching.study import Search
 
 
 def make_space(groups=6, choices=(32, 24, 16, 8)):

@@ -13,9 +13,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sqft.adapters.config import SqftConfig as SqftConfig
     from sqft.adapters.peft_bridge import attach as attach
-    from sqft.adapters.ranks import get_ranks as get_ranks
-    from sqft.adapters.ranks import set_ranks as set_ranks
     from sqft.comparison import compare as compare
+    from sqft.compressing.quantize import quantize as quantize
+    from sqft.compressing.sparsify import sparsify as sparsify
     from sqft.config import EvaluateConfig as EvaluateConfig
     from sqft.config import MeasureConfig as MeasureConfig
     from sqft.config import MergeConfig as MergeConfig
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from sqft.config import SearchConfig as SearchConfig
     from sqft.config import SparsifyConfig as SparsifyConfig
     from sqft.config import TrainConfig as TrainConfig
+    from sqft.elastic.handle import get_ranks as get_ranks
+    from sqft.elastic.handle import set_ranks as set_ranks
+    from sqft.elastic.scheduler import RankScheduler as RankScheduler
     from sqft.errors import SqftError as SqftError
     from sqft.errors import UsageError as UsageError
     from sqft.errors import VerificationError as VerificationError
@@ -30,22 +33,19 @@ if TYPE_CHECKING:
     from sqft.folders import load as load
     from sqft.folders import save as save
     from sqft.measuring.stage import measure as measure
-    from sqft.merging import merge as merge
-    from sqft.nls.choose import extract as extract
-    from sqft.nls.search import search as search
-    from sqft.pipeline import run as run
-    from sqft.quantizing import quantize as quantize
+    from sqft.merging.stage import merge as merge
+    from sqft.recipe import run as run
     from sqft.reporting.page import report as report
-    from sqft.sparsity.stage import sparsify as sparsify
+    from sqft.searching.choose import extract as extract
+    from sqft.searching.stage import search as search
     from sqft.tasks.base import Example as Example
     from sqft.training.loop import train as train
-    from sqft.training.ranks import RankScheduler as RankScheduler
 
 _WHERE = {
     "SqftConfig": "sqft.adapters.config",
     "attach": "sqft.adapters.peft_bridge",
-    "get_ranks": "sqft.adapters.ranks",
-    "set_ranks": "sqft.adapters.ranks",
+    "get_ranks": "sqft.elastic.handle",
+    "set_ranks": "sqft.elastic.handle",
     "EvaluateConfig": "sqft.config",
     "MeasureConfig": "sqft.config",
     "MergeConfig": "sqft.config",
@@ -61,16 +61,16 @@ _WHERE = {
     "save": "sqft.folders",
     "compare": "sqft.comparison",
     "measure": "sqft.measuring.stage",
-    "merge": "sqft.merging",
-    "extract": "sqft.nls.choose",
-    "search": "sqft.nls.search",
-    "run": "sqft.pipeline",
-    "quantize": "sqft.quantizing",
+    "merge": "sqft.merging.stage",
+    "extract": "sqft.searching.choose",
+    "search": "sqft.searching.stage",
+    "run": "sqft.recipe",
+    "quantize": "sqft.compressing.quantize",
     "report": "sqft.reporting.page",
-    "sparsify": "sqft.sparsity.stage",
+    "sparsify": "sqft.compressing.sparsify",
     "Example": "sqft.tasks.base",
     "train": "sqft.training.loop",
-    "RankScheduler": "sqft.training.ranks",
+    "RankScheduler": "sqft.elastic.scheduler",
 }
 __all__ = sorted(_WHERE)
 

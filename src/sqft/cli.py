@@ -33,7 +33,7 @@ from sqft.config import (
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.flags import add_flags, read_flags
 
-PIPELINES = ("qa-sparse-peft (one sparse INT4 model), sparse-peft (one sparse float model), sqft or lora (base and "
+ADAPTERS = ("qa-sparse-peft (one sparse INT4 model), sparse-peft (one sparse float model), sqft or lora (base and "
              "adapter, not mergeable)")  # fmt: skip
 
 DRY_RUN = "show the stages, and about what they take; loads and writes nothing"
@@ -99,12 +99,12 @@ def _add_runs(add: Add) -> None:
     sub.add_argument("--model", help="instead of the recipe's model")
     sub.add_argument("--output", help="instead of the recipe's output folder")
     sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
-    sub.add_argument("--pipeline", metavar="STR", help=f"{PIPELINES} [the recipe's]")
+    sub.add_argument("--adapter", metavar="STR", help=f"{ADAPTERS} [the recipe's]")
     sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
 
     sub = add("demo", _run, "SmolLM2-135M: prune to 50 %%, quantize to INT4, adapt, merge, compare; 10 to 20 minutes")
     sub.set_defaults(recipe="demo")
-    sub.add_argument("--pipeline", metavar="STR", help=f"{PIPELINES} [qa-sparse-peft]")
+    sub.add_argument("--adapter", metavar="STR", help=f"{ADAPTERS} [qa-sparse-peft]")
     sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     sub.add_argument("--model", help="another model than SmolLM2-135M")
     sub.add_argument("--output", help="folder to write (default: runs/demo)")
@@ -217,15 +217,15 @@ def _write_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from sqft.pipeline import load_recipe, resolve_model, with_options, with_pipeline
+    from sqft.recipe import load_recipe, resolve_model, with_adapter, with_options
     from sqft.reporting.table import HEADER, cells, markdown, print_table, run_rows
 
     recipe = load_recipe(arguments.recipe)
-    if arguments.pipeline:
-        recipe = with_pipeline(recipe, arguments.pipeline)
+    if arguments.adapter:
+        recipe = with_adapter(recipe, arguments.adapter)
     recipe = with_options(recipe, data_dir=getattr(arguments, "data_dir", None))
     if arguments.dry_run:
-        from sqft.planning import plan
+        from sqft.planning.plan import plan
         from sqft.reporting.plan_table import show
 
         return show(plan(recipe, model=arguments.model, output=arguments.output), quiet=arguments.json)
@@ -243,14 +243,14 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"Ranks were chosen by {results['search']['scored_on']}; the table's accuracy is on the "
                   f"{recipe.evaluate.split} split, measured once.")  # fmt: skip
         if arguments.command == "demo":
-            print("Other pipelines: sqft demo --pipeline sparse-peft (one sparse float model) | sqft | lora (base and "
+            print("Other adapters: sqft demo --adapter sparse-peft (one sparse float model) | sqft | lora (base and "
                   "adapter, not mergeable)")  # fmt: skip
     return results
 
 
 def _compare(arguments: argparse.Namespace) -> Any:
     from sqft.comparison import compare, with_methods
-    from sqft.pipeline import load_recipe, with_options
+    from sqft.recipe import load_recipe, with_options
     from sqft.reporting.comparison_table import HEADER, cells, difference
     from sqft.reporting.table import markdown, print_table
 

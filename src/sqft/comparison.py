@@ -26,7 +26,8 @@ from sqft.config import (
 )
 from sqft.errors import UsageError, did_you_mean
 from sqft.evaluation.intervals import paired
-from sqft.pipeline import Recipe, check_data, load_recipe, resolve_model, run_stage
+from sqft.recipe import Recipe, check_data, load_recipe, resolve_model, run_stage
+from sqft.registry import KINDS
 from sqft.reporting.comparison_table import RESULT
 
 Say = Callable[[str], None]
@@ -34,16 +35,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table. ``base``: model, sparsify or quantize; ``pipeline``: of its adapter, if it is tuned."""
+    """One row of the table. ``base``: model, sparsify or quantize; ``adapter``: the kind, if it is tuned."""
 
     title: str
     base: str
-    pipeline: str | None = None
+    adapter: str | None = None
     elastic: bool = False
 
     @property
     def merges(self) -> bool | None:
-        return None if self.pipeline is None else self.pipeline in ("sparse-peft", "qa-sparse-peft")
+        return None if self.adapter is None else KINDS[self.adapter].merges
 
 
 METHODS: dict[str, Method] = {  # the paper's rows in its order, and one that tells the mask's part from the rank's
@@ -158,11 +159,11 @@ def run_method(name: str, recipe: Recipe, sparsity: float | None, out: Path, say
 def adapter_stages(method: Method, recipe: Recipe, folders: Mapping[str, str]) -> list[tuple[str, Any]]:
     """The stages after the base: train, search and merge with the recipe's options, as far as the method has them."""
     assert recipe.train is not None
-    if method.pipeline is None:
+    if method.adapter is None:
         return []
-    aware = method.pipeline == "qa-sparse-peft"
+    aware = KINDS[method.adapter].quantization_aware
     float_base = folders["sparsify"] if aware and recipe.train.base else None
-    train = replace(recipe.train, pipeline=method.pipeline, base=float_base,
+    train = replace(recipe.train, adapter=method.adapter, base=float_base,
                     learn_scales=recipe.train.learn_scales and aware)  # fmt: skip
     if not method.elastic:
         train = replace(train, search_space=[], rank_groups=[])

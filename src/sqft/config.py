@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +17,12 @@ from typing import Any, TypeVar
 import yaml
 
 from sqft.errors import UsageError, did_you_mean
+from sqft.registry import KINDS
 
 T = TypeVar("T")
 
 
-def option(default: Any = MISSING, help: str = "", choices: tuple[str, ...] = (), factory: Any = MISSING) -> Any:
+def option(default: Any = MISSING, help: str = "", choices: Iterable[str] = (), factory: Any = MISSING) -> Any:
     """A dataclass field with its help text and, where the set is closed, its choices."""
     return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, "choices": choices})
 
@@ -95,9 +97,8 @@ class QuantizeConfig:
 class TrainConfig:
     """Fine-tune low-rank adapters with the paper's defaults (SQFT, appendix: rank 32, alpha 64, q,k,v,up,down)."""
 
-    pipeline: str = option("sparse-peft", "masked adapters on a float or (qa-) a packed base, which merge; or "
-                           "LoRA on a float (lora) or packed (sqft) base, which does not",
-                           ("sparse-peft", "qa-sparse-peft", "lora", "sqft"))  # fmt: skip
+    adapter: str = option("sparse-peft", "masked adapters on a float or (qa-) a packed base, which merge; or "
+                          "LoRA on a float (lora) or packed (sqft) base, which does not", KINDS)  # fmt: skip
     base: str | None = option(None, "qa-sparse-peft: folder of the sparse model before quantization (in a recipe: "
                               "sparsify), to add the adapter to instead of what the integers mean")  # fmt: skip
     learn_scales: bool = option(False, "qa-sparse-peft: train the grid's scales too")
@@ -145,8 +146,8 @@ class TrainConfig:
                   "epochs", "save_steps", "logging_steps", "limit")  # fmt: skip
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout is {self.lora_dropout}: it has to lie in [0, 1)")
-        if (self.base or self.learn_scales) and self.pipeline != "qa-sparse-peft":
-            raise UsageError(f"base and learn_scales go with pipeline qa-sparse-peft, not {self.pipeline}")
+        if (self.base or self.learn_scales) and not KINDS[self.adapter].quantization_aware:
+            raise UsageError(f"base and learn_scales go with adapter qa-sparse-peft, not {self.adapter}")
         if self.rank_groups and not self.search_space:
             raise UsageError("rank_groups go with a search_space, e.g. 32,24,16")
         if any(rank < 1 for rank in self.search_space):

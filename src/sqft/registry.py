@@ -1,27 +1,60 @@
-"""A small lazy registry: a name stands for "module:attribute" and is imported when it is first used."""
+"""Everything that can be added from outside, by name: what comes with sqft, and what packages declare as entry points.
+
+A name stands for "module:attribute" and is imported when it is first used. A package adds to a registry by an entry
+point in its group: ``[project.entry-points."sqft.sparsifiers"] mine = "my_package:mine"``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from sqft.errors import UsageError, did_you_mean
+from sqft.errors import SqftError, UsageError, did_you_mean
 
 
 class Registry:
-    """Names of one kind of thing (``kind`` is the word used in messages), e.g. sparsifiers."""
+    """Names of one kind of thing. ``kind`` is the word used in messages, ``group`` that of entry points."""
 
-    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, group: str, entries: Mapping[str, str]) -> None:
+        self.kind, self.group = kind, group
         self._entries = dict(entries)
 
+    @cached_property
+    def _plugins(self) -> dict[str, EntryPoint]:
+        """Those of other packages; they do not replace sqft's own."""
+        return {point.name: point for point in entry_points(group=self.group) if point.name not in self._entries}
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter([*self._entries, *self._plugins])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries or name in self._plugins
 
     def __getitem__(self, name: str) -> Any:
-        """The registered object. Raises UsageError, with the near miss, for an unknown name."""
-        if name not in self._entries:
-            raise UsageError(f"unknown {self.kind} '{name}': {did_you_mean(name, self._entries)}")
-        module, attribute = self._entries[name].split(":")
-        return getattr(import_module(module), attribute)
+        """The registered object. Raises UsageError, with the near miss, for an unknown name, and SqftError for a
+        package that does not load."""
+        if name in self._entries:
+            module, attribute = self._entries[name].split(":")
+            return getattr(import_module(module), attribute)
+        if name not in self._plugins:
+            raise UsageError(f"unknown {self.kind} '{name}': {did_you_mean(name, self)}")
+        point = self._plugins[name]
+        try:
+            return point.load()
+        except Exception as error:  # another package's import: anything may happen
+            raise SqftError(f"{self.kind} '{name}' ({point.value}) does not load: {error}") from error
+
+
+SPARSIFIERS = Registry("sparsity method", "sqft.sparsifiers", {
+    "magnitude": "sqft.sparsity.magnitude:magnitude", "wanda": "sqft.sparsity.wanda:wanda",
+})  # fmt: skip
+QUANTIZERS = Registry("quantization method", "sqft.quantizers", {
+    "gptq": "sqft.quantization.gptq:gptq", "rtn": "sqft.quantization.rtn:rtn",
+})  # fmt: skip
+KINDS = Registry("adapter", "sqft.adapter_kinds", {
+    "sparse-peft": "sqft.adapters.kinds:SPARSE_PEFT", "qa-sparse-peft": "sqft.adapters.kinds:QA_SPARSE_PEFT",
+    "lora": "sqft.adapters.kinds:LORA", "sqft": "sqft.adapters.kinds:SQFT",
+})  # fmt: skip

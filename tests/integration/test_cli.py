@@ -17,7 +17,7 @@ import pytest
 from pico import pico_folder
 
 import sqft.cli
-from sqft.pipeline import load_recipe, shipped_recipes
+from sqft.recipe import load_recipe, shipped_recipes
 
 SQFT = [sys.executable, "-m", "sqft.cli"]
 FAST = ["--samples", "4", "--length", "32"]
@@ -65,7 +65,7 @@ def test_all_stages(dense: Path, tmp_path: Path, capsys) -> None:
         capsys, "train", sparse, adapter, *TRAIN, "--target-modules", "q_proj", "v_proj", "--tensorboard"
     )
     assert code == 0 and "eval loss" in out
-    code, out, _ = call(capsys, "train", sparse, tmp_path / "lora", *TRAIN, "--pipeline", "lora", "--packing", "--json")
+    code, out, _ = call(capsys, "train", sparse, tmp_path / "lora", *TRAIN, "--adapter", "lora", "--packing", "--json")
     assert code == 0 and json.loads(out)["steps"] == 3
     assert (adapter / "training_log.jsonl").is_file() and list(adapter.glob("events.*"))
     targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
@@ -146,7 +146,7 @@ def test_wrong_usage(dense: Path, sparse: Path, tmp_path: Path, capsys) -> None:
         capsys, 2, "train", sparse, out, "--task", "arithmetik"
     )
     assert "nothing to train on" in fails(capsys, 2, "train", sparse, out)
-    assert "unknown pipeline" in fails(capsys, 2, "train", sparse, out, "--pipeline", "sparsepeft")
+    assert "unknown adapter" in fails(capsys, 2, "train", sparse, out, "--adapter", "sparsepeft")
     assert "exclude each other" in fails(capsys, 2, "train", sparse, out, "--task", "arithmetic", "--data", "x.jsonl")
     assert "nothing to evaluate" in fails(capsys, 2, "evaluate", sparse)
     assert "no split 'tset'" in fails(capsys, 2, "evaluate", sparse, "--task", "arithmetic", "--split", "tset")
@@ -290,7 +290,7 @@ def test_ctrl_c_in_each_stage(
     where, arguments = {
         "sparsify": ("sqft.sparsity.wanda.keep_largest", [dense, tmp_path / "out", *FAST]),
         "train": ("sqft.training.callbacks.ProgressBar.on_step_end", [sparse, tmp_path / "out", *TRAIN]),
-        "merge": ("sqft.merging.merged_weight", [trained, tmp_path / "out"]),
+        "merge": ("sqft.merging.stage.merged_weight", [trained, tmp_path / "out"]),
         "evaluate": ("sqft.evaluation.generation.generate",
                      [sparse, "--task", "arithmetic", "--limit", 8, "--batch-size", 2, "--out", tmp_path / "out"]),
     }[stage]  # fmt: skip

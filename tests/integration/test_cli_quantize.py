@@ -12,7 +12,7 @@ from pico import pico_folder
 from safetensors.torch import load_file, save_file
 from test_cli import FAST, TRAIN, call, fails
 
-from sqft.pipeline import load_recipe, with_pipeline
+from sqft.recipe import load_recipe, with_adapter
 
 GROUP = ["--group-size", "32"]
 
@@ -33,14 +33,14 @@ def test_all_stages(dense: Path, tmp_path: Path, capsys) -> None:
     assert code == 0 and json.loads(out)["zeros_kept"] == 1.0
     config = json.loads((packed / "sqft.json").read_text())["config"]
     assert config["act_order"] is False and config["first"]["method"] == "wanda"
-    code, out, _ = call(capsys, "train", packed, adapter, *TRAIN, "--pipeline", "qa-sparse-peft", "--json")
+    code, out, _ = call(capsys, "train", packed, adapter, *TRAIN, "--adapter", "qa-sparse-peft", "--json")
     assert code == 0 and json.loads(out)["steps"] == 3
     code, out, _ = call(capsys, "merge", adapter, merged, "--json")
     metrics = json.loads(out)
     assert code == 0 and metrics["zeros_kept"] == 1.0 and metrics["bits"] == 4
     code, out, _ = call(capsys, "evaluate", merged, "--task", "arithmetic", "--limit", 3, "--json")
     assert code == 0 and json.loads(out)["problems"] == 3
-    assert call(capsys, "train", packed, tmp_path / "lora", *TRAIN, "--pipeline", "sqft")[0] == 0
+    assert call(capsys, "train", packed, tmp_path / "lora", *TRAIN, "--adapter", "sqft")[0] == 0
     assert "not on its grid" in fails(capsys, 2, "merge", tmp_path / "lora", tmp_path / "no")
     code, out, _ = call(capsys, "quantize", dense, tmp_path / "plain", *GROUP, *FAST, "--format", "compressed-tensors")
     assert code == 0 and "bits per weight" in out
@@ -53,11 +53,11 @@ def test_a_recipe_runs_with_each_pipeline(pipeline: str, dense: Path, tmp_path: 
     recipe.write_text(
         f"model: {dense}\noutput: {tmp_path / 'run'}\nsparsify: {{samples: 4, length: 32}}\n"
         "quantize: {group_size: 32, samples: 4, length: 32}\n"
-        "train: {pipeline: qa-sparse-peft, base: sparsify, task: arithmetic, limit: 8, eval_limit: 4, max_steps: 2, "
+        "train: {adapter: qa-sparse-peft, base: sparsify, task: arithmetic, limit: 8, eval_limit: 4, max_steps: 2, "
         "batch_size: 4, r: 4}\n"
         "merge:\nevaluate: {task: arithmetic, limit: 2}\n"
     )
-    chosen = with_pipeline(load_recipe(recipe), pipeline)
+    chosen = with_adapter(load_recipe(recipe), pipeline)
     assert (chosen.quantize is not None) == (pipeline in ("qa-sparse-peft", "sqft"))
     import sqft
 
@@ -88,17 +88,17 @@ def test_wrong_usage(dense: Path, sparse: Path, packed: Path, tmp_path: Path, ca
     assert "--then goes with sparsify" in fails(capsys, 2, "merge", sparse, out, "--then", "quantize")
     assert "--then goes with sparsify" in fails(capsys, 2, "sparsify", sparse, out, "--then", "quantise")
     assert "unrecognized" in fails(capsys, 2, "sparsify", sparse, out, "--then", "quantize", "--bitz", 4)
-    assert "is a float model" in fails(capsys, 2, "train", sparse, out, *TRAIN, "--pipeline", "sqft")
+    assert "is a float model" in fails(capsys, 2, "train", sparse, out, *TRAIN, "--adapter", "sqft")
     assert "is an INT model" in fails(capsys, 2, "train", packed, out, *TRAIN)
-    assert "go with pipeline qa-sparse-peft" in fails(capsys, 2, "train", sparse, out, *TRAIN, "--learn-scales")
-    assert "unknown pipeline 'qat'" in fails(capsys, 2, "demo", "--pipeline", "qat")
+    assert "go with adapter qa-sparse-peft" in fails(capsys, 2, "train", sparse, out, *TRAIN, "--learn-scales")
+    assert "unknown adapter 'qat'" in fails(capsys, 2, "demo", "--adapter", "qat")
     assert "is quantized (gptq)" in fails(capsys, 1, "quantize", packed, out, *GROUP)
     assert not out.exists()
 
 
 def test_widths_that_do_not_fill_words_are_refused(tmp_path: Path, capsys) -> None:
     pico_folder(tmp_path / "opt", "opt")
-    import sqft.quantizing as quantizing
+    import sqft.compressing.quantize as quantizing
     from sqft.config import QuantizeConfig
     from sqft.models.dense import load_dense
     from sqft.models.discover import describe

@@ -110,7 +110,7 @@ model: {dense}
 output: {tmp_path / "run"}
 sparsify: {{samples: 4, length: 32}}
 quantize: {{samples: 4, length: 32, group_size: 32}}
-train: {{pipeline: qa-sparse-peft, task: arithmetic, limit: 16, eval_limit: 4, max_steps: 3, batch_size: 4, search_space: [4, 2]}}
+train: {{adapter: qa-sparse-peft, task: arithmetic, limit: 16, eval_limit: 4, max_steps: 3, batch_size: 4, search_space: [4, 2]}}
 search: {{task: arithmetic, limit: 4, metric: loss, evaluations: 4, strategy: nsga2}}
 merge: {{}}
 evaluate: {{task: arithmetic, limit: 4}}

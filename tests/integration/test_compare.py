@@ -17,7 +17,7 @@ model: {model}
 output: {out}
 sparsify: {{samples: 4, length: 32}}
 quantize: {{samples: 4, length: 32, group_size: 32}}
-train: {{pipeline: qa-sparse-peft, base: sparsify, task: arc_easy, limit: 8, max_steps: 3, batch_size: 4, r: 4, search_space: [4, 2]}}
+train: {{adapter: qa-sparse-peft, base: sparsify, task: arc_easy, limit: 8, max_steps: 3, batch_size: 4, r: 4, search_space: [4, 2]}}
 search: {{task: arc_easy, limit: 4, metric: loss, evaluations: 3}}
 evaluate: {{task: arc_easy, limit: 12}}
 measure: {{tokens: 2, rounds: 1}}
@@ -49,7 +49,7 @@ def test_every_method_and_again(dense: Path, data: Path, tmp_path: Path, capsys)
     result = json.loads(out)
     assert result == json.loads((tmp_path / "out" / "compare.json").read_text())
     rows = result["rows"]
-    tuned = [name for name, method in METHODS.items() if method.pipeline]
+    tuned = [name for name, method in METHODS.items() if method.adapter]
     assert [(row["name"], row["sparsity"]) for row in rows] == [
         ("dense", None), *((name, s) for s in (0.25, 0.5) for name in METHODS if name != "dense")]  # fmt: skip
     for row in rows:

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 import sqft
-from sqft.measuring.device import Speed
-from sqft.measuring.estimate import SHORT, Run, batches, forward, train
-from sqft.measuring.shape import shape_of, skeleton
 from sqft.measuring.size import weight_bytes
+from sqft.planning.device import Speed
+from sqft.planning.estimate import SHORT, Run, batches, forward, train
+from sqft.planning.shape import shape_of, skeleton
 
 SMALL = "{samples: 4, length: 32}"
 FULL_SIZE = {  # sizes of the models that the shipped recipes are for, and the parameters that their cards state
@@ -30,7 +30,7 @@ FULL_SIZE = {  # sizes of the models that the shipped recipes are for, and the p
 
 def text_of(model: object, output: object, train: str = "", **stages: str) -> str:
     options = {"sparsify": SMALL, "quantize": "{samples: 4, length: 32, group_size: 32}",
-               "train": "{pipeline: qa-sparse-peft, base: sparsify, task: arithmetic, limit: 16, eval_limit: 4, "
+               "train": "{adapter: qa-sparse-peft, base: sparsify, task: arithmetic, limit: 16, eval_limit: 4, "
                f"max_steps: 4, batch_size: 4, save_steps: 2, search_space: [4, 2]{train}}}",
                "search": "{task: arithmetic, limit: 4, metric: loss, evaluations: 3}", "merge": "{}",
                "evaluate": "{task: arithmetic, limit: 4}", **stages}  # fmt: skip
@@ -146,7 +146,7 @@ def test_a_training_step_of_lora_has_the_flops_that_torch_counts(dense: Path) ->
     model, _ = sqft.load(dense)
     model.set_attn_implementation("eager")
     shape = shape_of(model)
-    config = sqft.TrainConfig(pipeline="lora", max_steps=1, batch_size=2, r=4)
+    config = sqft.TrainConfig(adapter="lora", max_steps=1, batch_size=2, r=4)
     peft_model = sqft.attach(model, sqft.SqftConfig(r=4, lora_alpha=8, sparse_adapter=False))
     tokens = torch.zeros(2, 48, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -164,7 +164,7 @@ def test_a_masked_adapter_costs_one_product_more_and_with_dropout_three(tmp_path
     adapted = shape.linears
 
     def products(pipeline: str, **options: object) -> float:
-        config = sqft.TrainConfig(pipeline=pipeline, max_steps=1, batch_size=4, r=1, **options)  # type: ignore
+        config = sqft.TrainConfig(adapter=pipeline, max_steps=1, batch_size=4, r=1, **options)  # type: ignore
         work = train(Run(shape, 0), config, adapted, [(500, 500)] * 4, []).work
         rest = train(Run(shape, 0), config, (), [(500, 500)] * 4, []).work
         one = 2 * 4 * 512 * shape.weights

@@ -20,7 +20,7 @@ from sqft.evaluation.generation import solve
 from sqft.evaluation.harness import register_model, run_harness
 from sqft.evaluation.harness_tasks import write_tasks
 from sqft.evaluation.scoring import score
-from sqft.pipeline import resolve_model
+from sqft.recipe import resolve_model
 from sqft.tasks.base import Task, get_task
 
 pytest.importorskip("lm_eval", reason="needs the harness extra: pip install 'sqft[harness]'")
@@ -200,7 +200,7 @@ def stages(dense: Path, sparse: Path, trained: Path, trained_lora: Path, tmp_pat
                 "--learning-rate", 0.02, "--r", 4)  # fmt: skip
     sqft.quantize(sparse, sqft.QuantizeConfig(method="rtn", group_size=32), out=folder / "packed")
     for arguments in (
-        ("train", folder / "packed", folder / "quantized", *training, "--pipeline", "qa-sparse-peft"),
+        ("train", folder / "packed", folder / "quantized", *training, "--adapter", "qa-sparse-peft"),
         ("train", sparse, folder / "elastic", *training, "--search-space", "8,4,1", "--r", 8),
         ("merge", trained, folder / "merged"),
     ):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import sqft
 from sqft.models.discover import describe
-from sqft.pipeline import resolve_model
+from sqft.recipe import resolve_model
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from test_cli import call, fails
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers
-from sqft.pipeline import Recipe, load_recipe, run, with_options, with_pipeline
+from sqft.recipe import Recipe, load_recipe, run, with_adapter, with_options
 from sqft.sparsity.masks import load_masks
 
 RECIPES = {"llama-3-8b-gsm8k": "llama", "mistral-7b-v0.3-gsm8k": "mistral", "phi-3-mini-gsm8k": "phi3"}
@@ -82,7 +82,7 @@ def test_a_shipped_recipe_end_to_end(name: str, gsm8k: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("pipeline", ["sparse-peft", "sqft", "lora"])
 def test_the_other_pipelines_of_a_shipped_recipe(pipeline: str, gsm8k: Path, tmp_path: Path) -> None:
     model = pico_folder(tmp_path / "model", "phi3")
-    recipe = with_pipeline(reduced("phi-3-mini-gsm8k", gsm8k, model, tmp_path / "run"), pipeline)
+    recipe = with_adapter(reduced("phi-3-mini-gsm8k", gsm8k, model, tmp_path / "run"), pipeline)
     results = run(recipe)
     assert ("quantize" in results) == (pipeline == "sqft") and ("merge" in results) == (pipeline == "sparse-peft")
     last = "merge" if pipeline == "sparse-peft" else "search"
@@ -94,10 +94,10 @@ def test_run_takes_the_pipeline_as_a_flag(gsm8k: Path, dense: Path, tmp_path: Pa
     text = f"model: {dense}\noutput: {tmp_path / 'run'}\nsparsify: {{samples: 4, length: 32}}\n"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
-    assert "does not train" in fails(capsys, 2, "run", recipe, "--pipeline", "lora")
+    assert "does not train" in fails(capsys, 2, "run", recipe, "--adapter", "lora")
     recipe.write_text(text + "train: {task: gsm8k, limit: 8, eval_limit: 2, max_steps: 1, batch_size: 4, r: 4}\n")
-    message = fails(capsys, 2, "run", recipe, "--pipeline", "sparse-pefd")
-    assert "unknown pipeline 'sparse-pefd': did you mean 'sparse-peft'" in message
-    code, out, err = call(capsys, "run", recipe, "--pipeline", "lora", "--data-dir", gsm8k, "--json")
+    message = fails(capsys, 2, "run", recipe, "--adapter", "sparse-pefd")
+    assert "unknown adapter 'sparse-pefd': did you mean 'sparse-peft'" in message
+    code, out, err = call(capsys, "run", recipe, "--adapter", "lora", "--data-dir", gsm8k, "--json")
     assert code == 0, err
     assert json.loads(out)["train"]["steps"] == 1 and (tmp_path / "run-lora" / "train").is_dir()

@@ -34,7 +34,7 @@ model: {dense}
 output: {root / "run"}
 sparsify: {{samples: 4, length: 32}}
 quantize: {{samples: 4, length: 32, group_size: 32}}
-train: {{pipeline: qa-sparse-peft, base: sparsify, task: arithmetic, limit: 16, eval_limit: 4, max_steps: 4, batch_size: 4,
+train: {{adapter: qa-sparse-peft, base: sparsify, task: arithmetic, limit: 16, eval_limit: 4, max_steps: 4, batch_size: 4,
   logging_steps: 1, search_space: [4, 2]}}
 search: {{task: arithmetic, limit: 4, metric: loss, evaluations: 4}}
 merge: {{}}
@@ -43,7 +43,7 @@ evaluate: {{task: arithmetic, limit: 4}}
     assert sqft.cli.main(["run", str(root / "recipe.yaml")]) == 0
     compare = root / "compare"
     for name in ("lora", "sparse-peft"):
-        arguments = [root / "run" / "sparsify", compare / name / "train", "--pipeline", name, "--task", "arithmetic", "--limit",
+        arguments = [root / "run" / "sparsify", compare / name / "train", "--adapter", name, "--task", "arithmetic", "--limit",
                      16, "--eval-limit", 4, "--max-steps", 3, "--batch-size", 4]  # fmt: skip
         assert sqft.cli.main(["train", *map(str, arguments)]) == 0
     assert sqft.cli.main(["merge", str(compare / "sparse-peft" / "train"), str(compare / "sparse-peft" / "merge")]) == 0

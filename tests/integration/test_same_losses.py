@@ -58,7 +58,7 @@ def steps_of(log: list[dict[str, Any]]) -> torch.Tensor:
 def ours(source: Path, adapter: str, examples: list[sqft.Example], out: Path, accumulation: int) -> torch.Tensor:
     """``sqft train`` of a folder. By default it batches by length and warms up."""
     config = TrainConfig(
-        pipeline="qa-sparse-peft" if QUANTIZED in adapter else "sparse-peft", lora_alpha=8, **ADAPTERS[adapter],
+        adapter="qa-sparse-peft" if QUANTIZED in adapter else "sparse-peft", lora_alpha=8, **ADAPTERS[adapter],
         max_steps=STEPS, batch_size=BATCH, gradient_accumulation=accumulation, learning_rate=RATE, seed=SEED,
         logging_steps=1, warmup_steps=0, group_by_length=False,
     )  # fmt: skip

@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import sqft
 from sqft.adapters.config import PEFT_TYPE
-from sqft.adapters.elastic import make_groups
 from sqft.adapters.peft_bridge import adapter_layers
-from sqft.adapters.ranks import RECORDS, rank_groups
-from sqft.adapters.space import space_of
-from sqft.nls.choose import alpha_for
+from sqft.elastic.groups import make_groups
+from sqft.elastic.handle import RECORDS, rank_groups
+from sqft.elastic.space import space_of
+from sqft.searching.choose import alpha_for
 
 PIPELINES = ("sparse-peft", "qa-sparse-peft", "lora", "sqft")
 SPACE = [6, 4, 2]
 
 
 def training(pipeline: str = "sparse-peft", **options) -> sqft.TrainConfig:
-    return sqft.TrainConfig(**{"pipeline": pipeline, "max_steps": 6, "batch_size": 4, "lora_alpha": 9,
+    return sqft.TrainConfig(**{"adapter": pipeline, "max_steps": 6, "batch_size": 4, "lora_alpha": 9,
                                "learning_rate": 0.02, "search_space": SPACE, **options})  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from sqft.models.discover import describe
 from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, mask_of
 
 QUANTIZE = sqft.QuantizeConfig(group_size=32)
-TRAIN = sqft.TrainConfig(pipeline="qa-sparse-peft", max_steps=4, batch_size=4, r=4, lora_alpha=8, learning_rate=0.02)
+TRAIN = sqft.TrainConfig(adapter="qa-sparse-peft", max_steps=4, batch_size=4, r=4, lora_alpha=8, learning_rate=0.02)
 
 
 def pruned_positions_are_zero(folder: Path) -> int:
@@ -243,7 +243,7 @@ def test_plain_lora_on_a_packed_base_trains_and_does_not_merge(packed: Path, tok
     lora = sqft.attach(model, sqft.SqftConfig(r=4, sparse_adapter=False))
     lora.train()(input_ids=tokens, labels=tokens).loss.backward()
     assert all(p.grad is not None and p.grad.any() for n, p in lora.named_parameters() if "lora_B" in n)
-    config = sqft.TrainConfig(**{**vars(TRAIN), "pipeline": "sqft", "max_steps": 8})
+    config = sqft.TrainConfig(**{**vars(TRAIN), "adapter": "sqft", "max_steps": 8})
     metrics = sqft.train(packed, config, examples, out=tmp_path / "adapter")
     log = [json.loads(line) for line in (tmp_path / "adapter" / "training_log.jsonl").read_text().splitlines()]
     assert metrics["steps"] == 8 and log
@@ -257,7 +257,7 @@ def test_pipelines_and_bases_have_to_go_together(sparse: Path, packed: Path, exa
     for folder, pipeline, message in [(packed, "sparse-peft", "is an INT model"), (packed, "lora", "is an INT model"),
                                       (sparse, "qa-sparse-peft", "is a float model"), (sparse, "sqft", "float model")]:  # fmt: skip
         with pytest.raises(sqft.UsageError, match=message):
-            sqft.train(folder, sqft.TrainConfig(pipeline=pipeline, max_steps=1), examples, out=tmp_path / "out")
+            sqft.train(folder, sqft.TrainConfig(adapter=pipeline, max_steps=1), examples, out=tmp_path / "out")
     with pytest.raises(sqft.SqftError, match="quantize the model first"):
         sqft.attach(sqft.load(sparse)[0], sqft.SqftConfig(quantization_aware=True))
     with pytest.raises(sqft.SqftError, match="quantization-aware"):
@@ -291,15 +291,15 @@ def test_evaluation_holds_packed_weights_unpacked_and_gives_the_same(trained_pac
 
 
 def test_a_merge_that_changes_an_integer_is_not_written(trained_packed: Path, tmp_path: Path, monkeypatch) -> None:
-    import sqft.merging
+    import sqft.merging.stage
 
-    original = sqft.merging.save_packed
+    original = sqft.merging.stage.save_packed
 
     def corrupt(model, tokenizer, folder, size) -> None:
         next(iter(packed_layers(model).values())).qweight[0, 0] ^= 1
         original(model, tokenizer, folder, size)
 
-    monkeypatch.setattr(sqft.merging, "save_packed", corrupt)
+    monkeypatch.setattr(sqft.merging.stage, "save_packed", corrupt)
     with pytest.raises(sqft.VerificationError, match="not what training rounded to|not zero"):
         sqft.merge(trained_packed, out=tmp_path / "merged")
     assert not list(tmp_path.iterdir())

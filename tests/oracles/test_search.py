@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from synthetic import BEST, SPACE, make_space, score, searcher
 
 import sqft
-from sqft.adapters.heuristics import heuristic
-from sqft.nls import search as search_module
-from sqft.nls.picking import Point, pareto_front, pick
-from sqft.nls.strategies import ranks_of
-from sqft.nls.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner
+from sqft.elastic.heuristics import heuristic
+from sqft.searching import stage as search_module
+from sqft.searching.picking import Point, pareto_front, pick
+from sqft.searching.strategies import ranks_of
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner
 
 
 def trials(study) -> list[tuple]:
@@ -71,7 +71,7 @@ def test_a_small_space_is_tried_once_and_then_the_search_ends(tmp_path: Path) ->
 
 def process(body: str) -> subprocess.Popen:
     head = f"import os, signal, sys, time; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-    head += "from sqft.nls.study import open_study\nfrom synthetic import *\n"
+    head += "from sqft.searching.study import open_study\nfrom synthetic import *\n"
     return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(body)])
 
 

@@ -15,11 +15,11 @@ from torch import nn
 
 import sqft
 from sqft import artifact
+from sqft.compressing.sparsify import make_plan
 from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig, from_dict, parse_size, to_dict
 from sqft.models.discover import describe, resolve_targets
 from sqft.models.tensors import ModelWriter, layout
 from sqft.registry import Registry
-from sqft.sparsity.stage import make_plan
 
 CONFIGS = (SparsifyConfig, TrainConfig, MergeConfig, EvaluateConfig)
 

@@ -252,7 +252,7 @@ CONFIGS = [
     ("train", TrainConfig(data="d.jsonl", prompt="Question: {q}\n$A `x` \"y\":", completion="", search_space=[32, 16],
                           rank_groups=["q_proj+k_proj", "up_proj=32/16"], learning_rate=1.5e-3, max_steps=5, eval_limit=None,
                           group_by_length=False, gradient_checkpointing=True, epochs=0.5)),
-    ("train", TrainConfig(task="arithmetic", prompt="- {question}", pipeline="qa-sparse-peft", base="a folder", learn_scales=True)),
+    ("train", TrainConfig(task="arithmetic", prompt="- {question}", adapter="qa-sparse-peft", base="a folder", learn_scales=True)),
     ("search", SearchConfig(task="arithmetic", pick="smallest-within 1%", limit=None, metric="loss", screen=3)),
     ("merge", MergeConfig(ranks="median", allow_dense=True, tolerance=1e-3)),
     ("evaluate", EvaluateConfig(text="builtin", max_tokens=5, unpack=False)),

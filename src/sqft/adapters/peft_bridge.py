@@ -15,9 +15,10 @@ from torch import nn
 
 from sqft import artifact
 from sqft.adapters.config import PEFT_TYPE, SqftConfig
-from sqft.adapters.elastic import ElasticLora, make_groups
+from sqft.adapters.lora import ElasticLora
 from sqft.adapters.quant_aware import FLOAT_BASE, QuantAwareLoraLinear, QuantLoraLinear
 from sqft.adapters.sparse import MaskedLoraLinear, SparseLoraLinear
+from sqft.elastic.groups import make_groups
 from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_dense
 from sqft.models.discover import describe, is_linear, resolve_targets, weight_of
@@ -87,7 +88,7 @@ def _check_sparse(modules: Mapping[str, Any]) -> None:
     if weights and share < SPARSE_FROM:
         raise SqftError(
             f"this model is not sparse ({share:.2%} zeros in the target modules): sparsify it first (and save it, if "
-            "adapters on it are to be loaded again), or use plain LoRA (--pipeline lora, or sparse_adapter=False)"
+            "adapters on it are to be loaded again), or use plain LoRA (--adapter lora, or sparse_adapter=False)"
         )
 
 

@@ -18,7 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from sqft.adapters.elastic import ElasticLora
+from sqft.adapters.lora import ElasticLora
 from sqft.adapters.sparse import MaskedLoraLinear
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.quant_ops import Adapter, Packed, merged, quant_aware_linear, quant_aware_weight
@@ -30,7 +30,7 @@ FLOAT_BASE = "sqft_float_base"  # buffer on a QuantLinear: the un-quantized spar
 def _features(module: nn.Module) -> tuple[int, int]:
     if not isinstance(module, QuantLinear):
         raise SqftError(f"{type(module).__name__} is not packed: quantize the model first (sqft quantize), or use "
-                        "adapters for a float base (--pipeline sparse-peft)")  # fmt: skip
+                        "adapters for a float base (--adapter sparse-peft)")  # fmt: skip
     return module.in_features, module.out_features
 
 
@@ -108,4 +108,4 @@ class QuantLoraLinear(ElasticLora):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise UsageError("a float LoRA cannot be merged into an INT model: the sum is not on its grid. Train "
-                         "quantization-aware adapters (--pipeline qa-sparse-peft) to merge")  # fmt: skip
+                         "quantization-aware adapters (--adapter qa-sparse-peft) to merge")  # fmt: skip

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from sqft.adapters.elastic import factors
+from sqft.adapters.lora import factors
 from sqft.errors import SqftError
 from sqft.kernels.torch_ops import masked_weight, sparse_linear
 from sqft.sparsity.masks import derive_mask, packed_mask, set_mask
@@ -69,7 +69,7 @@ class SparseLoraLinear(MaskedLoraLinear):
         if type(linear) is not nn.Linear:
             raise SqftError(
                 f"{type(linear).__name__} cannot carry a masked float adapter, only torch.nn.Linear can; on an INT "
-                "model use quantization-aware adapters (--pipeline qa-sparse-peft, quantization_aware=True)"
+                "model use quantization-aware adapters (--adapter qa-sparse-peft, quantization_aware=True)"
             )
         super().__init__(base_layer, adapter_name, **kwargs)
 

@@ -10,8 +10,8 @@ import torch
 from lm_eval.models import huggingface
 
 from sqft import artifact
-from sqft.adapters.heuristics import resolve_ranks
-from sqft.adapters.ranks import set_ranks
+from sqft.elastic.handle import set_ranks
+from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
 from sqft.evaluation.choices import likelihoods
 from sqft.evaluation.stage import unpacked

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sqft import artifact
-from sqft.adapters.heuristics import resolve_ranks
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
-from sqft.adapters.ranks import get_ranks, set_ranks
 from sqft.adapters.sparse import SparseLoraLinear
 from sqft.config import EvaluateConfig, to_dict
+from sqft.elastic.handle import get_ranks, set_ranks
+from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
 from sqft.evaluation.harness import require_harness, run_harness
 from sqft.evaluation.perplexity import perplexity

@@ -8,9 +8,6 @@ from typing import Any
 
 from sqft.errors import SqftError
 from sqft.measuring.size import human
-from sqft.nls.choose import read_points
-from sqft.nls.picking import Point as Trial
-from sqft.nls.picking import pareto_front
 from sqft.reporting.collect import Section, Stage, finite, number, read_lines
 from sqft.reporting.elements import figure, legend
 from sqft.reporting.facts import Point, chart_points, precision
@@ -26,6 +23,9 @@ from sqft.reporting.weights import (
     moves,
     spread,
 )
+from sqft.searching.choose import read_points
+from sqft.searching.picking import Point as Trial
+from sqft.searching.picking import pareto_front
 
 CURVE_POINTS = 400  # of a training curve; more would not be seen
 WITH_WEIGHTS = ("model", "sparsify", "quantize", "merge", "save")

@@ -63,7 +63,7 @@ def _key_number(section: Section, stage: Stage) -> tuple[str, str]:
         return precision(stage), f"{bits:.2f} bits a weight" if bits else f"by {stage.config.get('method', '?')}"
     if stage.kind == "train":
         weights = number(metrics, "trainable_parameters")
-        return _millions(weights), f"trained, {stage.config.get('pipeline', '?')}"
+        return _millions(weights), f"trained, {stage.config.get('adapter', '?')}"
     if stage.kind in ("search", "extract"):
         tried, weights = number(metrics, "evaluated"), number(metrics, "parameters")
         return _millions(weights), f"kept, {tried:.0f} tried" if tried else "kept"

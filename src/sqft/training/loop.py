@@ -18,33 +18,33 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sqft import artifact
 from sqft.adapters.config import SqftConfig
+from sqft.adapters.kinds import Kind
 from sqft.adapters.peft_bridge import attach
-from sqft.adapters.ranks import RECORDS, rank_groups
 from sqft.config import TrainConfig, to_dict
+from sqft.elastic.handle import RECORDS, rank_groups
+from sqft.elastic.scheduler import RankScheduler
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, save
 from sqft.kernels.memory import peak_memory
 from sqft.probe import write_probe
 from sqft.quantization.linear import QuantLinear
+from sqft.registry import KINDS
 from sqft.tasks.base import Example
 from sqft.training.callbacks import ProgressBar, Stopwatch
 from sqft.training.data import TrainingData, load_examples, tokenize_all
-from sqft.training.ranks import RankScheduler
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
 
-PACKED_PIPELINES = ("qa-sparse-peft", "sqft")
-
 
 def adapter_config(config: TrainConfig) -> LoraConfig:
-    """The adapters that a training config asks for; plain LoRA for the 'lora' pipeline."""
+    """The adapters that a training config asks for; plain LoRA for the kind 'lora'."""
+    kind = KINDS[config.adapter]
     return SqftConfig(
         r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
         target_modules=list(config.target_modules) or None,
-        sparse_adapter=config.pipeline in ("sparse-peft", "qa-sparse-peft"),
-        quantization_aware=config.pipeline == "qa-sparse-peft",
+        sparse_adapter=kind.masked, quantization_aware=kind.quantization_aware,
         search_space=config.search_space or None, rank_groups=config.rank_groups or None,
         learn_scales=config.learn_scales, float_base=str(Path(config.base).absolute()) if config.base else None,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, out: Pat
     parent_key = artifact.folder_key(source)
     key = artifact.stage_key("train", to_dict(config), parent_key)
     base, tokenizer = load(source)
-    check_pipeline(base, config.pipeline, source)
+    check_kind(base, KINDS[config.adapter], source)
     set_seed(config.seed)
     model = attach(base, adapter_config(config))
     work = work_folder(out, key)
@@ -104,15 +104,15 @@ def work_folder(out: Path, key: str) -> Path:
     return out.absolute().with_name(f".{out.name}.training-{key[:12]}")
 
 
-def check_pipeline(base: nn.Module, pipeline: str, source: str) -> None:
-    """Raises UsageError if a pipeline for packed bases meets a float one, or the other way round."""
+def check_kind(base: nn.Module, kind: Kind, source: str) -> None:
+    """Raises UsageError if a kind for packed bases meets a float one, or the other way round."""
     packed = any(isinstance(module, QuantLinear) for module in base.modules())
-    if packed == (pipeline in PACKED_PIPELINES):
+    if packed == kind.packed:
         return
     if packed:
-        raise UsageError(f"{source} is an INT model: pipeline {pipeline} is for float ones; use qa-sparse-peft "
+        raise UsageError(f"{source} is an INT model: adapter {kind.name} is for float ones; use qa-sparse-peft "
                          "(merges) or sqft (INT base and float LoRA)")  # fmt: skip
-    raise UsageError(f"{source} is a float model: pipeline {pipeline} is for INT ones; quantize it first (sqft "
+    raise UsageError(f"{source} is a float model: adapter {kind.name} is for INT ones; quantize it first (sqft "
                      "quantize), or use sparse-peft or lora")  # fmt: skip
 
 

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sqft.adapters.elastic import RankGroup, Ranks
 from sqft.adapters.peft_bridge import adapter_layers
-from sqft.adapters.ranks import rank_groups
+from sqft.elastic.groups import RankGroup, Ranks
+from sqft.elastic.handle import rank_groups
 from sqft.errors import UsageError
 
 

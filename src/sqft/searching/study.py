@@ -20,10 +20,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm.auto import tqdm
 
-from sqft.adapters.elastic import Ranks
-from sqft.adapters.space import SearchSpace
+from sqft.elastic.groups import Ranks
+from sqft.elastic.space import SearchSpace
 from sqft.errors import SqftError, UsageError
-from sqft.nls.strategies import PATIENCE, Exhausted, is_whole, ranks_of, sampler
+from sqft.searching.strategies import PATIENCE, Exhausted, is_whole, ranks_of, sampler
 
 # What a trial notes besides its ranks and values.
 OWNER, PURPOSE, SECONDS, FIRST = "owner", "purpose", "seconds", "score on the first problems"

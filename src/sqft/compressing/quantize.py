@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sqft import artifact
 from sqft.calibration.statistics import Hessian
 from sqft.calibration.walker import walk
+from sqft.compressing import sparsify as sparsity
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import UsageError
 from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantization_config, write_quantize_config
@@ -26,8 +27,7 @@ from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
 from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.rtn import Quantized
-from sqft.registry import Registry
-from sqft.sparsity import stage as sparsity
+from sqft.registry import QUANTIZERS
 from sqft.sparsity.masks import mask_or_zeros, save_masks, set_mask
 
 if TYPE_CHECKING:
@@ -41,9 +41,6 @@ class Quantizer(Protocol):
                  act_order: bool = False) -> Quantized: ...  # fmt: skip
 
 
-QUANTIZERS = Registry(
-    "quantization method", {"gptq": "sqft.quantization.gptq:gptq", "rtn": "sqft.quantization.rtn:rtn"}
-)
 WITHOUT_CALIBRATION = ("rtn",)
 
 

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sqft.config import EvaluateConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
-from sqft.measuring.device import Speed
-from sqft.measuring.shape import Linear, Shape
+from sqft.planning.device import Speed
+from sqft.planning.shape import Linear, Shape
+from sqft.registry import KINDS
 
 # Bytes moved a weight, where a step is bound by memory.
 CHOOSE, CLIP, ROUND = 1600, 2200, 1000  # Wanda's choice; GPTQ's search for ranges; its loop over columns
@@ -154,7 +155,7 @@ def train(run: Run, config: TrainConfig, adapted: Sequence[Linear], lengths: Len
     weights = sum(linear.weights for linear in adapted)
     factors = max([config.r, *config.search_space] if config.search_space else [config.r])
     edges = factors * sum(linear.inputs + linear.outputs for linear in adapted)
-    masked = config.pipeline in ("sparse-peft", "qa-sparse-peft")
+    masked = KINDS[config.adapter].masked
     work = forward(shape, tokens, mean, head=False).times(passes) + Work(products=4 * tokens * shape.head)
     work += Work(moved=tokens * shape.vocabulary * 4 * 2 * LOGITS)
     if masked:  # these layers multiply by the fastest library, forward, back and for the gradient

@@ -13,15 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft import artifact
-from sqft.adapters.elastic import Ranks, active_rank
-from sqft.adapters.heuristics import resolve_ranks
+from sqft.adapters.lora import active_rank
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
-from sqft.adapters.ranks import set_ranks
-from sqft.adapters.space import space_of
+from sqft.elastic.groups import Ranks
+from sqft.elastic.handle import set_ranks
+from sqft.elastic.heuristics import resolve_ranks
+from sqft.elastic.space import space_of
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
-from sqft.nls.picking import PICKS, Point, pick
 from sqft.probe import write_probe
+from sqft.searching.picking import PICKS, Point, pick
 
 TRIALS = "search.json"  # in the folder that a search writes: every trial, and which was chosen
 

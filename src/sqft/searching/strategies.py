@@ -15,8 +15,8 @@ from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from sqft.adapters.elastic import Ranks
-from sqft.adapters.space import SearchSpace
+from sqft.elastic.groups import Ranks
+from sqft.elastic.space import SearchSpace
 
 PATIENCE = 200  # draws, or repeated trials, until a strategy gives up finding something new
 POPULATION = 16  # of NSGA-II, at most

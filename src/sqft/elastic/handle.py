@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqft.adapters.elastic import RankGroup, Ranks, active_rank, make_groups
+from sqft.adapters.lora import active_rank
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
+from sqft.elastic.groups import RankGroup, Ranks, make_groups
 from sqft.errors import UsageError, did_you_mean
 
 RECORDS = "ranks.json"  # in an adapter folder: the choices of every step of training, and the loss under them

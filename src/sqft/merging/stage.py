@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sqft import artifact
-from sqft.adapters.elastic import Ranks
-from sqft.adapters.heuristics import resolve_ranks
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked, is_quant_aware, merged_weight
-from sqft.adapters.ranks import set_ranks
 from sqft.config import MergeConfig, parse_size, to_dict
+from sqft.elastic.groups import Ranks
+from sqft.elastic.handle import set_ranks
+from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError, VerificationError
 from sqft.folders import is_adapter, load
 from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_packed
@@ -213,7 +213,7 @@ def check_mergeable(model: Any, config: MergeConfig) -> None:
     if packed_layers(model):
         raise UsageError(
             "a float LoRA cannot be merged into an INT model: the sum is not on its grid. Serve base and adapter "
-            "together, or train quantization-aware adapters (pipeline qa-sparse-peft), which merge"
+            "together, or train quantization-aware adapters (adapter qa-sparse-peft), which merge"
         )
     if config.allow_dense:
         return
@@ -229,7 +229,7 @@ def check_mergeable(model: Any, config: MergeConfig) -> None:
         return  # a dense base loses nothing
     raise UsageError(
         f"merging plain LoRA would fill the pruned weights: the {len(layers)} adapted weights are {before / total:.2%} "
-        f"sparse and would be {after / total:.2%}. Train masked adapters (pipeline sparse-peft) to keep them, or pass "
+        f"sparse and would be {after / total:.2%}. Train masked adapters (adapter sparse-peft) to keep them, or pass "
         "--allow-dense (allow_dense=True) to merge all the same"
     )
 

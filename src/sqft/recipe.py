@@ -25,6 +25,7 @@ from sqft.config import (
     to_dict,
 )
 from sqft.errors import SqftError, UsageError, did_you_mean
+from sqft.registry import KINDS
 from sqft.tasks.base import get_task
 
 STAGES = ("sparsify", "quantize", "train", "search", "merge")  # those that write a model or adapter, in order
@@ -93,26 +94,24 @@ def load_recipe(source: str | Path) -> Recipe:
         raise UsageError(f"{path}: {error}") from None
 
 
-def with_pipeline(recipe: Recipe, pipeline: str) -> Recipe:
-    """The recipe with another of the four pipelines: quantized or not, and merged if it can be.
+def with_adapter(recipe: Recipe, adapter: str) -> Recipe:
+    """The recipe with another kind of adapter: quantized or not, and merged if it can be.
 
-    What cannot be merged is evaluated as base and adapter. The output folder gets the pipeline's name. Raises
-    UsageError for an unknown pipeline, and for a recipe that does not train.
+    What cannot be merged is evaluated as base and adapter. The output folder gets the adapter's name. Raises
+    UsageError for an unknown adapter, and for a recipe that does not train.
     """
     if recipe.train is None:
-        raise UsageError("the recipe does not train: there is no pipeline to choose")
-    values = to_dict(recipe.train) | {"pipeline": pipeline}
-    if pipeline != "qa-sparse-peft":
+        raise UsageError("the recipe does not train: there is no adapter to choose")
+    values = to_dict(recipe.train) | {"adapter": adapter}
+    if not KINDS[adapter].quantization_aware:
         values |= {"base": None, "learn_scales": False}
     train = from_dict(TrainConfig, values)
     if train == recipe.train:
         return recipe
-    merges = pipeline in ("sparse-peft", "qa-sparse-peft")
-    packed = pipeline in ("qa-sparse-peft", "sqft")
-    last = "merge" if merges else "search" if recipe.search else "train"
+    last = "merge" if KINDS[adapter].merges else "search" if recipe.search else "train"
     return replace(
-        recipe, train=train, quantize=(recipe.quantize or QuantizeConfig()) if packed else None,
-        merge=MergeConfig() if merges else None, output=f"{recipe.output}-{pipeline}",
+        recipe, train=train, quantize=(recipe.quantize or QuantizeConfig()) if KINDS[adapter].packed else None,
+        merge=(recipe.merge or MergeConfig()) if KINDS[adapter].merges else None, output=f"{recipe.output}-{adapter}",
         evaluate_on=(*(name for name in recipe.evaluate_on if name != "merge"), last),
     )  # fmt: skip
 
@@ -219,11 +218,11 @@ def finished(folder: Path, key: str, say: Callable[[str], None]) -> artifact.Man
 def _verb(name: str) -> Callable[[str, Any, Path], dict[str, Any]]:
     """The stage's public function, imported when it is needed."""
     if name == "sparsify":
-        from sqft.sparsity.stage import sparsify
+        from sqft.compressing.sparsify import sparsify
 
         return lambda source, config, out: sparsify(source, config, out=out, overwrite=True)
     if name == "quantize":
-        from sqft.quantizing import quantize
+        from sqft.compressing.quantize import quantize
 
         return lambda source, config, out: quantize(source, config, out=out, overwrite=True)
     if name == "train":
@@ -231,11 +230,11 @@ def _verb(name: str) -> Callable[[str, Any, Path], dict[str, Any]]:
 
         return lambda source, config, out: train(source, config, out=out, overwrite=True)
     if name == "search":
-        from sqft.nls.search import search
+        from sqft.searching.stage import search
 
         return lambda source, config, out: search(source, config, out=out, overwrite=True)
     if name == "merge":
-        from sqft.merging import merge
+        from sqft.merging.stage import merge
 
         return lambda source, config, out: merge(source, config, out=out, overwrite=True)
     if name == "measure":

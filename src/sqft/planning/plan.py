@@ -1,7 +1,7 @@
 """``--dry-run``: what a recipe would do and about what it would take, without loading or writing anything.
 
 A model skeleton on the ``meta`` device goes through the stages, so that options which do not fit the model (a group
-size, a module pattern, a pipeline) are the same errors as in the run itself, only earlier.
+size, a module pattern, an adapter) are the same errors as in the run itself, only earlier.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
-from sqft.adapters.elastic import make_groups
 from sqft.calibration.data import SUFFIXES, read_records
+from sqft.compressing.quantize import plan as quantize_plan
+from sqft.compressing.quantize import template
+from sqft.compressing.sparsify import accelerator, make_plan
 from sqft.config import to_dict
+from sqft.elastic.groups import make_groups
 from sqft.errors import SqftError
 from sqft.formats.checkpoint import is_packed, plan_tensors
-from sqft.measuring import estimate, workload
-from sqft.measuring.device import Speed, measure_device
-from sqft.measuring.estimate import Estimate, Run
-from sqft.measuring.shape import shape_of, skeleton
 from sqft.models.dense import DTYPES, locate
 from sqft.models.discover import describe, resolve_targets
-from sqft.nls import evaluator
-from sqft.nls import search as searching
-from sqft.pipeline import Recipe, Step, finished, resolve_model, steps
-from sqft.quantizing import plan as quantize_plan
-from sqft.quantizing import template
-from sqft.sparsity.stage import accelerator, make_plan
+from sqft.planning import estimate, workload
+from sqft.planning.device import Speed, measure_device
+from sqft.planning.estimate import Estimate, Run
+from sqft.planning.shape import shape_of, skeleton
+from sqft.recipe import Recipe, Step, finished, resolve_model, steps
+from sqft.registry import KINDS
+from sqft.searching import evaluator
+from sqft.searching import stage as searching
 from sqft.training import loop
 
 PROCESS = 500 * 10**6  # bytes of the interpreter and libraries
@@ -219,7 +220,7 @@ class Walk:
     def _train(self, run: Run, step: Step) -> Estimate | None:
         config = step.config
         if not self.packed:
-            loop.check_pipeline(self.model, config.pipeline, step.source)
+            loop.check_kind(self.model, KINDS[config.adapter], step.source)
         names = set(resolve_targets(self.architecture, config.target_modules))
         adapted = [linear for linear in run.shape.linears if linear.name in names]
         make_groups([linear.name for linear in adapted], config.rank_groups, config.search_space or [config.r])

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sqft.adapters.elastic import Ranks
-from sqft.adapters.ranks import set_ranks
-from sqft.adapters.space import SearchSpace
 from sqft.config import SearchConfig
+from sqft.elastic.groups import Ranks
+from sqft.elastic.handle import set_ranks
+from sqft.elastic.space import SearchSpace
 from sqft.errors import SqftError, UsageError
 from sqft.evaluation.likelihood import completion_loss
 from sqft.evaluation.scoring import score

@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from sqft.adapters.elastic import Ranks, active_rank
+from sqft.adapters.lora import active_rank
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
-from sqft.adapters.ranks import apply_ranks, rank_groups
+from sqft.elastic.groups import Ranks
+from sqft.elastic.handle import apply_ranks, rank_groups
 from sqft.errors import UsageError
 
 STRATEGIES = ("uniform", "sandwich", "weighted")

@@ -18,20 +18,20 @@ import yaml
 from optuna.study import Study
 
 from sqft import artifact
-from sqft.adapters.elastic import Ranks
-from sqft.adapters.heuristics import HEURISTICS, Records, heuristic, read_records
-from sqft.adapters.ranks import set_ranks
-from sqft.adapters.space import SearchSpace, space_of
 from sqft.config import SearchConfig, to_dict
+from sqft.elastic.groups import Ranks
+from sqft.elastic.handle import set_ranks
+from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
+from sqft.elastic.space import SearchSpace, space_of
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
-from sqft.nls.choose import TRIALS, write_sub_adapter
-from sqft.nls.evaluator import Evaluator, Scorer
-from sqft.nls.picking import Point, pareto_front, pick
-from sqft.nls.plots import plot_pareto, plot_progress
-from sqft.nls.strategies import SEARCHES, ranks_of
-from sqft.nls.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
 from sqft.probe import write_probe
+from sqft.searching.choose import TRIALS, write_sub_adapter
+from sqft.searching.evaluator import Evaluator, Scorer
+from sqft.searching.picking import Point, pareto_front, pick
+from sqft.searching.plots import plot_pareto, plot_progress
+from sqft.searching.strategies import SEARCHES, ranks_of
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sqft.nls.picking import Point, pareto_front
+from sqft.searching.picking import Point, pareto_front
 
 BLUE, ORANGE, GREY = "#2563a8", "#d1601c", "#8a8f98"
 MARKERS = {"maximal": "^", "minimal": "v"}  # other heuristics: a square

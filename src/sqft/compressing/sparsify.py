@@ -20,7 +20,7 @@ from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Architecture, Block, describe, match_modules
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter, layout
-from sqft.registry import Registry
+from sqft.registry import SPARSIFIERS
 from sqft.sparsity.masks import (
     attach_masks,
     count_zeros,
@@ -43,10 +43,6 @@ class Sparsifier(Protocol):
     ) -> Tensor: ...
 
 
-SPARSIFIERS = Registry(
-    "sparsity method",
-    {"magnitude": "sqft.sparsity.magnitude:magnitude", "wanda": "sqft.sparsity.wanda:wanda"},
-)
 WITHOUT_CALIBRATION = ("magnitude",)
 
 

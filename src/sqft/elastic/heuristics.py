@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from sqft.adapters.elastic import Ranks
-from sqft.adapters.ranks import RECORDS
-from sqft.adapters.space import SearchSpace, space_of
+from sqft.elastic.groups import Ranks
+from sqft.elastic.handle import RECORDS
+from sqft.elastic.space import SearchSpace, space_of
 from sqft.errors import SqftError, UsageError, did_you_mean
 
 Records = Sequence[tuple[Sequence[int], float]]  # of training: each group's choice, and the loss under them
