@@ -72,7 +72,7 @@ def test_parse_size() -> None:
 
 
 def test_registry_suggests() -> None:
-    registry = Registry("method", {"wanda": "sqft.sparsity.wanda:wanda"})
+    registry = Registry("method", "sqft.tests", {"wanda": "sqft.sparsity.wanda:wanda"})
     assert registry["wanda"].__name__ == "wanda"
     with pytest.raises(sqft.UsageError, match="unknown method 'wand': did you mean 'wanda'"):
         registry["wand"]
