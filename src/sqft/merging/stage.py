@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from sqft import artifact
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked, is_quant_aware, merged_weight
-from sqft.config import MergeConfig, parse_size, to_dict
+from sqft.config import MergeConfig, parse_size
 from sqft.elastic.groups import Ranks
 from sqft.elastic.handle import set_ranks
 from sqft.elastic.heuristics import resolve_ranks
@@ -30,6 +30,7 @@ from sqft.kernels.torch_ops import pack_mask, unpack_mask
 from sqft.models.dense import load_dense, save_settings
 from sqft.models.discover import describe, weight_of
 from sqft.models.tensors import write_model
+from sqft.options import to_dict
 from sqft.probe import check_probe, logits, sample_tokens, tolerance
 from sqft.sparsity.masks import (
     attach_masks,
