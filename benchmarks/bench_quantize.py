@@ -10,6 +10,7 @@ mask again before its perplexity is measured. Both run in a process of their own
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -24,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sqft
-import sqft.compressing.quantize
 from sqft.calibration.data import token_blocks
+from sqft.compressing.passes import Quantize
 from sqft.evaluation.perplexity import perplexity
 from sqft.formats.checkpoint import packed_layers, unpack_model
 from sqft.models.discover import describe
@@ -41,10 +42,11 @@ SPARSIFY = sqft.SparsifyConfig(samples=32, length=512, batch_size=4)
 def quantize_here(folder: str, tokens: str, out: str, propagate: bool) -> dict[str, Any]:
     """Our stage, folder to folder, in this process."""
     ids = load_file(tokens)["tokens"]
+    each = Quantize(CONFIG)
     if not propagate:
-        sqft.compressing.quantize.QUANTIZERS = {"gptq": functools.partial(gptq, propagate=False)}  # type: ignore[assignment]
+        each.method = dataclasses.replace(gptq, function=functools.partial(gptq.function, propagate=False))
     with PeakMemory() as peak:
-        metrics = sqft.quantize(folder, CONFIG, ids, out=out)
+        metrics = sqft.compress(folder, [each], ids, out=out)
     return {**metrics, "peak_mib": peak.mib, "highest_mib": peak.highest_mib}
 
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from sqft.adapters.config import SqftConfig as SqftConfig
     from sqft.adapters.peft_bridge import attach as attach
     from sqft.comparison import compare as compare
-    from sqft.compressing.quantize import quantize as quantize
-    from sqft.compressing.sparsify import sparsify as sparsify
+    from sqft.compressing.stage import compress as compress
+    from sqft.compressing.stage import quantize as quantize
+    from sqft.compressing.stage import sparsify as sparsify
     from sqft.config import EvaluateConfig as EvaluateConfig
     from sqft.config import MeasureConfig as MeasureConfig
     from sqft.config import MergeConfig as MergeConfig
@@ -65,9 +66,10 @@ _WHERE = {
     "extract": "sqft.searching.choose",
     "search": "sqft.searching.stage",
     "run": "sqft.recipe",
-    "quantize": "sqft.compressing.quantize",
+    "quantize": "sqft.compressing.stage",
     "report": "sqft.reporting.page",
-    "sparsify": "sqft.compressing.sparsify",
+    "sparsify": "sqft.compressing.stage",
+    "compress": "sqft.compressing.stage",
     "Example": "sqft.tasks.base",
     "train": "sqft.training.loop",
     "RankScheduler": "sqft.elastic.scheduler",

@@ -218,11 +218,11 @@ def finished(folder: Path, key: str, say: Callable[[str], None]) -> artifact.Man
 def _verb(name: str) -> Callable[[str, Any, Path], dict[str, Any]]:
     """The stage's public function, imported when it is needed."""
     if name == "sparsify":
-        from sqft.compressing.sparsify import sparsify
+        from sqft.compressing.stage import sparsify
 
         return lambda source, config, out: sparsify(source, config, out=out, overwrite=True)
     if name == "quantize":
-        from sqft.compressing.quantize import quantize
+        from sqft.compressing.stage import quantize
 
         return lambda source, config, out: quantize(source, config, out=out, overwrite=True)
     if name == "train":

@@ -13,6 +13,7 @@ import sqft
 from sqft.models.discover import describe
 from sqft.sparsity.magnitude import magnitude
 from sqft.sparsity.masks import mask_of
+from sqft.sparsity.pattern import Pattern
 from sqft.sparsity.wanda import wanda
 
 
@@ -35,13 +36,14 @@ def naive(score: Tensor, ratio: float, pattern: tuple[int, int] | None) -> Tenso
 def test_equal_the_naive_versions(rows: int, eighths: int, ratio: float, pattern, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, 8 * eighths, generator=g)
+    made = Pattern(None, *pattern) if pattern else Pattern(ratio)
     norm = torch.rand(8 * eighths, generator=g, dtype=torch.float64) + 0.1
-    assert torch.equal(magnitude(w, None, ratio, pattern), naive(w.double().abs(), ratio, pattern))
-    assert torch.equal(wanda(w, norm, ratio, pattern), naive(w.double().abs() * norm, ratio, pattern))
+    assert torch.equal(magnitude(w, made).mask_OI, naive(w.double().abs(), ratio, pattern))
+    assert torch.equal(wanda(w, norm, made).mask_OI, naive(w.double().abs() * norm, ratio, pattern))
 
 
 def test_ties_prune_exactly_the_share() -> None:
-    mask = magnitude(torch.ones(5, 16), None, 0.5, None)
+    mask = magnitude(torch.ones(5, 16), Pattern(0.5)).mask_OI
     assert (mask.sum(1) == 8).all()
 
 

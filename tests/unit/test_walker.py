@@ -29,7 +29,7 @@ class Routed(nn.Module):
 
 
 class Inputs:
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self.seen: list[torch.Tensor] = []
 
     def update(self, x: torch.Tensor) -> None:
@@ -43,7 +43,7 @@ def test_groups_see_what_the_changed_layers_before_them_give(twice: bool) -> Non
     module = Routed(twice)
     weights = {name: Weight(name, getattr(module, name), module) for name in ("first", "expert", "last")}
     batches = [torch.randn(2, 3, 4) + shift for shift in (5.0, -5.0, 5.0)]
-    calls = Calls(list(batches), [((), {})], returns_tuple=False)
+    calls = Calls(list(batches), [[((), {})] * 3], returns_tuple=False)
     order, inputs = [], {}
 
     def change(block: Block, statistics: dict) -> None:
@@ -67,7 +67,7 @@ def test_groups_see_what_the_changed_layers_before_them_give(twice: bool) -> Non
 def test_an_error_in_the_middle_leaves_no_hooks() -> None:
     module = Routed(False)
     weights = {name: Weight(name, getattr(module, name), module) for name in ("first", "expert", "last")}
-    calls = Calls([torch.ones(1, 2, 4)], [((), {})], returns_tuple=False)
+    calls = Calls([torch.ones(1, 2, 4)], [[((), {})]], returns_tuple=False)
 
     def change(block: Block, statistics: dict) -> None:
         raise KeyboardInterrupt

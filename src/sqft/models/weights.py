@@ -93,9 +93,17 @@ class Weight:
         module: Any = self.module
         if self.packed:
             return module.dequantize()
-        w = stored(module, self._parameter).detach()
-        w = w if self._index is None else w[self._index]
-        return w.mT if self.transposed else w
+        return self.part(stored(module, self._parameter).detach())
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter of the module that holds it, transposed or with others as may be."""
+        return getattr(self.module, self._parameter)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Its [O, I] in a tensor that is shaped as ``parameter`` is (its gradient, say)."""
+        part = whole if self._index is None else whole[self._index]
+        return part.mT if self.transposed else part
 
     def write(self, w_OI: Tensor) -> None:
         """Takes the values of ``w_OI`` in a new tensor (the old one may be a mapped file), of the dtype, the device and
