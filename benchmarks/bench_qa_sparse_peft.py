@@ -30,7 +30,7 @@ def layer_case(outputs: int, inputs: int, tokens: int, rounds: int) -> dict[str,
     torch.manual_seed(0)
     mask = torch.rand(outputs, inputs) < 0.5
     w = torch.randn(outputs, inputs) * mask
-    layer = QuantLinear.from_quantized(rtn(w, None, mask, GridSpec(4, 64)), 64, False)
+    layer = QuantLinear.from_quantized(rtn(w, mask, GridSpec(4, 64)), 64, False)
     packed, bits = layer.packed(), pack_mask(mask)
     x, dy = torch.randn(tokens, inputs).requires_grad_(), torch.randn(tokens, outputs)
     a, b = torch.randn(32, inputs).requires_grad_(), (torch.randn(outputs, 32) * 0.01).requires_grad_()

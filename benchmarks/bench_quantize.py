@@ -10,6 +10,7 @@ mask again before its perplexity is measured. Both run in a process of their own
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -19,20 +20,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, PeakMemory, check, write_results
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sqft
-import sqft.compressing.quantize
 from sqft.calibration.data import token_blocks
+from sqft.compressing.passes import Quantize
 from sqft.evaluation.perplexity import perplexity
 from sqft.formats.checkpoint import packed_layers, unpack_model
 from sqft.models.discover import describe
 from sqft.quantization.gptq import gptq
 from sqft.recipe import resolve_model
-from sqft.sparsity.masks import mask_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = ROOT / ".venv-gptqmodel" / "bin" / "python"
@@ -43,10 +42,11 @@ SPARSIFY = sqft.SparsifyConfig(samples=32, length=512, batch_size=4)
 def quantize_here(folder: str, tokens: str, out: str, propagate: bool) -> dict[str, Any]:
     """Our stage, folder to folder, in this process."""
     ids = load_file(tokens)["tokens"]
+    each = Quantize(CONFIG)
     if not propagate:
-        sqft.compressing.quantize.QUANTIZERS = {"gptq": functools.partial(gptq, propagate=False)}  # type: ignore[assignment]
+        each.method = dataclasses.replace(gptq, function=functools.partial(gptq.function, propagate=False))
     with PeakMemory() as peak:
-        metrics = sqft.quantize(folder, CONFIG, ids, out=out)
+        metrics = sqft.compress(folder, [each], ids, out=out)
     return {**metrics, "peak_mib": peak.mib, "highest_mib": peak.highest_mib}
 
 
@@ -80,13 +80,13 @@ def scores_of_peer(source: str, weights: dict[str, Tensor], masks: dict[str, Ten
     """Perplexity of GPTQModel's weights, masked again, and how many pruned weights there were and it had kept zero."""
     model, tokenizer = sqft.load(source)
     pruned = kept = 0
-    for name, linear in describe(model).linears():
-        weight = weights[name]
+    for layer in describe(model).weights():
+        name, weight = layer.name, weights[layer.name]
         if name in masks:
             pruned += int((~masks[name]).sum())
             kept += int((weight[~masks[name]] == 0).sum())
             weight = weight * masks[name]
-        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer.write(weight)
     return scores(model, tokenizer, texts, tokens), pruned, kept
 
 
@@ -123,8 +123,8 @@ def main() -> None:
     masks: dict[str, Tensor] = {}
     if arguments.only != "dense":
         sqft.sparsify(runs / "dense", SPARSIFY, tokens, out=runs / "sparse")
-        masks = {name: mask for name, linear in describe(sqft.load(runs / "sparse")[0]).linears()
-                 if (mask := mask_of(linear)) is not None}  # fmt: skip
+        masks = {weight.name: mask for weight in describe(sqft.load(runs / "sparse")[0]).weights()
+                 if (mask := weight.mask) is not None}  # fmt: skip
     results: dict[str, Any] = {}
     if arguments.only:
         results = json.loads((RESULTS / "quantize.json").read_text())["results"]

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from sqft.adapters.config import SqftConfig as SqftConfig
     from sqft.adapters.peft_bridge import attach as attach
     from sqft.comparison import compare as compare
-    from sqft.compressing.quantize import quantize as quantize
-    from sqft.compressing.sparsify import sparsify as sparsify
+    from sqft.compressing.stage import compress as compress
+    from sqft.compressing.stage import quantize as quantize
+    from sqft.compressing.stage import sparsify as sparsify
     from sqft.config import EvaluateConfig as EvaluateConfig
     from sqft.config import ExtractConfig as ExtractConfig
     from sqft.config import MeasureConfig as MeasureConfig
@@ -57,6 +58,7 @@ _WHERE = {
     "save": "sqft.folders",
     "run": "sqft.recipe",
     "report": "sqft.reporting.page",
+    "compress": "sqft.compressing.stage",
     "Example": "sqft.tasks.base",
 }
 

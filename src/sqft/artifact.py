@@ -104,7 +104,7 @@ def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "
         out: the folder to make; None: nothing is written, and only the seconds are measured.
         source: folder, file or hub name of what it is made from; "" for a live model.
         base: of an adapter that was made from another adapter, the model that it goes on.
-        given: what was passed from Python instead of options, as plain values: part of the key and the manifest.
+        given: what was passed besides: plain values or configs, part of the key and the manifest.
         key: instead of the one that follows from all this.
 
     Raises UsageError, before any work, for an output that cannot be written, holds something, or holds the input.
@@ -112,7 +112,12 @@ def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "
     inputs = [source, base, *_folders(config)]
     path = None if out is None else check_output(out, overwrite, inputs)
     started = time.perf_counter()
-    manifest = Manifest(name, recorded(config) | dict(given or {}), seed=getattr(config, "seed", None), key=key)
+    manifest = Manifest(
+        name,
+        recorded(config) | {k: recorded(v) if dataclasses.is_dataclass(v) else v for k, v in (given or {}).items()},
+        seed=getattr(config, "seed", None),
+        key=key,
+    )
     if path is not None and source:
         manifest.parent, manifest.parent_key = relative_parent(source, path), folder_key(source)
     if path is not None and base:

@@ -29,9 +29,10 @@ def stage_key(stage: str, config: Any, parent_key: str, given: Mapping[str, Any]
     Args:
         config: the stage's options, a config dataclass, or None.
         parent_key: of what the stage was made from.
-        given: what was passed from Python instead of options, as plain values.
+        given: what was passed besides: plain values or configs.
     """
-    text = json.dumps([FORMAT, stage, _identity(config), given or {}, parent_key], sort_keys=True)
+    others = {k: _identity(v) if dataclasses.is_dataclass(v) else v for k, v in (given or {}).items()}
+    text = json.dumps([FORMAT, stage, _identity(config), others, parent_key], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -48,9 +48,9 @@ def _load(path: str) -> Any:
 _MODEL = "folder, .gguf file or hub name"
 _ADAPTER = "folder that 'sqft train' or 'sqft search' wrote"
 ROWS = (
-    Stage("sparsify", config.SparsifyConfig, "sqft.compressing.sparsify:sparsify", "prune a model's linear weights",
+    Stage("sparsify", config.SparsifyConfig, "sqft.compressing.stage:sparsify", "prune a model's linear weights",
           "model", _MODEL, estimate="sqft.planning.estimate:sparsify"),
-    Stage("quantize", config.QuantizeConfig, "sqft.compressing.quantize:quantize",
+    Stage("quantize", config.QuantizeConfig, "sqft.compressing.stage:quantize",
           "quantize a model's linear weights; pruned weights stay exactly zero", "model", _MODEL,
           estimate="sqft.planning.estimate:quantize"),
     Stage("train", config.TrainConfig, "sqft.training.loop:train", "fine-tune adapters on a sparse model", "adapter",

@@ -288,7 +288,7 @@ def test_ctrl_c_in_each_stage(
 ) -> None:
     """Ctrl-C in the middle of the work: one message, exit code 1, nothing half-written."""
     where, arguments = {
-        "sparsify": ("sqft.sparsity.wanda.keep_largest", [dense, tmp_path / "out", *FAST]),
+        "sparsify": ("sqft.sparsity.pattern.Pattern.kept", [dense, tmp_path / "out", *FAST]),
         "train": ("sqft.training.callbacks.ProgressBar.on_step_end", [sparse, tmp_path / "out", *TRAIN]),
         "merge": ("sqft.merging.stage.merged_weight", [trained, tmp_path / "out"]),
         "evaluate": ("sqft.evaluation.generation.generate",

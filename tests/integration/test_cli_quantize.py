@@ -98,15 +98,17 @@ def test_wrong_usage(dense: Path, sparse: Path, packed: Path, tmp_path: Path, ca
 
 def test_widths_that_do_not_fill_words_are_refused(tmp_path: Path, capsys) -> None:
     pico_folder(tmp_path / "opt", "opt")
-    import sqft.compressing.quantize as quantizing
+    from sqft.compressing.passes import quantized_layers
     from sqft.config import QuantizeConfig
+    from sqft.errors import UsageError
     from sqft.models.dense import load_dense
     from sqft.models.discover import describe
 
     model = load_dense(tmp_path / "opt")
-    model.model.decoder.layers[1].fc1.out_features = 63
-    with pytest.raises(quantizing.UsageError, match="have to fill 32-bit words"):
-        quantizing.plan(describe(model), QuantizeConfig(group_size=32))
+    linear = model.model.decoder.layers[1].fc1
+    linear.weight = type(linear.weight)(linear.weight[:63].detach())
+    with pytest.raises(UsageError, match="have to fill 32-bit words"):
+        quantized_layers(describe(model), QuantizeConfig(group_size=32))
 
 
 def test_corrupt_packed_folders(packed: Path, tmp_path: Path, capsys) -> None:

@@ -24,7 +24,8 @@ from sqft.formats.checkpoint import mark_packed, packed_layers
 from sqft.quantization.gptq import gptq
 from sqft.quantization.grid import Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
-from sqft.quantization.rtn import Quantized, rtn
+from sqft.quantization.method import Quantized
+from sqft.quantization.rtn import rtn
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +54,7 @@ def scrambled(weight: Tensor, spec: GridSpec) -> Quantized:
     """As GPTQ with act-order and without static groups leaves it: neighbours in a random order share a group."""
     inputs = weight.shape[1]
     order = torch.randperm(inputs, generator=torch.Generator().manual_seed(1))
-    q_OI, grid = rtn(weight[:, order], None, None, spec)
+    q_OI, grid = rtn(weight[:, order], None, spec)
     back = order.argsort()
     group_I = torch.arange(inputs) // spec.columns(inputs)
     return Quantized(q_OI[:, back], Grid(spec.bits, grid.scale_OG, grid.zero_OG, group_I[back]))

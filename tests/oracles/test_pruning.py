@@ -13,6 +13,7 @@ import sqft
 from sqft.models.discover import describe
 from sqft.sparsity.magnitude import magnitude
 from sqft.sparsity.masks import mask_of
+from sqft.sparsity.pattern import Pattern
 from sqft.sparsity.wanda import wanda
 
 
@@ -35,13 +36,14 @@ def naive(score: Tensor, ratio: float, pattern: tuple[int, int] | None) -> Tenso
 def test_equal_the_naive_versions(rows: int, eighths: int, ratio: float, pattern, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, 8 * eighths, generator=g)
+    made = Pattern(None, *pattern) if pattern else Pattern(ratio)
     norm = torch.rand(8 * eighths, generator=g, dtype=torch.float64) + 0.1
-    assert torch.equal(magnitude(w, None, ratio, pattern), naive(w.double().abs(), ratio, pattern))
-    assert torch.equal(wanda(w, norm, ratio, pattern), naive(w.double().abs() * norm, ratio, pattern))
+    assert torch.equal(magnitude(w, made).mask_OI, naive(w.double().abs(), ratio, pattern))
+    assert torch.equal(wanda(w, norm, made).mask_OI, naive(w.double().abs() * norm, ratio, pattern))
 
 
 def test_ties_prune_exactly_the_share() -> None:
-    mask = magnitude(torch.ones(5, 16), None, 0.5, None)
+    mask = magnitude(torch.ones(5, 16), Pattern(0.5)).mask_OI
     assert (mask.sum(1) == 8).all()
 
 
@@ -51,7 +53,7 @@ def test_wanda_of_a_whole_model(family: str, tokens: Tensor) -> None:
     model, reference = pico_model(family), pico_model(family)
     sqft.sparsify(model, sqft.SparsifyConfig(batch_size=4), tokens)  # 6 blocks: batches of 3
     for block in describe(reference).blocks:
-        squares = {name: torch.zeros(linear.in_features, dtype=torch.float64) for name, linear in block.linears.items()}
+        squares = {name: torch.zeros(weight.shape[1], dtype=torch.float64) for name, weight in block.weights.items()}
 
         def observe(name: str, squares=squares):
             def hook(module, arguments):
@@ -59,13 +61,14 @@ def test_wanda_of_a_whole_model(family: str, tokens: Tensor) -> None:
 
             return hook
 
-        handles = [linear.register_forward_pre_hook(observe(name)) for name, linear in block.linears.items()]
+        handles = [weight.module.register_forward_pre_hook(observe(name)) for name, weight in block.weights.items()]
         with torch.no_grad():
             for batch in tokens.split(3):
                 reference(input_ids=batch, use_cache=False)
         for handle in handles:
             handle.remove()
-        for name, linear in block.linears.items():
+        for name, weight in block.weights.items():
+            linear = weight.module
             mask = naive(linear.weight.detach().double().abs() * squares[name].sqrt(), 0.5, None)
             ours = model.get_submodule(name)
             assert torch.equal(mask_of(ours), mask), name

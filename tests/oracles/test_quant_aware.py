@@ -16,7 +16,8 @@ from sqft.kernels.quant_ops import Adapter, Packed, dequantized, merged, quant_a
 from sqft.kernels.torch_ops import drop, pack_mask
 from sqft.quantization.grid import Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
-from sqft.quantization.rtn import Quantized, rtn
+from sqft.quantization.method import Quantized
+from sqft.quantization.rtn import rtn
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "qa_sparsepeft.npz"
 CASES = ["qa_g128_sym", "qa_g32_sym", "qa_g32_asym", "qa_g32_sym_dequantbase", "qa_g32_sym_fp16scales"]
@@ -90,7 +91,7 @@ def problem(bits: int, symmetric: bool = False, scrambled: bool = False, seed: i
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(96, 64, generator=g) < 0.5
     w = torch.randn(96, 64, generator=g) * mask
-    q_OI, grid = rtn(w, None, mask, GridSpec(bits, 32, symmetric))
+    q_OI, grid = rtn(w, mask, GridSpec(bits, 32, symmetric))
     if scrambled:
         order = torch.randperm(64, generator=g)
         group = torch.arange(64).div(32, rounding_mode="floor")

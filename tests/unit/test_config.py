@@ -14,12 +14,13 @@ from pico import FAMILIES, pico_model
 from torch import nn
 
 import sqft
-from sqft.compressing.sparsify import make_plan
+from sqft.compressing.passes import patterns
 from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig, parse_size
 from sqft.models.discover import describe, resolve_targets
 from sqft.models.tensors import ModelWriter, layout
 from sqft.options import from_dict, to_dict
 from sqft.registry import Registry
+from sqft.sparsity.pattern import Pattern
 
 CONFIGS = (SparsifyConfig, TrainConfig, MergeConfig, EvaluateConfig)
 
@@ -73,7 +74,7 @@ def test_parse_size() -> None:
 
 def test_registry_suggests() -> None:
     registry = Registry("method", "sqft.tests", {"wanda": "sqft.sparsity.wanda:wanda"})
-    assert registry["wanda"].__name__ == "wanda"
+    assert registry["wanda"].function.__name__ == "wanda"
     with pytest.raises(sqft.UsageError, match="unknown method 'wand': did you mean 'wanda'"):
         registry["wand"]
 
@@ -92,8 +93,8 @@ def test_default_targets_are_the_papers_five_or_what_fuses_them(family: str) -> 
     architecture = describe(pico_model(family))
     leaves = {name.rsplit(".", 1)[1] for name in resolve_targets(architecture, [])}
     assert leaves == set(architecture.family.targets)
-    linears = [name for name, _ in architecture.linears()]
-    assert len(linears) == 2 * len(architecture.family.linears) and not any("lm_head" in name for name in linears)
+    names = architecture.names()
+    assert len(names) == 2 * len(architecture.family.linears) and not any("lm_head" in name for name in names)
 
 
 def test_discovery_checks_the_live_model() -> None:
@@ -115,9 +116,9 @@ def test_discovery_checks_the_live_model() -> None:
 def test_overrides_and_exclusions() -> None:
     architecture = describe(pico_model())
     config = SparsifyConfig(pattern="2:4", overrides={"down_proj": 0.25}, exclude=["model.layers.0.*"])
-    plan = make_plan(architecture, config)
-    assert plan["model.layers.1.mlp.down_proj"] == (0.25, None)
-    assert plan["model.layers.1.mlp.up_proj"] == (0.5, (2, 4))
+    plan = patterns(architecture, config)
+    assert plan["model.layers.1.mlp.down_proj"] == Pattern(0.25)
+    assert plan["model.layers.1.mlp.up_proj"] == Pattern.parse("2:4")
     assert not any(name.startswith("model.layers.0.") for name in plan)
     model = pico_model()
     metrics = sqft.sparsify(
@@ -127,9 +128,9 @@ def test_overrides_and_exclusions() -> None:
     assert metrics["by_module"]["model.layers.1.self_attn.o_proj"] == 0
     assert metrics["by_module"]["model.layers.1.self_attn.q_proj"] == 0.5
     with pytest.raises(sqft.UsageError, match="every module is excluded"):
-        make_plan(architecture, SparsifyConfig(exclude=["*"]))
+        patterns(architecture, SparsifyConfig(exclude=["*"]))
     with pytest.raises(sqft.UsageError, match="prunes nothing"):
-        make_plan(architecture, SparsifyConfig(sparsity=0.001))
+        patterns(architecture, SparsifyConfig(sparsity=0.001))
 
 
 def test_live_calls_that_lack_something(tokens) -> None:

@@ -14,7 +14,7 @@ from sqft.formats.settings import Settings
 from sqft.kernels.packing import unpack
 from sqft.quantization.grid import Grid
 from sqft.quantization.linear import QuantLinear
-from sqft.quantization.rtn import Quantized
+from sqft.quantization.method import Quantized
 
 BITS = (2, 3, 4, 8)
 CODERS = [(gptq, "gptq"), (gptq, "gptq_v2"), (compressed_tensors, compressed_tensors.VERSION)]

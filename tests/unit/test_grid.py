@@ -84,7 +84,7 @@ def test_packing_round_trips_also_ragged_widths(bits: int, count: int, columns: 
 def test_quant_linear_is_its_dequantized_weight(bits: int, symmetric: bool) -> None:
     w = weights(3, rows=32)
     w = torch.cat([w, w.flip(1)])
-    quantized = rtn(w, None, None, GridSpec(bits, 32, symmetric))
+    quantized = rtn(w, None, GridSpec(bits, 32, symmetric))
     layer = QuantLinear.from_quantized(quantized, 32, symmetric, bias=torch.arange(64.0))
     assert torch.equal(layer.integers(), quantized.q_OI)
     assert torch.equal(layer.dequantize(), quantized.weight())

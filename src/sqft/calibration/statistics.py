@@ -1,31 +1,61 @@
-"""Streaming statistics of a linear layer's inputs. Shape letters: T tokens, I input features."""
+"""What methods can ask to know of a weight. Shape letters: T tokens, O output features, I input features.
+
+A statistic of inputs is made for each input of a block (by the name of the first layer that takes it), is given the
+calibration tokens batch by batch and then asked for its value; a ``Gradient`` is of the whole model before the walk.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from sqft.errors import SqftError
 from sqft.kernels.dispatch import product
+from sqft.models.weights import Weight
 
 STRIP = 256  # rows of a Hessian that are computed at once
 
 
-class ColumnNorm:
+class Statistic(Protocol):
+    """Of a layer's inputs."""
+
+    def __init__(self, name: str) -> None: ...
+
+    def update(self, x: Tensor) -> None:
+        """Adds tokens; x: [..., I]."""
+        ...
+
+    def value(self) -> Tensor:
+        """What the method gets. Raises SqftError if an input was infinite or not a number."""
+        ...
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest float that a device computes with: float64, but for Apple's."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class ColumnNorms:
     """L2 norm of every input feature over all tokens seen, summed in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "a layer") -> None:
+        self._name = name
         self._sum_I: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
         """Adds tokens; x: [..., I]."""
         x_TI = x.reshape(-1, x.shape[-1]).float()
-        squares_I = x_TI.square().sum(0, dtype=torch.float64)
+        squares_I = x_TI.square().sum(0, dtype=widest(x.device))
         self._sum_I = squares_I if self._sum_I is None else self._sum_I + squares_I
 
-    def norm(self) -> Tensor:
-        """float64 [I]."""
+    def value(self) -> Tensor:
+        """float64 [I]. Raises SqftError if an input was infinite or not a number."""
         assert self._sum_I is not None, "no tokens seen"
-        return self._sum_I.sqrt()
+        return _finite(self._sum_I, self._name).sqrt()
 
 
 class Hessian:
@@ -34,7 +64,8 @@ class Hessian:
     It is symmetric: of each strip of rows only the part up to the diagonal is computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "a layer") -> None:
+        self._name = name
         self._sum_II: Tensor | None = None
 
     def update(self, x: Tensor) -> None:
@@ -47,7 +78,59 @@ class Hessian:
             end = min(start + STRIP, inputs)
             self._sum_II[start:end, :end] += product(x_IT[start:end], x_IT[:end])
 
-    def matrix(self) -> Tensor:
-        """float32 [I, I]."""
+    def value(self) -> Tensor:
+        """float32 [I, I]. Raises SqftError if an input was infinite or not a number."""
         assert self._sum_II is not None, "no tokens seen"
+        _finite(self._sum_II.diagonal(), self._name)
         return self._sum_II.tril() + self._sum_II.tril(-1).mT
+
+
+class Gradient:
+    """Squared gradients of the model's loss with respect to a weight, summed over the calibration blocks."""
+
+    def __init__(self, name: str, shape: tuple[int, int], device: torch.device) -> None:
+        self._name = name
+        self._sum_OI = torch.zeros(shape, device=device)
+
+    def update(self, gradient_OI: Tensor) -> None:
+        """Adds one block's."""
+        self._sum_OI += gradient_OI.float().square()
+
+    def value(self) -> Tensor:
+        """float32 [O, I]. Raises SqftError if a gradient was infinite or not a number."""
+        return _finite(self._sum_OI, self._name)
+
+
+def gradients(model: Any, weights: Sequence[Weight], tokens_NT: Tensor) -> dict[str, Gradient]:
+    """A ``Gradient`` of each float weight, by name, of the model as it is: one backward pass a calibration block.
+
+    The model is computed where it lies, in the memory of the weights twice more and what a backward pass keeps. Raises
+    SqftError for a model whose weights accelerate has off-loaded.
+    """
+    parameters = {id(weight.parameter): weight.parameter for weight in weights}
+    if any(parameter.device.type == "meta" for parameter in parameters.values()):
+        raise SqftError("gradients need all of the model in memory: load it without off-loading")
+    before = [parameter.requires_grad for parameter in parameters.values()]
+    found = {weight.name: Gradient(weight.name, weight.shape, weight.device) for weight in weights}
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        for block_T in tqdm(tokens_NT, desc="Gradients", unit="block", disable=None):
+            block_NT = block_T[None].to(model.device)
+            with torch.enable_grad():
+                loss = model(input_ids=block_NT, labels=block_NT, use_cache=False).loss
+            given = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+            wholes = dict(zip(parameters, given, strict=True))
+            for weight in weights:
+                found[weight.name].update(weight.part(wholes[id(weight.parameter)]))
+    finally:
+        for parameter, required in zip(parameters.values(), before, strict=True):
+            parameter.requires_grad_(required)
+    return found
+
+
+def _finite(values: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise SqftError(f"the calibration activations of {name} are not finite (inf or NaN): use --dtype float32, or "
+                        "other calibration text")  # fmt: skip
+    return values

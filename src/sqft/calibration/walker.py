@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import greenlet
 import torch
@@ -19,26 +19,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sqft.calibration.statistics import Statistic
 from sqft.kernels.dispatch import product, release_memory
 from sqft.models.discover import Architecture, Block
 
-
-class Statistic(Protocol):
-    def update(self, x: Tensor) -> None: ...
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Change = Callable[[Block, dict[str, Statistic]], None]
 
 
 @dataclass
 class Calls:
-    """What flows between blocks: hidden states per batch, and how every block is called besides them."""
+    """What flows between blocks: hidden states per batch, and how every block is called besides them, per batch.
+
+    What is equal for all batches (masks and positions, mostly) is held once.
+    """
 
     hidden: list[Tensor]
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]  # per block; the same for all batches (equal shapes)
+    arguments: list[list[Arguments]]
     returns_tuple: bool
 
 
-def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: Callable[[], Statistic],
-         change: Callable[[Block, dict[str, Any]], None], progress: str, device: torch.device | None = None,
-         sequential: bool = False, fast: bool = False) -> Iterator[Block]:  # fmt: skip
+def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: type[Statistic],
+         change: Change, progress: str, device: torch.device, sequential: bool = False,
+         fast: bool = False) -> Iterator[Block]:  # fmt: skip
     """Lets ``change(block, statistics)`` change one block after the other; yields each when the walk is done with it.
 
     It is a generator so that a caller can write and drop a block before the next one is touched, or let two walks with
@@ -47,9 +50,11 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
     Args:
         tokens: int64 [N, T] calibration blocks, or None: then no forward is run and ``statistics`` is empty.
         new_statistic: makes an empty statistic; layers that share an input tensor share one.
-        change: ``statistics`` maps linears' full names to their statistics. It may replace the block's weights.
+        change: ``statistics`` maps weights' full names to their statistics. It may replace the block's weights.
         progress: what the progress bar says.
-        device: where a block is computed; default: where it lies.
+        device: where a block that lies on the CPU is computed and changed; it goes back there afterwards. A block that
+            lies on an accelerator stays there, and one that accelerate has hooks on goes where these put it. The
+            activations stay where they are computed.
         sequential: call ``change`` for each group of layers that share an input, in the order in which they run, with
             the inputs that the already changed layers give ("true sequential"). Costs one pass instead of two, and
             the memory of what a block's forward holds in its middle, for all tokens.
@@ -59,31 +64,40 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
         calls = None if tokens is None else capture(architecture, tokens, batch_size)
     for index, block in enumerate(tqdm(architecture.blocks, desc=progress, unit="block", disable=None)):
         with torch.no_grad(), _fast_products(block) if fast else contextlib.nullcontext():
-            home = next(block.module.parameters()).device
-            target = device or home
+            home, target = _places(block.module, device)
+            if target != home:
+                block.module.to(target)
             if calls is None:
                 change(block, {})
+            elif sequential:
+                _in_groups(block, index, calls, target, new_statistic, change)
             else:
-                block.module.to(target)
-                if sequential:
-                    _in_groups(block, index, calls, target, new_statistic, change)
-                else:
-                    with observing(block, new_statistic) as statistics:
-                        replay(block.module, index, calls, target)
-                    change(block, statistics)
-                    if index + 1 < len(architecture.blocks):
-                        replay(block.module, index, calls, target, keep=True)
-                if target != home:
-                    block.module.to(home)
+                with observing(block, new_statistic) as statistics:
+                    replay(block.module, index, calls, target)
+                change(block, statistics)
+                if index + 1 < len(architecture.blocks):
+                    replay(block.module, index, calls, target, keep=True)
+            if target != home:
+                block.module.to(home)
         yield block
         release_memory()
+
+
+def _places(module: nn.Module, device: torch.device) -> tuple[torch.device | None, torch.device | None]:
+    """Where a block lies and where it is to be computed; None: where accelerate's hooks put it."""
+    if any(hasattr(child, "_hf_hook") for child in module.modules()):
+        return None, None
+    home = next(module.parameters()).device
+    return home, device if home.type == "cpu" else home
 
 
 @contextlib.contextmanager
 def _fast_products(block: Block) -> Iterator[None]:
     """Lets the block's linear layers multiply by the fastest library: these passes are most of the work."""
     chosen: list[Any] = [
-        linear for linear in block.linears.values() if isinstance(linear, nn.Linear) and "forward" not in vars(linear)
+        weight.module
+        for weight in block.weights.values()
+        if isinstance(weight.module, nn.Linear) and "forward" not in vars(weight.module)
     ]
 
     def forward(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -101,8 +115,8 @@ def _fast_products(block: Block) -> Iterator[None]:
             del linear.forward
 
 
-def _in_groups(block: Block, index: int, calls: Calls, device: torch.device, new_statistic: Callable[[], Statistic],
-               change: Callable[[Block, dict[str, Any]], None]) -> None:  # fmt: skip
+def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | None, new_statistic: type[Statistic],
+               change: Change) -> None:  # fmt: skip
     """Changes a block group after group in one pass over the batches.
 
     Each batch's forward is a greenlet, which stops when it comes to a group and hands over the group's input. When the
@@ -118,7 +132,7 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device, new
     def stop(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         scheduler.switch((module, arguments[0]))
 
-    leaders = [block.linears[names[0]] for names in groups.values()]
+    leaders = [block.weights[names[0]].module for names in groups.values()]
     handles = [leader.register_forward_pre_hook(stop) for leader in leaders]
     forwards = [greenlet.greenlet(functools.partial(replay, block.module, index, calls, device, True, range(i, i + 1)))
                 for i in range(len(calls.hidden))]  # fmt: skip
@@ -134,7 +148,7 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device, new
     try:
         stops = [advance(forward) for forward in forwards]
         for leader, names in zip(leaders, groups.values(), strict=True):
-            statistic = new_statistic()
+            statistic = new_statistic(names[0])
             here = [i for i, stop in enumerate(stops) if stop and stop[0] is leader]
             for i in here:
                 statistic.update(stops[i][1])
@@ -151,23 +165,28 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device, new
 
 
 class _Nothing:
+    def __init__(self, name: str) -> None:
+        pass
+
     def update(self, x: Tensor) -> None:
         pass
+
+    def value(self) -> Tensor:
+        raise NotImplementedError
 
 
 class _Stop(Exception):
     """Ends a forward where nothing further is wanted of it."""
 
 
-def replay(module: nn.Module, index: int, calls: Calls, device: torch.device, keep: bool = False,
+def replay(module: nn.Module, index: int, calls: Calls, device: torch.device | None, keep: bool = False,
            batches: range | None = None) -> None:  # fmt: skip
     """Runs one block over all (or some) batches; with ``keep`` its outputs become the hidden states."""
-    arguments, keywords = _to(calls.arguments[index], device)
     for i in range(len(calls.hidden)) if batches is None else batches:
-        hidden = calls.hidden[i]
-        out = module(hidden.to(device), *arguments, **keywords)
+        arguments, keywords = _to(calls.arguments[index][i], device)
+        out = module(_to(calls.hidden[i], device), *arguments, **keywords)
         if keep:
-            calls.hidden[i] = (out[0] if calls.returns_tuple else out).to(hidden.device)
+            calls.hidden[i] = out[0] if calls.returns_tuple else out
 
 
 def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Calls:
@@ -177,15 +196,17 @@ def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Call
     through; only the first block is run, once on one token, to see whether blocks return a tuple.
     """
     modules = [block.module for block in architecture.blocks]
-    calls = Calls([], [((), {})] * len(modules), returns_tuple=False)
+    calls = Calls([], [[] for _ in modules], returns_tuple=False)
     replaced = [vars(module).get("forward") for module in modules]  # set on the instance by accelerate's hooks, say
     device = next(architecture.backbone.parameters()).device
+    if device.type == "meta":  # off-loaded: accelerate's hooks move the tokens
+        device = tokens.device
 
     def recorder(index: int) -> Callable[..., Any]:
         def record(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-            if not calls.hidden:
-                keywords = {k: v for k, v in keywords.items() if not _is_cache(k)}
-                calls.arguments[index] = (arguments, {**keywords, "use_cache": False})
+            keywords = {k: v for k, v in keywords.items() if not _is_cache(k)} | {"use_cache": False}
+            earlier = calls.arguments[index]
+            earlier.append(_shared((arguments, keywords), earlier[0] if earlier else None))
             if index == 0:
                 first.append(hidden)
             return (hidden, None) if calls.returns_tuple else hidden
@@ -193,7 +214,7 @@ def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Call
         return record
 
     first: list[Tensor] = []
-    # Batches of one size: then all of them are called with the same masks, positions and biases.
+    # Batches of one size: then nearly all that blocks are called with is the same for all of them.
     size = next(size for size in range(min(batch_size, len(tokens)), 0, -1) if len(tokens) % size == 0)
     with torch.no_grad():
         calls.returns_tuple = _returns_tuple(architecture, tokens[:1, :1].to(device))
@@ -229,7 +250,7 @@ def _returns_tuple(architecture: Architecture, token: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def observing(block: Block, new_statistic: Callable[[], Statistic]) -> Iterator[dict[str, Any]]:
+def observing(block: Block, new_statistic: type[Statistic]) -> Iterator[dict[str, Any]]:
     """Feeds the inputs of the block's linear layers to statistics while the block runs.
 
     Layers that are called with the very same tensor (q, k and v) share one statistic, which is updated once.
@@ -243,7 +264,7 @@ def observing(block: Block, new_statistic: Callable[[], Statistic]) -> Iterator[
             x = arguments[0]
             if name not in leaders:
                 leaders[name] = next((other for other, tensor in seen if tensor is x), name)
-                statistics[name] = statistics[leaders[name]] if leaders[name] != name else new_statistic()
+                statistics[name] = statistics[leaders[name]] if leaders[name] != name else new_statistic(name)
                 seen.append((name, x))
             if leaders[name] == name:
                 statistics[name].update(x)
@@ -253,7 +274,7 @@ def observing(block: Block, new_statistic: Callable[[], Statistic]) -> Iterator[
     def forget(module: nn.Module, arguments: Any, out: Any) -> None:
         seen.clear()
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in block.linears.items()]
+    handles = [weight.module.register_forward_pre_hook(hook(name)) for name, weight in block.weights.items()]
     handles.append(block.module.register_forward_hook(forget))
     try:
         yield statistics
@@ -266,12 +287,34 @@ def _is_cache(keyword: str) -> bool:
     return keyword in ("past_key_values", "past_key_value", "layer_past", "use_cache")
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    """Moves the tensors inside tuples, lists and dicts."""
+def _to(value: Any, device: torch.device | None) -> Any:
+    """Moves the tensors inside tuples, lists and dicts; None: leaves them where they are."""
+    return value if device is None else _mapped(value, lambda tensor, _: tensor.to(device))
+
+
+def _shared(value: Any, first: Any) -> Any:
+    """``value``, its tensors replaced by those at their place in ``first`` that are equal to them."""
+
+    def choose(tensor: Tensor, other: Any) -> Tensor:
+        alike = isinstance(other, Tensor) and (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
+        return other if alike and torch.equal(tensor, other) else tensor
+
+    return _mapped(value, choose, first)
+
+
+def _mapped(value: Any, change: Callable[[Tensor, Any], Tensor], other: Any = None) -> Any:
+    """``change(tensor, what other has at its place)`` for the tensors inside tuples, lists and dicts.
+
+    A container in which nothing changes stays the same object: blocks may share one and write to it.
+    """
     if isinstance(value, Tensor):
-        return value.to(device)
+        return change(value, other)
     if isinstance(value, dict):
-        return {k: _to(v, device) for k, v in value.items()}
+        others = other if isinstance(other, dict) else {}
+        new = {k: _mapped(v, change, others.get(k)) for k, v in value.items()}
+        return value if all(new[k] is v for k, v in value.items()) else new
     if isinstance(value, (tuple, list)):
-        return type(value)(_to(v, device) for v in value)
+        others = other if isinstance(other, (tuple, list)) and len(other) == len(value) else [None] * len(value)
+        items = [_mapped(v, change, o) for v, o in zip(value, others, strict=True)]
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
     return value

@@ -13,12 +13,11 @@ from typing import Any
 
 from sqft import artifact
 from sqft.calibration.data import SUFFIXES, read_records
-from sqft.compressing.quantize import plan as quantize_plan
-from sqft.compressing.quantize import template
-from sqft.compressing.sparsify import accelerator, make_plan
+from sqft.compressing.passes import patterns, quantized_layers
 from sqft.elastic.groups import make_groups
 from sqft.errors import SqftError
 from sqft.formats.checkpoint import is_packed, plan_tensors
+from sqft.kernels.dispatch import pick_device
 from sqft.models.dense import DTYPES, locate
 from sqft.models.discover import describe, resolve_targets
 from sqft.planning import estimate, workload
@@ -151,7 +150,7 @@ def _fill(planned: Planned, walk: Walk, step: Step, speed: Speed | None) -> None
         return
     assert speed is not None
     planned.seconds, planned.flops = guess.work.seconds(speed), guess.work.flops
-    planned.memory_bytes = guess.memory + (PROCESS if accelerator() is None else 0)
+    planned.memory_bytes = guess.memory + (PROCESS if pick_device().type == "cpu" else 0)
 
 
 class Walk:
@@ -195,26 +194,25 @@ class Walk:
         return guess
 
     def _sparsify(self, run: Run, config: Any) -> Estimate:
-        names = make_plan(self.architecture, config)
+        names = patterns(self.architecture, config)
         if config.dtype != "auto":
             self.model.to(DTYPES[config.dtype])
         shape = shape_of(self.model, self.architecture)
         self.run = Run(shape, shape.parameters * shape.itemsize)
         masks = sum(linear.weights for linear in shape.linears if linear.name in names) / 8
         self.disk = self.base_disk = self.run.bytes + masks
-        return estimate.sparsify(run, config, accelerator() is not None)
+        return estimate.sparsify(run, config, pick_device().type != "cpu")
 
     def _quantize(self, run: Run, config: Any) -> Estimate:
-        names = quantize_plan(self.architecture, config)
-        layers = {name: template(module, config) for name, module in self.architecture.linears() if name in names}
+        layers = quantized_layers(self.architecture, config)
         tensors = plan_tensors(self.model, layers, config.format)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        for block in self.architecture.blocks:
-            for name in [name for name in block.linears if name in layers]:
-                block.replace(name, layers[name])
+        for weight in self.architecture.weights():
+            if weight.name in layers:
+                weight.replace(layers[weight.name])
         self.run = run._replace(bytes=size, packed=True, gguf=False)
         self.disk = self.base_disk = size  # masks are stored by their exceptions
-        return estimate.quantize(run, config, accelerator() is not None)
+        return estimate.quantize(run, config, pick_device().type != "cpu")
 
     def _train(self, run: Run, step: Step) -> Estimate | None:
         config = step.config

@@ -17,16 +17,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sqft.errors import SqftError
-from sqft.kernels.torch_ops import accumulation_dtype
+from sqft.calibration.statistics import Hessian
+from sqft.calibration.surgeon import BLOCK, inverse_factor, sweep, transposed
 from sqft.quantization.grid import Grid, GridSpec, fit
-from sqft.quantization.rtn import Quantized
+from sqft.quantization.method import Quantized, quantizer
 
-BLOCK = 128  # columns whose corrections to the rest are applied at once (the paper's lazy batch updates)
-DAMPING = 0.05  # of the Hessian's mean diagonal, added to it; ten times as much after each failure
-LARGEST_DAMPING = 10.0
+DAMPING = 0.05  # of the Hessian's mean diagonal, added to it
 
 
+@quantizer(needs=Hessian, paper="arXiv 2210.17323")
 def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, act_order: bool = False,
          propagate: bool = True) -> Quantized:  # fmt: skip
     """Quantizes one weight.
@@ -45,8 +44,7 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
     """
     rows, inputs = w_OI.shape
     size = spec.columns(inputs)
-    # A column of the paper is a row here, so that it is contiguous.
-    w_IO = w_OI.detach().to(accumulation_dtype(w_OI.dtype)).mT.contiguous()
+    w_IO = transposed(w_OI)
     mask_IO = None if mask_OI is None else mask_OI.mT.contiguous()
     if mask_IO is not None:
         w_IO = torch.where(mask_IO, w_IO, 0)
@@ -56,32 +54,26 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
     if static:
         _set(scale_GO, zero_GO, fit(w_IO.mT, spec, importance_I))
     order = h_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inputs)
-    u_II = inverse_factor(h_II[order[:, None], order]).to(w_IO.dtype)
+    u_II = inverse_factor(h_II[order[:, None], order], DAMPING).to(w_IO.dtype)
     w_IO = w_IO[order]
-    q_IO = torch.empty_like(w_IO)
-    columns, diagonal = order.tolist(), u_II.diagonal().tolist()
-    step = BLOCK if static or BLOCK % size == 0 else size  # a group never straddles two steps
-    for start in range(0, inputs, step):
-        end = min(start + step, inputs)
-        errors = torch.empty_like(w_IO[start:end])
-        for j in range(start, end):
-            column, group = columns[j], columns[j] // size
-            if not static and j % size == 0:
-                _set(
-                    scale_GO[group : group + 1],
-                    zero_GO[group : group + 1],
-                    fit(w_IO[j : j + size].mT, spec, importance_I[j : j + size]),
-                )
-            scale, zero = scale_GO[group], zero_GO[group]
-            q = (w_IO[j] / scale).round_().add_(zero).clamp_(0, spec.largest)
-            if mask_IO is not None:
-                q = torch.where(mask_IO[column], q, zero)
-            q_IO[column] = q
-            error = torch.sub(w_IO[j], q.sub_(zero).mul_(scale), out=errors[j - start]).div_(diagonal[j])
-            if mask_IO is not None and not propagate:
-                error.mul_(mask_IO[column])
-            w_IO[j + 1 : end].addr_(u_II[j, j + 1 : end], error, alpha=-1)
-        w_IO[end:].addmm_(u_II[start:end, end:].mT, errors, alpha=-1)
+    q_IO, columns = torch.empty_like(w_IO), order.tolist()
+
+    def choose(j: int) -> Tensor:
+        column, group = columns[j], columns[j] // size
+        if not static and j % size == 0:
+            here = slice(group, group + 1)
+            _set(scale_GO[here], zero_GO[here], fit(w_IO[j : j + size].mT, spec, importance_I[j : j + size]))
+        scale, zero = scale_GO[group], zero_GO[group]
+        q = (w_IO[j] / scale).round_().add_(zero).clamp_(0, spec.largest)
+        if mask_IO is not None:
+            q = torch.where(mask_IO[column], q, zero)
+            if not propagate:
+                w_IO[j].mul_(mask_IO[column])
+        q_IO[column] = q
+        return q.sub_(zero).mul_(scale)
+
+    # A group never straddles two steps.
+    sweep(w_IO, u_II, choose, BLOCK if static or BLOCK % size == 0 else size)
     grid = Grid(spec.bits, scale_GO.mT.half(), zero_GO.mT.to(torch.uint8))
     return Quantized(q_IO.mT.contiguous().to(torch.uint8), grid)
 
@@ -89,26 +81,3 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
 def _set(scale_GO: Tensor, zero_GO: Tensor, grid: Grid) -> None:
     scale_GO.copy_(grid.scale_OG.mT)
     zero_GO.copy_(grid.zero_OG.mT)
-
-
-def inverse_factor(h_II: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse, float64 [I, I]; with few copies, they are large."""
-    h_II = h_II.to(torch.float64, copy=True)
-    diagonal = h_II.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
-    mean, damping = float(diagonal.mean()), DAMPING
-    diagonal.add_(damping * mean)
-    work_II = torch.empty_like(h_II)
-    failed = torch.empty((), dtype=torch.int32, device=h_II.device)
-    while True:
-        torch.linalg.cholesky_ex(h_II, out=(work_II, failed))
-        if not failed:
-            torch.linalg.cholesky_ex(torch.cholesky_inverse(work_II), upper=True, out=(work_II, failed))
-            if not failed:
-                return work_II
-        if damping >= LARGEST_DAMPING or mean != mean:
-            raise SqftError("the Hessian of the calibration inputs cannot be factorized: the activations are not "
-                            "finite; use --dtype float32, or other calibration text")  # fmt: skip
-        diagonal.add_(9 * damping * mean)
-        damping *= 10

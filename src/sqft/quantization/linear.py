@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sqft.kernels.packing import pack, word_count
 from sqft.kernels.quant_ops import Packed, dequantized, integers, quant_linear
 from sqft.quantization.grid import Grid
-from sqft.quantization.rtn import Quantized
+from sqft.quantization.method import Quantized
 
 
 class QuantLinear(nn.Module):

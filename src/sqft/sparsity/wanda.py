@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sqft.sparsity.magnitude import keep_largest
+from sqft.calibration.statistics import ColumnNorms
+from sqft.sparsity.method import Pruned, sparsifier
+from sqft.sparsity.pattern import Pattern
 
 
-def wanda(w_OI: Tensor, norm_I: Tensor | None, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:
-    """Mask bool [O, I] that keeps the largest ``S_ij = |W_ij| * ||X_j||_2`` of each output row (or N:M group).
+@sparsifier(needs=ColumnNorms, paper="arXiv 2306.11695")
+def wanda(w_OI: Tensor, norms_I: Tensor, pattern: Pattern) -> Pruned:
+    """Keeps the largest ``S_ij = |W_ij| * ||X_j||_2`` of each output row (or N:M group).
 
     Args:
         w_OI: weight of a linear layer, any float dtype.
-        norm_I: float64 [I], the L2 norm over all calibration tokens of each input feature.
-        sparsity: share of each row to prune.
-        pattern: (N, M) instead of a ratio, or None.
+        norms_I: float64 [I], the L2 norm over all calibration tokens of each input feature.
+        pattern: how much to keep.
     """
-    assert norm_I is not None
-    return keep_largest(w_OI.detach().double().abs() * norm_I, sparsity, pattern)
+    return Pruned(pattern.kept(w_OI.detach().to(norms_I.dtype).abs() * norms_I))

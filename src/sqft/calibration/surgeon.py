@@ -1,0 +1,71 @@
+"""What GPTQ and SparseGPT share: a weight changes column after column, and the columns that are still to come make
+good the error of each (Optimal Brain Surgeon, by the Cholesky factor of the inverse Hessian: arXiv 2210.17323, section
+3.3, step 3; arXiv 2301.00774, section 3.2).
+
+Shape letters: O output features, I input features. A column of the papers is a row here, so that it is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sqft.calibration.statistics import widest
+from sqft.errors import SqftError
+from sqft.kernels.torch_ops import accumulation_dtype
+
+BLOCK = 128  # columns whose corrections to the rest are applied at once (lazy batch updates)
+LARGEST_DAMPING = 10.0
+
+
+def transposed(w_OI: Tensor) -> Tensor:
+    """A copy of a weight as ``sweep`` takes it: contiguous [I, O], in float32 (float64 if it is that)."""
+    dtype = accumulation_dtype(w_OI.dtype)
+    return w_OI.detach().mT.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def sweep(w_IO: Tensor, u_II: Tensor, choose: Callable[[int], Tensor], step: int = BLOCK) -> None:
+    """Changes ``w_IO`` in place, column after column: ``choose(j)`` [O] is what column j ends as.
+
+    With U upper triangular, column j's error ``e = (w_j - choose(j)) / U_jj`` changes the later columns by
+    ``- e U_j,later``. When ``choose(j)`` is called, columns j to the end of j's step have all corrections so far.
+    """
+    inputs, diagonal = len(w_IO), u_II.diagonal().tolist()
+    for start in range(0, inputs, step):
+        end = min(start + step, inputs)
+        errors = torch.empty_like(w_IO[start:end])
+        for j in range(start, end):
+            chosen = choose(j)
+            error = torch.sub(w_IO[j], chosen, out=errors[j - start]).div_(diagonal[j])
+            w_IO[j] = chosen
+            w_IO[j + 1 : end].addr_(u_II[j, j + 1 : end], error, alpha=-1)
+        w_IO[end:].addmm_(u_II[start:end, end:].mT, errors, alpha=-1)
+
+
+def inverse_factor(h_II: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the damped Hessian's inverse, float64 [I, I]; with few copies, they are large.
+
+    Added to the diagonal is ``damping`` of its mean, and ten times as much after each failure. Raises SqftError if that
+    does not help.
+    """
+    h_II = h_II.to(widest(h_II.device), copy=True)
+    diagonal = h_II.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
+    mean = float(diagonal.mean())
+    diagonal.add_(damping * mean)
+    work_II = torch.empty_like(h_II)
+    failed = torch.empty((), dtype=torch.int32, device=h_II.device)
+    while True:
+        torch.linalg.cholesky_ex(h_II, out=(work_II, failed))
+        if not failed:
+            torch.linalg.cholesky_ex(torch.cholesky_inverse(work_II), upper=True, out=(work_II, failed))
+            if not failed:
+                return work_II
+        if damping >= LARGEST_DAMPING or mean != mean:
+            raise SqftError("the Hessian of the calibration inputs cannot be factorized: the activations are not "
+                            "finite; use --dtype float32, or other calibration text")  # fmt: skip
+        diagonal.add_(9 * damping * mean)
+        damping *= 10

@@ -1,0 +1,278 @@
+"""What one walk over the blocks does to each of them: ``Prune`` and ``Quantize``.
+
+A pass is made from a stage's config, is planned on a model (which finds the options that do not fit it) and then goes
+through the model's blocks. Methods see tensors alone: this is where they meet modules.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sqft.calibration.data import token_blocks
+from sqft.calibration.statistics import Gradient, Hessian, gradients
+from sqft.calibration.walker import walk
+from sqft.config import QuantizeConfig, SparsifyConfig
+from sqft.errors import SqftError, UsageError
+from sqft.kernels.dispatch import pick_device
+from sqft.models.discover import Architecture, Block, match_modules
+from sqft.models.weights import Weight
+from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
+from sqft.quantization.linear import QuantLinear
+from sqft.quantization.method import Quantized, Quantizer
+from sqft.registry import QUANTIZERS, SPARSIFIERS, Registry
+from sqft.sparsity.masks import count_zeros, mask_or_zeros
+from sqft.sparsity.method import Sparsifier
+from sqft.sparsity.pattern import Pattern
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Pass(ABC):
+    """One walk's work. ``plan``, then ``prepare``, then ``blocks``; ``metrics`` afterwards."""
+
+    stage: str
+    title: str
+    sequential = False
+    format = "auto"  # of a checkpoint
+
+    def __init__(self, config: Any, methods: Registry, kind: type) -> None:
+        self.config, self.method = config, methods[config.method]
+        if not isinstance(self.method, kind):
+            decorator = f"@{kind.__name__.lower()}"
+            raise SqftError(f"{methods.kind} '{config.method}' is not decorated: it has to be a sqft {decorator}")
+        self.layers: dict[str, QuantLinear] = {}  # empty ones, for the modules that will be packed
+        self._chosen: Mapping[str, Any] = {}
+        self._done: set[str] = set()
+        self._tokens: Tensor | None = None
+        self._gradients: dict[str, Gradient] = {}
+
+    @abstractmethod
+    def plan(self, architecture: Architecture) -> None:
+        """Finds the weights to change. Raises UsageError for options that do not fit the model."""
+
+    @abstractmethod
+    def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
+        """Changes a block's chosen weights, or those of them that there are statistics of."""
+
+    @abstractmethod
+    def finish(self, block: Block) -> None:
+        """Is called with each block when the walk needs it no more."""
+
+    @abstractmethod
+    def metrics(self, model: nn.Module) -> dict[str, Any]:
+        """The numbers of all blocks."""
+
+    def prepare(self, model: nn.Module, architecture: Architecture, tokens: Tensor | None,
+                tokenizer: PreTrainedTokenizerBase | None) -> None:  # fmt: skip
+        """Takes the calibration tokens (int64 [N, T], or those of the config), and what has to be known of the whole
+        model. Nothing for a method without calibration."""
+        if self.method.needs is None:
+            return
+        self._tokens = calibration_tokens(self.config, tokens, tokenizer)
+        if self.method.needs is Gradient:
+            weights = [weight for weight in architecture.weights() if weight.name in self._chosen]
+            self._gradients, self._tokens = gradients(model, weights, self._tokens), None
+
+    def blocks(self, architecture: Architecture) -> Iterator[Block]:
+        """Changes block after block; yields each when it is finished."""
+        for block in walk(architecture, self._tokens, self.config.batch_size, self.method.needs, self.change,
+                          self.title, pick_device(self.config.device), self.sequential,
+                          fast=self.method.needs is Hessian):  # fmt: skip
+            unseen = [name for name in block.weights if name in self._chosen and name not in self._done]
+            if unseen:
+                raise SqftError(f"no calibration token reached {unseen[0]}: take more samples, or exclude it")
+            self.finish(block)
+            yield block
+
+    def _groups(self, block: Block, statistics: Mapping[str, Any]) -> Iterator[tuple[list[Weight], list[Tensor]]]:
+        """The weights to change now, those that share an input together, and the statistic's value for the method."""
+        known = statistics or {name: self._gradients.get(name) for name in block.weights}
+        groups: dict[int | str, list[Weight]] = {}
+        for name, statistic in known.items():
+            if name in self._chosen:
+                groups.setdefault(name if statistic is None else id(statistic), []).append(block.weights[name])
+        for weights in groups.values():
+            statistic = known[weights[0].name]
+            yield weights, [] if statistic is None else [statistic.value()]
+            self._done.update(weight.name for weight in weights)
+
+
+def calibration_tokens(config: Any, tokens: Tensor | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """int64 [N, T]: ``tokens``, or those of a stage's config."""
+    if tokens is not None:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise UsageError(f"calibration has to be int64 [N, T] token ids, not {tokens.dtype} {tuple(tokens.shape)}")
+        return tokens
+    if tokenizer is None:
+        raise UsageError("calibration text needs a tokenizer: pass tokenizer=..., or token ids as calibration")
+    return token_blocks(tokenizer, config.calibration, config.samples, config.length, config.seed)
+
+
+def _chosen_weights(architecture: Architecture, config: Any, verb: str) -> dict[str, Weight]:
+    """Those that are not excluded, by name. Raises UsageError if that is none, or one is packed."""
+    names = architecture.names()
+    excluded = {name for hits in match_modules(config.exclude, names, "exclude").values() for name in hits}
+    chosen = {weight.name: weight for weight in architecture.weights() if weight.name not in excluded}
+    if not chosen:
+        raise UsageError(f"every module is excluded: nothing is left to {verb}")
+    packed = [name for name, weight in chosen.items() if weight.packed]
+    if packed:
+        raise UsageError(f"{packed[0]} is packed already: {verb} the float model")
+    return chosen
+
+
+class Prune(Pass):
+    """Zeroes weights by a pattern and remembers the masks. What an earlier mask pruned stays pruned."""
+
+    stage = "sparsify"
+
+    def __init__(self, config: SparsifyConfig) -> None:
+        super().__init__(config, SPARSIFIERS, Sparsifier)
+        self.title = f"Sparsify ({config.method})"
+        self._counts: dict[str, tuple[int, int]] = {}
+
+    def plan(self, architecture: Architecture) -> None:
+        self._chosen = patterns(architecture, self.config)
+
+    def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
+        for weights, value in self._groups(block, statistics):
+            for weight in weights:
+                w_OI = _beside(weight.read(), value)
+                mask_OI, changed_OI = self.method(w_OI, *value, self._chosen[weight.name])
+                if (earlier := weight.mask) is not None:
+                    mask_OI = mask_OI & earlier.to(mask_OI.device)
+                weight.write(torch.where(mask_OI, w_OI if changed_OI is None else changed_OI, 0))
+                weight.set_mask(mask_OI)
+
+    def finish(self, block: Block) -> None:
+        for name, weight in block.weights.items():
+            w_OI = weight.read()
+            self._counts[name] = count_zeros(w_OI), w_OI.numel()
+
+    def metrics(self, model: nn.Module) -> dict[str, Any]:
+        zeros, weights = (sum(values) for values in zip(*self._counts.values(), strict=True))
+        return {
+            "sparsity": zeros / weights, "zeros": zeros, "weights": weights,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "by_module": {name: round(zero / count, 6) for name, (zero, count) in self._counts.items()},
+        }  # fmt: skip
+
+
+def patterns(architecture: Architecture, config: SparsifyConfig) -> dict[str, Pattern]:
+    """How much of each weight is kept, by full name; excluded ones are absent.
+
+    Raises UsageError for a module pattern that matches nothing, an N:M that does not divide, or a ratio that prunes
+    nothing.
+    """
+    chosen = _chosen_weights(architecture, config, "prune")
+    pattern = Pattern.parse(config.pattern) if config.pattern else Pattern(config.sparsity)
+    found = dict.fromkeys(chosen, pattern)
+    for key, hits in match_modules(list(config.overrides), architecture.names(), "override").items():
+        found.update({name: Pattern(config.overrides[key]) for name in hits if name in chosen})
+    for name, weight in chosen.items():
+        found[name].check(name, weight.shape)
+    return found
+
+
+class Quantize(Pass):
+    """Puts ``QuantLinear`` layers in the place of linear ones. A pruned weight stays exactly zero."""
+
+    stage = "quantize"
+
+    def __init__(self, config: QuantizeConfig) -> None:
+        super().__init__(config, QUANTIZERS, Quantizer)
+        self.title = f"Quantize ({config.method}, {config.bits} bits)"
+        self.sequential, self.format = config.true_sequential, config.format
+        self._spec = GridSpec(config.bits, config.group_size, config.symmetric, config.clip, config.scale_bits)
+        self._packed: dict[str, QuantLinear] = {}
+        self._totals = Counter[str]()
+
+    def plan(self, architecture: Architecture) -> None:
+        self._chosen = self.layers = quantized_layers(architecture, self.config)
+
+    def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
+        for weights, value in self._groups(block, statistics):
+            masks = [mask_or_zeros(weight.module) for weight in weights]
+            for weight, mask_OI, result in zip(weights, masks, self._together(weights, masks, value), strict=True):
+                layer = QuantLinear.from_quantized(result, self._spec.group_size, self._spec.symmetric, weight.bias)
+                if mask_OI is not None:
+                    Weight(weight.name, layer).set_mask(mask_OI)
+                self._packed[weight.name] = layer
+                w_OI = result.weight()
+                self._count(layer, w_OI == 0, mask_OI)
+                # Until the block is finished it computes with the float form of its integers, which gives the same.
+                weight.write(w_OI)
+
+    def _together(self, weights: Sequence[Weight], masks: Sequence[Tensor | None],
+                  value: list[Tensor]) -> list[Quantized]:  # fmt: skip
+        """Quantizes weights that share an input (q, k and v) as one: rows do not depend on each other."""
+        w_OI = _beside(torch.cat([weight.read() for weight in weights]), value)
+        mask_OI = None
+        if any(mask is not None for mask in masks):
+            parts = (torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask
+                     for weight, mask in zip(weights, masks, strict=True))  # fmt: skip
+            mask_OI = torch.cat([part.to(w_OI.device) for part in parts])
+        q_OI, grid = self.method(w_OI, *value, mask_OI, self._spec, act_order=self.config.act_order)
+        rows = [weight.shape[0] for weight in weights]
+        pieces = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), strict=True)
+        return [Quantized(q, Grid(self._spec.bits, scale, zero)) for q, scale, zero in pieces]
+
+    def _count(self, layer: QuantLinear, zero_OI: Tensor, mask_OI: Tensor | None) -> None:
+        pruned = None if mask_OI is None else ~mask_OI.to(zero_OI.device)
+        self._totals.update(
+            weights=zero_OI.numel(), zeros=int(zero_OI.sum()),
+            pruned=0 if pruned is None else int(pruned.sum()),
+            filled=0 if pruned is None else int((pruned & ~zero_OI).sum()),
+            bits=8 * sum(t.numel() * t.element_size() for t in (layer.qweight, layer.qzeros, layer.scales)),
+        )  # fmt: skip
+
+    def finish(self, block: Block) -> None:
+        for name, weight in block.weights.items():
+            if name in self._packed:
+                weight.replace(self._packed.pop(name).to(weight.device))
+
+    def metrics(self, model: nn.Module) -> dict[str, Any]:
+        weights, zeros, pruned, filled, bits = (
+            self._totals[name] for name in ("weights", "zeros", "pruned", "filled", "bits")
+        )
+        others = sum(p.numel() for n, p in model.named_parameters() if "qweight" not in n)
+        return {
+            "bits": self.config.bits, "bits_per_weight": bits / weights, "sparsity": zeros / weights, "zeros": zeros,
+            "weights": weights, "pruned": pruned, "filled": filled,
+            "zeros_kept": (pruned - filled) / pruned if pruned else 1.0, "parameters": weights + others,
+        }  # fmt: skip
+
+
+def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict[str, QuantLinear]:
+    """An empty packed layer (on ``meta``) for each module to quantize, by full name.
+
+    Raises UsageError for a pattern that matches nothing, or a group size, or a width at these bits, that does not fit.
+    """
+    chosen = _chosen_weights(architecture, config, "quantize")
+    fitting = [s for s in GROUP_SIZES if s == -1 or all(w.shape[1] % s == 0 for w in chosen.values())]
+    layers = {}
+    for name, weight in chosen.items():
+        outputs, inputs = weight.shape
+        if config.group_size != -1 and inputs % config.group_size:
+            sizes = ", ".join(map(str, fitting))
+            raise UsageError(f"group size {config.group_size} does not divide the {inputs} inputs of "
+                             f"{name}: these fit the whole model: {sizes}; or exclude the module")  # fmt: skip
+        if inputs * config.bits % 32 or outputs * config.bits % 32:
+            raise UsageError(f"{name} is [{outputs}, {inputs}]: at {config.bits} bits both "
+                             "have to fill 32-bit words; exclude the module")  # fmt: skip
+        layers[name] = QuantLinear(inputs, outputs, config.bits, config.group_size, bias=weight.bias is not None,
+                                   device="meta", dtype=weight.dtype)  # fmt: skip
+        layers[name].symmetric = config.symmetric
+    return layers
+
+
+def _beside(w_OI: Tensor, value: list[Tensor]) -> Tensor:
+    """The weight where its statistic is: one that accelerate has off-loaded is not."""
+    return w_OI.to(value[0].device) if value else w_OI

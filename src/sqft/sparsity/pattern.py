@@ -1,0 +1,65 @@
+"""``Pattern``: how much of a weight is kept, and the choice that follows from scores.
+
+Shape letters: O output features, I input features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sqft.config import parse_pattern
+from sqft.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A share of each row to prune (``Pattern(0.5)``), or N:M (``Pattern.parse('2:4')``): ``keep`` N of every ``group``
+    of M neighbours along the input, for any M that divides the inputs."""
+
+    ratio: float | None = None
+    keep: int = 0
+    group: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Of 'N:M', or of a ratio, '0.5'. Raises UsageError for anything else."""
+        if ":" in text:
+            return cls(None, *parse_pattern(text))
+        try:
+            ratio = float(text)
+        except ValueError:
+            ratio = 0.0
+        if not 0 < ratio < 1:
+            raise UsageError(f"'{text}' is neither N:M, e.g. 2:4, nor a share between 0 and 1, e.g. 0.5")
+        return cls(ratio)
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}" if self.ratio is None else f"{self.ratio:g}"
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        """Raises UsageError if a weight (O, I) cannot be pruned so, or would not be at all."""
+        if self.ratio is None:
+            if shape[1] % self.group:
+                raise UsageError(f"pattern {self} does not divide the inputs of {name} {list(shape)}: exclude the "
+                                 "module")  # fmt: skip
+        elif int(shape[1] * self.ratio) == 0:
+            raise UsageError(f"sparsity {self} prunes nothing of {name} {list(shape)}: a row has too few inputs")
+
+    def kept(self, score_OI: Tensor) -> Tensor:
+        """bool [O, I], False at the smallest scores: ``int(I * ratio)`` of each row, or M - N of each N:M group.
+
+        The comparison group is a row because Wanda's is (arXiv 2306.11695, section 3). Raises UsageError if M does not
+        divide I.
+        """
+        rows, columns = score_OI.shape
+        if self.ratio is not None:
+            score, pruned = score_OI, int(columns * self.ratio)
+        else:
+            self.check("a weight", (rows, columns))
+            score, pruned = score_OI.reshape(-1, self.group), self.group - self.keep
+        mask = torch.ones_like(score, dtype=torch.bool)
+        mask.scatter_(1, score.topk(pruned, dim=1, largest=False, sorted=False).indices, False)
+        return mask.view(rows, columns)
