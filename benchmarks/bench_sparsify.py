@@ -1,22 +1,28 @@
 """Wanda of SmolLM2-135M (32 x 512 calibration tokens): time against two plain passes, memory, masks, perplexity.
+SparseGPT beside it: perplexity, and time and perplexity against llm-compressor's on the same tokens (``make peers``).
 
 The floor of the method is two forward passes of the decoder blocks over the calibration tokens, one to observe the
 inputs and one to give the next block the pruned block's outputs.
 
-    python benchmarks/bench_sparsify.py [--model FOLDER] [--calibration SOURCE] [--text SOURCE ...]
+    python benchmarks/bench_sparsify.py [--model FOLDER] [--calibration SOURCE] [--text SOURCE ...] [--samples N]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
+import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import PeakMemory, check, write_results
+from safetensors.torch import save_file
 from torch import Tensor
 
 import sqft
@@ -26,6 +32,8 @@ from sqft.evaluation.perplexity import perplexity
 from sqft.models.discover import describe
 from sqft.recipe import resolve_model
 
+ROOT = Path(__file__).resolve().parents[1]
+PEER = ROOT / ".venv-llmcompressor" / "bin" / "python"
 CONFIG = sqft.SparsifyConfig(samples=32, length=512, batch_size=1)
 
 
@@ -83,6 +91,19 @@ def compare_with_naive(folder: str, sparse: str, tokens: Tensor) -> dict[str, in
     return {"weights": total, "different": different, "of_which_ties": ties}
 
 
+def prune_there(folder: str, tokens: Tensor, out: Path) -> dict[str, Any]:
+    """llm-compressor's SparseGPT, which writes logs to where it runs."""
+    out.mkdir(parents=True)
+    save_file({"tokens": tokens}, out / "tokens.safetensors")
+    command = [str(PEER), str(ROOT / "benchmarks" / "peer_sparsegpt.py"), str(Path(folder).absolute()),
+               str((out / "tokens.safetensors").absolute()), str((out / "model").absolute())]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def text_name(source: str) -> str:
     """'data/wikitext2_tokens/test.jsonl' -> 'wikitext2_tokens/test'."""
     return "/".join(Path(source).parts[-2:]).split(".")[0]
@@ -98,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo-model")
     parser.add_argument("--calibration", default=str(data / "calibration" / "c4.jsonl") if data.is_dir() else "builtin")
+    parser.add_argument("--samples", type=int, default=CONFIG.samples)
     parser.add_argument("--text", nargs="+", default=[str(t) for t in texts] if data.is_dir() else ["builtin"])
     arguments = parser.parse_args()
     runs = Path("runs") / "bench-sparsify"
@@ -108,7 +130,7 @@ def main() -> None:
     hidden_size, block = model.config.hidden_size, describe(model).blocks[0].module
     block_bytes = sum(p.numel() * p.element_size() for p in block.parameters())
     del model, block
-    tokens = token_blocks(tokenizer, arguments.calibration, CONFIG.samples, CONFIG.length, CONFIG.seed)
+    tokens = token_blocks(tokenizer, arguments.calibration, arguments.samples, CONFIG.length, CONFIG.seed)
     dense, sparse = str(runs / "dense"), str(runs / "sparse")
     floor = plain_passes(dense, tokens)
     with PeakMemory() as peak:
@@ -116,9 +138,15 @@ def main() -> None:
     model_bytes = (runs / "dense" / "model.safetensors").stat().st_size
     limit_mib = (model_bytes + block_bytes + tokens.numel() * hidden_size * 4) / 2**20
     masks = compare_with_naive(dense, sparse, tokens)
+    updating = dataclasses.replace(CONFIG, method="sparsegpt")
+    sparsegpt = sqft.sparsify(dense, updating, tokens, out=runs / "sparsegpt")
+    folders = {"dense": dense, "wanda": sparse, "sparsegpt": str(runs / "sparsegpt")}
+    peer = prune_there(dense, tokens, runs / "llmcompressor") if PEER.is_file() else None
+    if peer is not None:
+        folders["llm-compressor's sparsegpt"] = str(runs / "llmcompressor" / "model")
     scores: dict[str, Any] = {}
     for text in arguments.text:
-        for name, folder in (("dense", dense), ("wanda", sparse)):
+        for name, folder in folders.items():
             live, _ = sqft.load(folder)
             scores[f"{name}, {text_name(text)}"] = perplexity(live, tokenizer, text, 1024, 3072)["perplexity"]
     first = text_name(arguments.text[0])
@@ -126,6 +154,7 @@ def main() -> None:
     results = {
         "seconds": metrics["seconds"], "seconds_two_plain_passes": floor, "peak_mib": peak.mib,
         "mib_model_block_activations": limit_mib, "masks": masks, "sparsity": metrics["sparsity"], "perplexity": scores,
+        "sparsegpt_seconds": sparsegpt["seconds"], "sparsegpt_sparsity": sparsegpt["sparsity"], "llmcompressor": peer,
     }  # fmt: skip
     checks = [
         check("Wanda / two plain passes of the blocks, time", metrics["seconds"] / floor, 1.5),
@@ -139,6 +168,14 @@ def main() -> None:
     if data.is_dir():
         # What llm-compressor's Wanda gives this model, on two other texts: 1.90 and 1.98 times the dense perplexity.
         checks.append(check(f"perplexity Wanda-50 / dense, {first}", ratio, 1.98))
+        checks.append(check(f"perplexity SparseGPT-50 / Wanda-50, {first}",
+                            scores[f"sparsegpt, {first}"] / scores[f"wanda, {first}"], 1.0))  # fmt: skip
+    if peer is not None:
+        theirs = [scores[f"llm-compressor's sparsegpt, {text_name(text)}"] for text in arguments.text]
+        ours = [scores[f"sparsegpt, {text_name(text)}"] for text in arguments.text]
+        ratio = math.prod(a / b for a, b in zip(ours, theirs, strict=True)) ** (1 / len(ours))
+        checks.append(check("SparseGPT-50: time / llm-compressor's", sparsegpt["seconds"] / peer["seconds"], 1.0))
+        checks.append(check("SparseGPT-50: perplexity / llm-compressor's, mean of texts", ratio, 1.02))
     print(json.dumps({"results": results, "checks": checks}, indent=1))
     write_results("sparsify", results, checks)
 

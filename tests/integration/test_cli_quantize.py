@@ -46,6 +46,17 @@ def test_all_stages(dense: Path, tmp_path: Path, capsys) -> None:
     assert code == 0 and "bits per weight" in out
 
 
+def test_sparsegpt(dense: Path, tmp_path: Path, capsys) -> None:
+    code, out, _ = call(capsys, "sparsify", dense, tmp_path / "sparse", *FAST, "--method", "sparsegpt", "--pattern", "16:32",
+                        "--json")  # fmt: skip
+    assert code == 0 and json.loads(out)["sparsity"] == 0.5
+    code, out, _ = call(capsys, "sparsify", dense, tmp_path / "both", *FAST, "--method", "sparsegpt", "--sparsity", "0.6",
+                        "--json", "--then", "quantize", *GROUP, *FAST)  # fmt: skip
+    metrics = json.loads(out)
+    assert code == 0 and metrics["zeros_kept"] == 1.0 and metrics["sparsity"] >= 0.59
+    assert "did you mean 'sparsegpt'" in fails(capsys, 2, "sparsify", dense, tmp_path / "no", "--method", "sparsegtp")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("pipeline", ["qa-sparse-peft", "sparse-peft", "sqft", "lora"])
 def test_a_recipe_runs_with_each_pipeline(pipeline: str, dense: Path, tmp_path: Path, capsys) -> None:

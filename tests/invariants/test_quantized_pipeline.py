@@ -127,7 +127,7 @@ def test_masks_of_other_weights_are_noticed(packed: Path) -> None:
             attach_masks(sqft.load(packed)[0], {name: torch.tensor([wrong], dtype=torch.int32)})
 
 
-@pytest.mark.parametrize("methods", [("wanda", "gptq"), ("magnitude", "gptq"), ("wanda", "rtn")])
+@pytest.mark.parametrize("methods", [("wanda", "gptq"), ("magnitude", "gptq"), ("wanda", "rtn"), ("sparsegpt", "gptq")])
 def test_one_walk_equals_two_stages(dense: Path, methods: tuple[str, str], tokens, tmp_path: Path) -> None:
     first = sqft.SparsifyConfig(method=methods[0], samples=5, length=32, seed=3)
     then = sqft.QuantizeConfig(method=methods[1], group_size=32, samples=6, length=24, seed=4)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import nn
+from accelerate import cpu_offload
+from pico import pico_model
+from torch import Tensor, nn
 
-from sqft.calibration.walker import Calls, _in_groups
-from sqft.models.discover import Block
+import sqft
+from sqft.calibration.statistics import ColumnNorms
+from sqft.calibration.walker import Calls, _in_groups, capture, walk
+from sqft.models.discover import Architecture, Block, describe
+from sqft.models.tables import FAMILIES
 from sqft.models.weights import Weight
 
 
@@ -75,3 +82,86 @@ def test_an_error_in_the_middle_leaves_no_hooks() -> None:
     with pytest.raises(KeyboardInterrupt):
         _in_groups(Block("", module, weights), 0, calls, torch.device("cpu"), Inputs, change)
     assert not any(weight.module._forward_pre_hooks for weight in weights.values())
+
+
+class Gated(nn.Module):
+    """A block that is called with a tensor of its batch (as Gemma 4's with per-layer embeddings), and with a dict that
+    blocks share and write to."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.linear, self.first = nn.Linear(4, 4, bias=False), first
+
+    def forward(
+        self, x: Tensor, gate: Tensor, mask: Tensor, seen: dict | None = None, use_cache: bool = False
+    ) -> Tensor:
+        if self.first:
+            seen["x"] = x
+        return self.linear(x * gate + mask) + seen["x"]
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 4)
+        self.layers = nn.ModuleList(Gated(i == 0) for i in range(3))
+
+    def forward(self, tokens: Tensor, use_cache: bool = False) -> Tensor:
+        x, seen = self.embed(tokens), {}
+        gate, mask = x.exp(), torch.ones(1, tokens.shape[1], 1)  # the first is of this batch, the second of any
+        for layer in self.layers:
+            x = layer(x, gate, mask=mask, seen=seen, use_cache=use_cache)
+        return x
+
+
+def test_each_batch_is_replayed_with_its_own_arguments() -> None:
+    torch.manual_seed(0)
+    model = Backbone()
+    weights = [Weight(f"layers.{i}.linear", layer.linear, layer) for i, layer in enumerate(model.layers)]
+    blocks = tuple(Block(f"layers.{i}", layer, {weights[i].name: weights[i]}) for i, layer in enumerate(model.layers))
+    architecture = Architecture(FAMILIES[0], model, blocks)
+    tokens = torch.randint(10, (6, 5))
+    expected = copy.deepcopy(model)
+    inputs: dict[int, Tensor] = {}
+    for i, layer in enumerate(expected.layers):
+        layer.linear.register_forward_pre_hook(lambda module, args, i=i: inputs.update({i: args[0].detach().double()}))
+    norms = {}
+
+    def change(block: Block, statistics: dict) -> None:
+        norms.update({name: statistic.value() for name, statistic in statistics.items()})
+
+    for index, _ in enumerate(walk(architecture, tokens, 2, ColumnNorms, change, "test", torch.device("cpu"))):
+        expected(tokens)
+        torch.testing.assert_close(norms[weights[index].name], inputs[index].flatten(0, 1).square().sum(0).sqrt())
+    calls = capture(architecture, tokens, 2).arguments[1]
+    assert len({id(keywords["mask"]) for _, keywords in calls}) == 1  # what is equal is held once
+    assert len({id(arguments[0]) for arguments, _ in calls}) == 3
+
+
+@pytest.mark.parametrize("config", [sqft.SparsifyConfig(), sqft.SparsifyConfig(method="magnitude"),
+                                    sqft.SparsifyConfig(method="sparsegpt"), sqft.QuantizeConfig(group_size=32)])  # fmt: skip
+def test_a_model_dispatched_by_accelerate_walks_too(config, tokens: Tensor) -> None:
+    """Its weights are elsewhere (here off-loaded) and come for a forward only."""
+    plain, dispatched = pico_model(), cpu_offload(pico_model(), torch.device("cpu"))
+    for model in (plain, dispatched):
+        run = sqft.sparsify if isinstance(config, sqft.SparsifyConfig) else sqft.quantize
+        run(model, config, tokens)
+    for ours, theirs in zip(describe(plain).weights(), describe(dispatched).weights(), strict=True):
+        assert torch.equal(ours.read(), theirs.read().cpu()), ours.name
+    with torch.no_grad():
+        assert torch.equal(plain(tokens).logits, dispatched(tokens).logits)
+
+
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_blocks_are_computed_on_the_picked_device_and_come_home(method: str, tokens: Tensor, monkeypatch) -> None:
+    """An accelerator's part is played by the CPU's other name."""
+    accelerator, home, places, original = torch.device("cpu", 0), torch.device("cpu"), [], nn.Module.to
+
+    def to(module: nn.Module, device: torch.device) -> nn.Module:
+        places.append(device)
+        return original(module, device)
+
+    monkeypatch.setattr("sqft.compressing.passes.pick_device", lambda name: accelerator)
+    monkeypatch.setattr(nn.Module, "to", to)
+    sqft.sparsify(pico_model(), sqft.SparsifyConfig(method=method), tokens)
+    assert accelerator != home and places == [accelerator, home] * 2

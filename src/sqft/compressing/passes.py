@@ -47,6 +47,7 @@ class Pass(ABC):
         if not isinstance(self.method, kind):
             decorator = f"@{kind.__name__.lower()}"
             raise SqftError(f"{methods.kind} '{config.method}' is not decorated: it has to be a sqft {decorator}")
+        self._device = pick_device(config.device)
         self.layers: dict[str, QuantLinear] = {}  # empty ones, for the modules that will be packed
         self._chosen: Mapping[str, Any] = {}
         self._done: set[str] = set()
@@ -83,7 +84,7 @@ class Pass(ABC):
     def blocks(self, architecture: Architecture) -> Iterator[Block]:
         """Changes block after block; yields each when it is finished."""
         for block in walk(architecture, self._tokens, self.config.batch_size, self.method.needs, self.change,
-                          self.title, pick_device(self.config.device), self.sequential,
+                          self.title, self._device, self.sequential,
                           fast=self.method.needs is Hessian):  # fmt: skip
             unseen = [name for name in block.weights if name in self._chosen and name not in self._done]
             if unseen:
