@@ -15,6 +15,7 @@ from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_
 from sqft.kernels.dispatch import pick_device
 from sqft.models.dense import load_dense, load_tokenizer
 from sqft.models.tensors import MAX_SHARD_BYTES
+from sqft.models.weights import stored_state
 from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, 
         if packed_layers(model) and not getattr(model, "peft_config", None):
             save_packed(model, tokenizer, folder, MAX_SHARD_BYTES)
         else:
-            model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+            away = any(parameter.device.type == "meta" for parameter in model.parameters())  # accelerate has it
+            state = {"state_dict": dict(stored_state(model))} if away else {}
+            model.save_pretrained(folder, **state)  # pyright: ignore[reportCallIssue]
         tokenizer.save_pretrained(folder)
         masks = {} if (folder / ADAPTER_CONFIG).is_file() else stored_masks(model)
         if masks:
