@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sqft.errors import SqftError
+from sqft.models.reader import SafetensorsReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
 
     folder, gguf = locate(source)
     if gguf is None and Path(folder).is_dir():
-        check_weights(Path(folder))
+        SafetensorsReader(folder)  # every file is whole
         refuse_packed(Path(folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -83,35 +84,6 @@ def locate(source: str | Path) -> tuple[str, str | None]:
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
         raise SqftError(f"there is no folder {path}, and it is not a hub name (owner/name)")
     return text, None
-
-
-def check_weights(folder: Path) -> None:
-    """Checks that every weight file is whole: listed, readable, and as long as its header says.
-
-    Raises SqftError naming the file. Only headers are read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise SqftError(f"{index} is corrupt or truncated ({error}): fetch or write the model again") from None
-    else:
-        files = {folder / "model.safetensors"}
-        if not (folder / "model.safetensors").is_file():
-            other = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-            hint = f"; {other[0].name} is a pickle file, which sqft does not load: convert it" if other else ""
-            raise SqftError(f"{folder} has no model.safetensors{hint}")
-    for file in sorted(files):
-        if not file.is_file():
-            raise SqftError(f"{folder} lacks {file.name}, which its index lists: the model is incomplete")
-        try:
-            with safe_open(file, "pt") as stream:
-                stream.keys()
-        except (SafetensorError, OSError) as error:
-            raise SqftError(f"{file} is corrupt or truncated ({error}): fetch or write the model again") from None
 
 
 def refuse_packed(folder: Path) -> None:
