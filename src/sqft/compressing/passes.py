@@ -26,7 +26,7 @@ from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.method import Quantized, Quantizer
 from sqft.registry import QUANTIZERS, SPARSIFIERS, Registry
-from sqft.sparsity.masks import count_zeros, mask_or_zeros
+from sqft.sparsity.masks import count_zeros
 from sqft.sparsity.method import Sparsifier
 from sqft.sparsity.pattern import Pattern
 
@@ -200,7 +200,7 @@ class Quantize(Pass):
 
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
         for weights, value in self._groups(block, statistics):
-            masks = [mask_or_zeros(weight.module) for weight in weights]
+            masks = [weight.mask for weight in weights]
             for weight, mask_OI, result in zip(weights, masks, self._together(weights, masks, value), strict=True):
                 layer = QuantLinear.from_quantized(result, self._spec.group_size, self._spec.symmetric, weight.bias)
                 if mask_OI is not None:

@@ -22,6 +22,7 @@ from sqft.compressing.sinks import Folder, InPlace, Sink, load_float
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import UsageError
 from sqft.models.discover import describe
+from sqft.sparsity.masks import ensure_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,6 +102,7 @@ def _walk(model: Any, passes: Sequence[Pass], tokens: Tensor | None, tokenizer: 
           sink: Sink) -> dict[str, Any]:  # fmt: skip
     """One walk over a model's blocks; returns the last pass's metrics."""
     architecture = describe(model)
+    ensure_masks(model)
     for each in passes:
         each.plan(architecture)
     for each in passes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from sqft.errors import SqftError
-from sqft.formats import compressed_tensors, gptq
-from sqft.formats.settings import Settings
-from sqft.models.dense import DTYPES, check_weights, save_settings
+from sqft.formats.gptq import GPTQ
+from sqft.formats.settings import Format, Settings
+from sqft.models.dense import DTYPES, reason, save_settings
 from sqft.models.discover import describe
-from sqft.models.tensors import ModelWriter, layout, read_tensors
+from sqft.models.reader import SafetensorsReader
+from sqft.models.tensors import ModelWriter, layout
+from sqft.models.weights import Weight, is_linear, put_module, stored_state
 from sqft.quantization.linear import QuantLinear
+from sqft.registry import FORMATS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-FORMATS: dict[str, Any] = {"gptq": gptq, "compressed-tensors": compressed_tensors}
 
 
 def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -30,24 +31,27 @@ def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
-def resolve(format: str, symmetric: bool) -> tuple[Any, str]:
-    """The module and version of a format option; 'auto' is GPTQ, v1 if symmetric (more tools read it), else v2."""
-    if format == "compressed-tensors":
-        return compressed_tensors, compressed_tensors.VERSION
-    return gptq, ("gptq" if symmetric else "gptq_v2") if format == "auto" else format
+def resolve(format: str, symmetric: bool) -> tuple[Format, str]:
+    """The format and version of a format option; 'auto' is GPTQ, v1 if symmetric (more tools read it), else v2."""
+    if format == "auto":
+        format = "gptq" if symmetric else "gptq_v2"
+    if format in GPTQ.versions:
+        return GPTQ, format
+    found: Format = FORMATS[format]
+    return found, found.versions[0]
 
 
 def quantization_config(model: nn.Module, layers: Mapping[str, QuantLinear], format: str) -> dict[str, Any]:
     """What goes into config.json: of ``layers`` by name; the model's other linear layers of blocks stay float."""
     others = [name for name in describe(model).names() if name not in layers]
-    module, version = resolve(format, next(iter(layers.values())).symmetric)
-    return module.make_config(layers, others, version)
+    coder, version = resolve(format, next(iter(layers.values())).symmetric)
+    return coder.make_config(layers, others, version)
 
 
 def format_option(config: Mapping[str, Any]) -> str:
     """The format option that gives this ``quantization_config``."""
     method = config["quant_method"]
-    return method if method == "compressed-tensors" else gptq.read_config(config).version
+    return GPTQ.read_config(config).version if method == "gptq" else method
 
 
 def encoded(module: nn.Module, format: str, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -57,7 +61,7 @@ def encoded(module: nn.Module, format: str, prefix: str = "") -> Iterator[tuple[
         coder, version = resolve(format, layer.symmetric)
         for leaf, tensor in coder.encode(layer, version).items():
             yield f"{prefix}{name}.{leaf}", tensor
-    for name, tensor in module.state_dict(prefix=prefix).items():
+    for name, tensor in stored_state(module, prefix):
         if name.removeprefix(prefix).rpartition(".")[0] not in layers:
             yield name, tensor
 
@@ -126,15 +130,18 @@ def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     folder = Path(folder)
-    check_weights(folder)
-    config = AutoConfig.from_pretrained(folder)
-    settings = packed_config(config)
-    coder = FORMATS[settings["quant_method"]]
-    plain = copy.deepcopy(config)
-    del plain.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(plain)
-    state = _take_packed(model, read_tensors(folder), coder, coder.read_config(settings))
+    reader = SafetensorsReader(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        settings = packed_config(config)
+        plain = copy.deepcopy(config)
+        del plain.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
+        raise SqftError(f"cannot load a model from {folder}: {reason(error)}") from error
+    coder: Format = FORMATS[settings["quant_method"]]
+    state = _take_packed(model, dict(reader), coder, coder.read_config(settings))
     tied = set(model.all_tied_weights_keys or ())
     result = model.load_state_dict(state, strict=False, assign=True)
     layers = packed_layers(model)
@@ -152,22 +159,19 @@ def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     return (model if dtype == "auto" else model.to(DTYPES[dtype])).eval()  # pyright: ignore[reportArgumentType]
 
 
-def _take_packed(model: nn.Module, tensors: Iterable[tuple[str, Tensor]], coder: Any,
-                 settings: Settings) -> dict[str, Tensor]:  # fmt: skip
+def _take_packed(model: nn.Module, state: dict[str, Tensor], coder: Format, settings: Settings) -> dict[str, Tensor]:
     """Puts ``QuantLinear`` layers where the checkpoint has packed weights; returns the other tensors."""
-    state = dict(tensors)
     modules = dict(model.named_modules())
-    for name in [key.removesuffix("." + coder.KEY) for key in state if key.endswith("." + coder.KEY)]:
+    for name in [key.removesuffix("." + coder.key) for key in state if key.endswith("." + coder.key)]:
         linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
-            raise SqftError(f"the checkpoint has {name}.{coder.KEY}, but the model has no linear module there")
+        if linear is None or not is_linear(linear):
+            raise SqftError(f"the checkpoint has {name}.{coder.key}, but the model has no linear module there")
         own = {key.rpartition(".")[2]: state.pop(key) for key in [k for k in state if k.rpartition(".")[0] == name]}
         layer = coder.decode(name, own, settings)
-        if (layer.in_features, layer.out_features) != (linear.in_features, linear.out_features):
-            raise SqftError(f"{name} is [{layer.out_features}, {layer.in_features}] in the checkpoint and "
-                            f"[{linear.out_features}, {linear.in_features}] in the model")  # fmt: skip
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        found, wanted = (layer.out_features, layer.in_features), Weight(name, linear).shape
+        if found != wanted:
+            raise SqftError(f"{name} is {list(found)} in the checkpoint and {list(wanted)} in the model")
+        put_module(model, name, layer)
     return state
 
 
@@ -184,16 +188,11 @@ def unpack_model(model: nn.Module) -> dict[str, QuantLinear]:
         linear.in_features, linear.out_features = layer.in_features, layer.out_features
         linear.weight = nn.Parameter(layer.dequantize(dtype).contiguous(), requires_grad=False)
         linear.register_parameter("bias", layer.bias)
-        _put(model, name, linear)
+        put_module(model, name, linear)
     return layers
 
 
 def repack(model: nn.Module, layers: Mapping[str, QuantLinear]) -> None:
     """Undoes ``unpack_model``."""
     for name, layer in layers.items():
-        _put(model, name, layer)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+        put_module(model, name, layer)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from sqft.errors import SqftError
-from sqft.formats.settings import Settings, check_groups, expect, group_columns, need, take
+from sqft.formats.settings import Format, Settings, check_groups, expect, group_columns, need, take
 from sqft.kernels.packing import pack, word_count
 from sqft.quantization.linear import QuantLinear
 
-KEY = "weight_packed"
 VERSION = "pack-quantized"
 
 
@@ -100,3 +99,6 @@ def make_config(layers: Mapping[str, QuantLinear], float_linears: Iterable[str],
         "quant_method": "compressed-tensors", "format": VERSION, "quantization_status": "compressed",
         "config_groups": {"group_0": group}, "ignore": ["lm_head", *float_linears], "kv_cache_scheme": None,
     }  # fmt: skip
+
+
+COMPRESSED_TENSORS = Format("weight_packed", (VERSION,), encode, decode, read_config, make_config)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from sqft.errors import SqftError
-from sqft.formats.settings import Settings, check_groups, expect, group_columns, need, take
+from sqft.formats.settings import Format, Settings, check_groups, expect, group_columns, need, take
 from sqft.kernels.packing import pack, unpack, word_count
 from sqft.quantization.linear import QuantLinear
 
-KEY = "qweight"  # the tensor that says that a module is packed
 VERSIONS = ("gptq", "gptq_v2")
 
 
@@ -90,3 +89,6 @@ def make_config(layers: Mapping[str, QuantLinear], float_linears: Iterable[str],
     rules = {f"-:^{re.escape(name)}$": {} for name in float_linears}
     # GPTQModel heeds "dynamic", and transformers the other, whose names may be whole ones.
     return config | ({"dynamic": rules, "modules_in_block_to_quantize": [list(layers)]} if rules else {})
+
+
+GPTQ = Format("qweight", VERSIONS, encode, decode, read_config, make_config)

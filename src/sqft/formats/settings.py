@@ -1,14 +1,15 @@
-"""What a checkpoint's ``quantization_config`` says of its packed weights, whatever the format."""
+"""What a checkpoint format is, and what its ``quantization_config`` says of the packed weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from sqft.errors import SqftError
+from sqft.quantization.linear import QuantLinear
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,24 @@ class Settings:
     group_size: int
     symmetric: bool
     version: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """Checkpoint tensors to and from packed layers. Registered (``registry.FORMATS``) by its ``quant_method``.
+
+    ``key``: the tensor that says that a module is packed. ``versions``: variants, the usual one first.
+    ``encode(layer, version)`` gives a layer's tensors by their names in the module, ``decode(module, tensors,
+    settings)`` the layer; ``read_config(quantization_config)`` and ``make_config(layers by name, names of linear
+    modules that stay float, version)`` are for ``config.json``. They raise SqftError for what they do not read.
+    """
+
+    key: str
+    versions: Sequence[str]
+    encode: Callable[[QuantLinear, str], dict[str, Tensor]]
+    decode: Callable[[str, Mapping[str, Tensor], Settings], QuantLinear]
+    read_config: Callable[[Mapping[str, Any]], Settings]
+    make_config: Callable[[Mapping[str, QuantLinear], Sequence[str], str], dict[str, Any]]
 
 
 def take(tensors: Mapping[str, Tensor], name: str, module: str, dimensions: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sqft.errors import SqftError
+from sqft.models.reader import SafetensorsReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,12 +29,14 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
 
     folder, gguf = locate(source)
     if gguf is None and Path(folder).is_dir():
-        check_weights(Path(folder))
+        SafetensorsReader(folder)  # every file is whole
         refuse_packed(Path(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype])
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
-        raise SqftError(f"cannot load a model from {source}: {_reason(error)}") from error
+        raise SqftError(f"cannot load a model from {source}: {reason(error)}") from error
     if gguf is not None:
         model = _without_gguf_config(model)
     return model.eval()
@@ -45,9 +48,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
     folder, gguf = locate(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
     except Exception as error:
-        raise SqftError(f"cannot load a tokenizer from {source}: {_reason(error)}") from error
+        raise SqftError(f"cannot load a tokenizer from {source}: {reason(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -83,35 +86,6 @@ def locate(source: str | Path) -> tuple[str, str | None]:
     return text, None
 
 
-def check_weights(folder: Path) -> None:
-    """Checks that every weight file is whole: listed, readable, and as long as its header says.
-
-    Raises SqftError naming the file. Only headers are read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise SqftError(f"{index} is corrupt or truncated ({error}): fetch or write the model again") from None
-    else:
-        files = {folder / "model.safetensors"}
-        if not (folder / "model.safetensors").is_file():
-            other = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-            hint = f"; {other[0].name} is a pickle file, which sqft does not load: convert it" if other else ""
-            raise SqftError(f"{folder} has no model.safetensors{hint}")
-    for file in sorted(files):
-        if not file.is_file():
-            raise SqftError(f"{folder} lacks {file.name}, which its index lists: the model is incomplete")
-        try:
-            with safe_open(file, "pt") as stream:
-                stream.keys()
-        except (SafetensorError, OSError) as error:
-            raise SqftError(f"{file} is corrupt or truncated ({error}): fetch or write the model again") from None
-
-
 def refuse_packed(folder: Path) -> None:
     """Raises SqftError for a folder whose weights are quantized: a float model is wanted."""
     try:
@@ -121,7 +95,12 @@ def refuse_packed(folder: Path) -> None:
     raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The first line of what transformers says, or what it means."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings Python code of its own (auto_map), which sqft does not run; transformers has to know its family"
+        )
     lines = str(error).strip().splitlines()
     first = lines[0] if lines else type(error).__name__
     if os.environ.get("HF_HUB_OFFLINE") == "1" or "connect" in str(error).lower():

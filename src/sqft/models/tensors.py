@@ -7,7 +7,7 @@ any weight is computed. So the headers are written first and each tensor then go
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from sqft.errors import SqftError
+from sqft.models.weights import stored_state
 
-# safetensors' names of dtypes
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+SINGLE_FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TORCH_DTYPES = {  # by safetensors' names
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -58,9 +62,9 @@ class ModelWriter:
                 total = sum(place.size for place in self._places.values())
                 weight_map = {name: place.file for name, place in self._places.items()}
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+                (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         except OSError as error:
-            raise _cannot_write(folder / "model.safetensors", error) from error
+            raise _cannot_write(folder / SINGLE_FILE, error) from error
 
     def _plan(self, max_shard_size: int) -> dict[str, list[str]]:
         groups: list[list[str]] = [[]]
@@ -73,7 +77,7 @@ class ModelWriter:
             groups[-1].append(name)
             filled += size
         count = len(groups)
-        files = ["model.safetensors"] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors"
+        files = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors"
                                                           for i in range(1, count + 1)]  # fmt: skip
         return dict(zip(files, groups, strict=True))
 
@@ -140,23 +144,9 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         raise _cannot_write(file, error) from error
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files, mapped into memory; ``check_weights`` checks the files before."""
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    for file in sorted(files):
-        with safe_open(folder / file, "pt") as stream:
-            for name in stream.keys():  # noqa: SIM118
-                yield name, stream.get_tensor(name)
-
-
 def write_model(model: nn.Module, folder: Path, max_shard_size: int, change: Callable[[str, Tensor], Tensor]) -> None:
     """Writes every tensor of the model's state dict, passed through ``change(name, tensor)``, one at a time."""
     writer = ModelWriter(layout(model), folder, max_shard_size)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in stored_state(model):
         writer.add(name, change(name, tensor))
     writer.close()

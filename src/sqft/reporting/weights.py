@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sqft.errors import SqftError
-from sqft.formats.checkpoint import FORMATS
 from sqft.kernels.torch_ops import unpack_mask
 from sqft.quantization.linear import QuantLinear
+from sqft.registry import FORMATS
 from sqft.sparsity.masks import FILE
 
 BUDGET = 120_000_000  # weights that are read of one folder: seconds, whatever the model's size
@@ -59,7 +59,7 @@ class WeightFolder:
                     self._places.update(dict.fromkeys(stream.keys(), file))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise SqftError(f"the weights of {folder} cannot be read ({error})") from None
-        leaf = f".{self.coder.KEY}" if self.coder else ".weight"
+        leaf = f".{self.coder.key}" if self.coder else ".weight"
         names = (key.removesuffix(leaf) for key in self._places if key.endswith(leaf))
         blocks = [name for name in names if any(part.isdigit() for part in name.split("."))]
         self.sizes = {name: size for name in blocks if (size := self._size(name + leaf))}

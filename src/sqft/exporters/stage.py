@@ -1,0 +1,51 @@
+"""``sqft.export``: a model folder as another tool wants it, verified before it is there."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from sqft import artifact
+from sqft.errors import SqftError
+from sqft.models.reader import Reader, SafetensorsReader
+from sqft.registry import EXPORTERS
+
+
+class Exporter(Protocol):
+    """One target. Registered (``registry.EXPORTERS``) by its name; it is made without arguments."""
+
+    def check(self, reader: Reader) -> None:
+        """Raises SqftError, before any work, for a model that the target cannot hold."""
+        ...
+
+    def write(self, reader: Reader, out: Path) -> None:
+        """Writes into the empty folder ``out``, tensor by tensor."""
+        ...
+
+    def verify(self, reader: Reader, out: Path) -> dict[str, Any]:
+        """Reads what was written and compares it with the source. Returns metrics; raises VerificationError."""
+        ...
+
+
+def export(folder: str | Path, out: str | Path, exporter: str = "huggingface") -> dict[str, Any]:
+    """Writes a model folder (not an adapter's) for another tool into a new folder; what fails its check is not written.
+
+    Returns the metrics. Raises UsageError for an unknown exporter or an output that holds something, SqftError for a
+    folder that cannot be read or exported, VerificationError if what was written is not the model.
+    """
+    target: Exporter = EXPORTERS[exporter]()
+    artifact.check_output(out)
+    started = time.perf_counter()
+    if not Path(folder).is_dir():
+        raise SqftError(f"{folder} is not a folder: only a model on this disk is exported")
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise SqftError(f"{folder} is an adapter: merge it first (sqft merge), and export the merged model")
+    if artifact.is_stage(folder):
+        artifact.check_files(folder)
+    reader = SafetensorsReader(folder)
+    target.check(reader)
+    with artifact.writing(out) as temporary:
+        target.write(reader, temporary)
+        metrics = target.verify(reader, temporary)
+    return metrics | {"seconds": round(time.perf_counter() - started, 2)}

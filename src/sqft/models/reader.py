@@ -1,0 +1,82 @@
+"""Reads a folder's weights lazily: names, shapes and dtypes at once, a tensor's data when it is asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sqft.errors import SqftError
+from sqft.models.tensors import INDEX, SINGLE_FILE, TORCH_DTYPES
+
+
+class Reader(Protocol):
+    """Any weight folder. ``layout``: names, shapes and dtypes, as tensors on ``meta``."""
+
+    folder: Path
+    layout: Mapping[str, Tensor]
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, on the CPU. Raises SqftError if it cannot be read."""
+        ...
+
+
+class SafetensorsReader:
+    """``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists. Tensors are mapped, not read.
+
+    Raises SqftError naming the file unless every one is there, readable, and as long as its header says.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._streams: dict[str, Any] = {}  # by tensor
+        self.layout: dict[str, Tensor] = {}
+        for file in _weight_files(self.folder):
+            self._open(file)
+
+    def _open(self, file: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if not file.is_file():
+            raise SqftError(f"{self.folder} lacks {file.name}, which its index lists: the model is incomplete")
+        try:
+            stream = safe_open(file, "pt")
+            for name in stream.keys():  # noqa: SIM118
+                part = stream.get_slice(name)
+                dtype = TORCH_DTYPES.get(part.get_dtype()) or stream.get_tensor(name).dtype
+                self._streams[name] = stream
+                self.layout[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+        except (SafetensorError, OSError) as error:
+            raise SqftError(f"{file} is corrupt or truncated ({error}): fetch or write the model again") from None
+
+    def get(self, name: str) -> Tensor:
+        from safetensors import SafetensorError
+
+        if name not in self._streams:
+            raise SqftError(f"{self.folder} has no tensor {name}")
+        try:
+            return self._streams[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise SqftError(f"{name} of {self.folder} cannot be read ({error})") from None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self.get(name)) for name in self.layout)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return sorted({folder / name for name in names})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise SqftError(f"{index} is corrupt or truncated ({error}): fetch or write the model again") from None
+    if not (folder / SINGLE_FILE).is_file():
+        other = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
+        hint = f"; {other[0].name} is a pickle file, which sqft does not load: convert it" if other else ""
+        raise SqftError(f"{folder} has no {SINGLE_FILE}{hint}")
+    return [folder / SINGLE_FILE]
