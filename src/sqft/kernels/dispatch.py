@@ -1,4 +1,5 @@
-"""Picks the implementation of a product by device, dtype and processor. The only file that reads the environment."""
+"""Picks the device, and the implementation of a product by device, dtype and processor. The only reader of the
+environment."""
 
 from __future__ import annotations
 
@@ -9,6 +10,25 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sqft.errors import UsageError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a name: ``auto`` (the accelerator if there is one, else the CPU), ``cpu``, ``meta``, or an
+    accelerator of torch's, with or without an index (``cuda``, ``cuda:1``, ``xpu``, ``mps``).
+
+    Raises UsageError for a device that this machine does not have; the message names those it has.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    kinds = ["cpu", "meta"]
+    if accelerator is not None:
+        kinds += [accelerator.type, *(f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in kinds:
+        raise UsageError(f"there is no device '{name}' here: choose from auto, {', '.join(kinds)}")
+    return torch.device(name)
 
 
 @functools.cache

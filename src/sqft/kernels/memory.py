@@ -25,15 +25,22 @@ def peak_memory() -> Iterator[Peak]:
     """Measures from here to the end of the block."""
     release_memory()  # what earlier work left is not this work's
     peak = Peak()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    accelerator = torch.accelerator.is_available()
+    with contextlib.suppress(RuntimeError):  # none, or one that does not count
+        torch.accelerator.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # not Linux, or not allowed
         _RESET.write_text("5")  # the kernel's highest resident size starts anew
     try:
         yield peak
     finally:
-        peak.bytes = torch.cuda.max_memory_allocated() if cuda else _highest_resident()
+        peak.bytes = _highest_allocated() if accelerator else _highest_resident()
+
+
+def _highest_allocated() -> int | None:
+    try:
+        return torch.accelerator.max_memory_allocated()
+    except RuntimeError:  # not every accelerator counts
+        return None
 
 
 def _highest_resident() -> int | None:
