@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sqft.compressing.quantize import quantize as quantize
     from sqft.compressing.sparsify import sparsify as sparsify
     from sqft.config import EvaluateConfig as EvaluateConfig
+    from sqft.config import ExtractConfig as ExtractConfig
     from sqft.config import MeasureConfig as MeasureConfig
     from sqft.config import MergeConfig as MergeConfig
     from sqft.config import QuantizeConfig as QuantizeConfig
@@ -41,45 +42,39 @@ if TYPE_CHECKING:
     from sqft.tasks.base import Example as Example
     from sqft.training.loop import train as train
 
+# What is not a stage's function or options, which the rows of ``stages`` name.
 _WHERE = {
     "SqftConfig": "sqft.adapters.config",
     "attach": "sqft.adapters.peft_bridge",
+    "compare": "sqft.comparison",
     "get_ranks": "sqft.elastic.handle",
     "set_ranks": "sqft.elastic.handle",
-    "EvaluateConfig": "sqft.config",
-    "MeasureConfig": "sqft.config",
-    "MergeConfig": "sqft.config",
-    "QuantizeConfig": "sqft.config",
-    "SearchConfig": "sqft.config",
-    "SparsifyConfig": "sqft.config",
-    "TrainConfig": "sqft.config",
+    "RankScheduler": "sqft.elastic.scheduler",
     "SqftError": "sqft.errors",
     "UsageError": "sqft.errors",
     "VerificationError": "sqft.errors",
-    "evaluate": "sqft.evaluation.stage",
     "load": "sqft.folders",
     "save": "sqft.folders",
-    "compare": "sqft.comparison",
-    "measure": "sqft.measuring.stage",
-    "merge": "sqft.merging.stage",
-    "extract": "sqft.searching.choose",
-    "search": "sqft.searching.stage",
     "run": "sqft.recipe",
-    "quantize": "sqft.compressing.quantize",
     "report": "sqft.reporting.page",
-    "sparsify": "sqft.compressing.sparsify",
     "Example": "sqft.tasks.base",
-    "train": "sqft.training.loop",
-    "RankScheduler": "sqft.elastic.scheduler",
 }
-__all__ = sorted(_WHERE)
+
+
+def _stages() -> dict[str, Any]:
+    rows = importlib.import_module("sqft.stages").ROWS
+    return {**{row.name: row for row in rows}, **{row.config.__name__: row for row in rows}}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name == "__all__":
+        return __dir__()
+    if name.startswith("_") or (row := _stages().get(name)) is None:
         raise AttributeError(f"module 'sqft' has no attribute '{name}'")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return row.function if name == row.name else row.config
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WHERE])
+    return sorted([*_WHERE, *_stages()])

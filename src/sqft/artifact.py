@@ -1,29 +1,33 @@
-"""Stage folders: an ordinary Hugging Face folder plus ``sqft.json`` (stage, config, parent, versions, metrics).
+"""Stage folders: an ordinary Hugging Face folder plus ``sqft.json`` (stage, options, parent, versions, metrics, files).
 
-A folder is written under a temporary name beside its final one and renamed when it is whole, so an interruption, an
-error or a full disk leaves what was there before.
+``stage`` is the one way to write one. The folder is written under a temporary name beside its final one and renamed
+when it is whole, so that an interruption, an error or a full disk leaves what was there before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from sqft.errors import SqftError, UsageError
+from sqft.keys import FORMAT, MANIFEST, contents_key, file_digest, folder_key, stage_key
+from sqft.options import recorded
 
-MANIFEST = "sqft.json"
-FORMAT = 1
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _VERSIONED = ("sqft", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -31,84 +35,147 @@ _VERSIONED = ("sqft", "torch", "transformers", "peft", "accelerate", "safetensor
 class Manifest:
     """What ``sqft.json`` holds.
 
-    ``key`` identifies the result by what it was made from: the hash of stage, config and the parent's key.
-    ``files`` maps each file's relative name to its size in bytes, so a truncated file is noticed without reading it.
+    ``key`` identifies the result (``keys.stage_key``). ``parent`` is what it was made from, and of an adapter ``base``
+    the model that it goes on, where that is another; both relative to the folder, so that runs can be moved.
+    ``files`` maps each file's relative name to its bytes and SHA-256.
     """
 
     stage: str
     config: dict[str, Any] = field(default_factory=dict)
     parent: str | None = None
     parent_key: str = ""
+    base: str | None = None
+    base_key: str = ""
     key: str = ""
     seed: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
     format: int = FORMAT
 
 
-def stage_key(stage: str, config: dict[str, Any], parent_key: str) -> str:
-    """Hash of what determines a stage's result: its options, the contents of files they name, and its parent.
+class Writing:
+    """A stage folder that is being made: ``key``, ``metrics`` to fill, and ``folder`` to write files to."""
 
-    Equal key, equal result; ``run`` skips such a stage.
+    def __init__(self, manifest: Manifest, out: Path | None) -> None:
+        self.manifest, self.out = manifest, out
+        self.metrics = manifest.metrics
+        self._temporary: Path | None = None
+
+    @property
+    def key(self) -> str:
+        return self.manifest.key
+
+    @property
+    def folder(self) -> Path:
+        """A temporary folder beside the final one, made when it is first asked for. Raises SqftError."""
+        assert self.out is not None, "nothing is written"
+        if self._temporary is None:
+            parent = self.out.absolute().parent
+            try:
+                parent.mkdir(parents=True, exist_ok=True)
+                self._temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.writing-", dir=parent))
+            except OSError as error:
+                raise SqftError(f"cannot write to {self.out}: {error.strerror}") from None
+        return self._temporary
+
+    def finish(self) -> None:
+        """Writes the manifest and puts the folder in its place; only the main process does."""
+        if self.out is not None and is_main_process():
+            write_manifest(self.folder, self.manifest)
+            os.chmod(self.folder, 0o755)
+            _synchronize(self.folder)
+            replace_folder(self.folder, self.out)
+
+    def discard(self) -> None:
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "", *, base: str | Path = "",
+          given: Mapping[str, Any] | None = None, key: str = "",
+          overwrite: bool = False) -> Iterator[Writing]:  # fmt: skip
+    """Everything around a stage's work: output check, clock, temporary folder, key, parent, manifest, rename.
+
+    Args:
+        config: the stage's options (a config dataclass), or None: then the result is identified by its contents.
+        out: the folder to make; None: nothing is written, and only the seconds are measured.
+        source: folder, file or hub name of what it is made from; "" for a live model.
+        base: of an adapter that was made from another adapter, the model that it goes on.
+        given: what was passed from Python instead of options, as plain values: part of the key and the manifest.
+        key: instead of the one that follows from all this.
+
+    Raises UsageError, before any work, for an output that cannot be written, holds something, or holds the input.
     """
-    inputs: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, str) and _is_file(value):
-            inputs[name] = file_digest(Path(value)).hex()
-        elif name == "data_dir" and value:  # which files it has, of which size: they may be many and large
-            files = (file for depth in ("*", "*/*", "*/*/*") for file in Path(value).glob(f"{depth}.json*"))
-            inputs[name] = sorted((str(file.relative_to(value)), file.stat().st_size) for file in files)
-            config = {**config, name: Path(value).name}
-    text = json.dumps([FORMAT, stage, config, inputs, parent_key], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _is_file(value: str) -> bool:
-    return 0 < len(value) < 256 and "\n" not in value and Path(value).is_file()
-
-
-def folder_key(folder: str | Path) -> str:
-    """A stage folder's key; for any other model folder or file, the hash of its contents; for a hub name, the name."""
-    path = Path(folder)
-    if path.is_dir() and (path / MANIFEST).is_file():
-        return read_manifest(path).key
-    if not path.exists():
-        return hashlib.sha256(str(folder).encode()).hexdigest()
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.suffix in (".json", ".safetensors", ".gguf", ".model", ".txt") and file.is_file():
-            digest.update(file.name.encode())
-            digest.update(file_digest(file))
-    return digest.hexdigest()
-
-
-def file_digest(path: Path) -> bytes:
-    """SHA-256 of a file's contents."""
-    digest = hashlib.sha256()
+    inputs = [source, base, *_folders(config)]
+    path = None if out is None else check_output(out, overwrite, inputs)
+    started = time.perf_counter()
+    manifest = Manifest(name, recorded(config) | dict(given or {}), seed=getattr(config, "seed", None), key=key)
+    if path is not None and source:
+        manifest.parent, manifest.parent_key = relative_parent(source, path), folder_key(source)
+    if path is not None and base:
+        manifest.base, manifest.base_key = relative_parent(base, path), folder_key(base)
+    if path is not None and config is not None:
+        manifest.key = key or stage_key(name, config, manifest.parent_key, given)
+    writing = Writing(manifest, path)
     try:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        yield writing
+        writing.metrics.setdefault("seconds", round(time.perf_counter() - started, 2))
+        writing.finish()
     except OSError as error:
-        raise SqftError(f"cannot read {path}: {error.strerror}") from None
-    return digest.digest()
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise SqftError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+    finally:
+        writing.discard()
+
+
+def _folders(config: Any) -> list[str]:
+    """The folders that a config's options name."""
+    specs = dataclasses.fields(config) if config is not None else ()
+    return [getattr(config, spec.name) or "" for spec in specs if spec.metadata.get("kind") == "folder"]
+
+
+@contextlib.contextmanager
+def writing(out: str | Path, overwrite: bool = False) -> Iterator[Path]:  # TODO goes when the last caller has moved
+    target = Writing(Manifest(""), check_output(out, overwrite))
+    try:
+        yield target.folder
+        os.chmod(target.folder, 0o755)
+        replace_folder(target.folder, Path(out))
+    except OSError as error:
+        raise SqftError(f"cannot write {out}: {error.strerror or error}; nothing was changed") from error
+    finally:
+        target.discard()
+
+
+def is_main_process() -> bool:
+    """Whether this process writes: the only one, or the first of a distributed run."""
+    torch = sys.modules.get("torch")  # a process that has not imported it is alone
+    distributed = getattr(torch, "distributed", None)
+    return not (distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads ``sqft.json``. Raises SqftError if it is missing, corrupt or of a newer format."""
+    """Reads ``sqft.json``. Raises SqftError if it is missing, corrupt or of another format."""
     path = Path(folder) / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**values)
+        found = values.get("format", FORMAT)
     except FileNotFoundError:
         raise SqftError(f"{folder} has no {MANIFEST}: it was not written by sqft") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise SqftError(f"{path} is corrupt ({error}): run the stage again") from None
-    if manifest.format > FORMAT:
-        raise SqftError(f"{path} has format {manifest.format}, this sqft reads up to {FORMAT}: update sqft")
-    return manifest
+    if isinstance(found, int) and found > FORMAT:
+        raise SqftError(f"{path} has format {found}, this sqft reads {FORMAT}: update sqft")
+    if found != FORMAT:
+        raise SqftError(f"{path} has format {found}, this sqft reads {FORMAT}: run the stage again")
+    try:
+        return Manifest(**values)
+    except TypeError as error:
+        raise SqftError(f"{path} is corrupt ({error}): run the stage again") from None
 
 
 def is_stage(folder: str | Path) -> bool:
@@ -119,8 +186,8 @@ def check_files(folder: str | Path) -> Manifest:
     """The manifest, after checking that its files are there, the weights in full. Raises SqftError naming the file."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    for name, size in manifest.files.items():
-        file = folder / name
+    for name, recorded_file in manifest.files.items():
+        file, size = folder / name, recorded_file["bytes"]
         if not file.is_file():
             raise SqftError(f"{folder} is incomplete: {name} is missing; run its stage ('{manifest.stage}') again")
         if file.suffix == ".safetensors" and file.stat().st_size != size:  # a README or config may be edited
@@ -132,15 +199,22 @@ def check_files(folder: str | Path) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Completes the manifest (key, versions, files, time) and writes it as the folder's last file."""
-    manifest.key = manifest.key or stage_key(manifest.stage, manifest.config, manifest.parent_key)
+    """Completes the manifest (versions, files, time, and a key of the contents if it has none) and writes it."""
     manifest.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     manifest.versions = {"python": platform.python_version(), **_versions()}
-    manifest.files = {
-        file.relative_to(folder).as_posix(): file.stat().st_size
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
-    }
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
+    manifest.files = {file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+                      for file in files}  # fmt: skip
+    if not manifest.key and manifest.config:  # TODO goes when the last caller has moved
+        from sqft.stages import STAGES
+
+        row, given = STAGES.get(manifest.stage), dict(manifest.config)
+        if row:
+            known = {k: given.pop(k) for k in list(given) if k in row.config.__dataclass_fields__}
+            if isinstance(known.get("ranks"), dict) or str(known.get("calibration", "")).startswith("tokens:"):
+                given |= {k: known.pop(k) for k in ("ranks", "calibration") if k in known}
+            manifest.key = stage_key(manifest.stage, row.config(**known), manifest.parent_key, given)
+    manifest.key = manifest.key or contents_key({name: entry["sha256"] for name, entry in manifest.files.items()})
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -152,8 +226,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def check_output(out: str | Path, overwrite: bool = False) -> Path:
-    """Refuses an output that cannot be written, or holds something, before any work is done. Returns its path."""
+def check_output(out: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
+    """Refuses an output that cannot be written, holds something, or holds an input, before any work is done."""
     path = Path(out)
     if path.exists():
         if not path.is_dir():
@@ -163,31 +237,15 @@ def check_output(out: str | Path, overwrite: bool = False) -> Path:
                 raise UsageError(f"{path} already holds something: name another folder or pass --overwrite")
             if not is_stage(path):
                 raise UsageError(f"{path} was not written by sqft, it is not overwritten: name another folder")
+        for source in inputs:
+            if str(source) and Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
+                raise UsageError(f"{path} is, or holds, the input {source}: it is not overwritten; name another folder")
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise UsageError(f"cannot write to {path}: {parent} is not a writable folder")
     return path
-
-
-@contextlib.contextmanager
-def writing(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder beside ``out``; renames it to ``out`` if the block ends well, else removes it."""
-    path = check_output(out, overwrite)
-    try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.writing-", dir=path.absolute().parent))
-    except OSError as error:
-        raise SqftError(f"cannot write to {path}: {error.strerror}") from None
-    try:
-        yield temporary
-        os.chmod(temporary, 0o755)
-        replace_folder(temporary, path)
-    except OSError as error:
-        raise SqftError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -204,9 +262,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Renames ``new`` to ``path``; what stood there is removed only afterwards."""
+    """Renames ``new`` to ``path``. Of what stood there only the files that its manifest lists are removed."""
     old = None
     if path.exists():
+        _keep_others(path, new)
         old = path.with_name(f".{path.name}.old-{os.getpid()}")
         path.rename(old)
     try:
@@ -217,6 +276,35 @@ def replace_folder(new: Path, path: Path) -> None:
         raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Takes along what lies in a stage folder and is not sqft's. Raises SqftError if the new result has such a file."""
+    if not is_stage(old):
+        return  # check_output let it pass: it is empty
+    ours = {MANIFEST, *read_manifest(old).files}
+    for file in sorted(old.rglob("*")):
+        name = file.relative_to(old).as_posix()
+        if name in ours or (file.is_dir() and not file.is_symlink()):
+            continue
+        target = new / name
+        if target.exists():
+            raise SqftError(f"{file} was not written by sqft, and the new result has a file of that name: move it away")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, target, follow_symlinks=False)
+        except OSError:  # a file system without links
+            shutil.copy2(file, target, follow_symlinks=False)
+
+
+def _synchronize(folder: Path) -> None:
+    """Waits until a folder's files are on the disk: what is reported done survives a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def relative_parent(parent: str | Path, out: str | Path) -> str:

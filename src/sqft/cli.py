@@ -7,6 +7,7 @@ progress and messages to standard error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import logging
@@ -19,23 +20,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import sqft
-from sqft.config import (
-    DATA_DIR,
-    TASK,
-    EvaluateConfig,
-    MeasureConfig,
-    MergeConfig,
-    QuantizeConfig,
-    SearchConfig,
-    SparsifyConfig,
-    TrainConfig,
-)
+from sqft.config import DATA_DIR, TASK, QuantizeConfig
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.flags import add_flags, read_flags
+from sqft.options import RenamedOption
+from sqft.registry import KINDS
+from sqft.stages import ROWS, STAGES
 
-ADAPTERS = ("qa-sparse-peft (one sparse INT4 model), sparse-peft (one sparse float model), sqft or lora (base and "
-             "adapter, not mergeable)")  # fmt: skip
-
+DEVICE = "where to compute: cpu, cuda, cuda:1, xpu, mps; auto: an accelerator if there is one"
 DRY_RUN = "show the stages, and about what they take; loads and writes nothing"
 
 Add = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]  # (name, function, help) -> its parser
@@ -60,37 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_stages(add: Add) -> None:
-    sub = add("sparsify", _sparsify, "prune a model's linear weights")
-    _positional(sub, MODEL="folder, .gguf file or hub name", OUT="folder to write")
-    sub.epilog = "'--then quantize' and options of 'sqft quantize' after all others quantizes in the same walk."
-    add_flags(sub, SparsifyConfig)
-
-    sub = add("quantize", _quantize, "quantize a model's linear weights; pruned weights stay exactly zero")
-    _positional(sub, MODEL="folder, .gguf file or hub name", OUT="folder to write")
-    add_flags(sub, QuantizeConfig)
-
-    sub = add("train", _train, "fine-tune adapters on a sparse model")
-    _positional(sub, MODEL="folder of a sparse model, float or quantized", OUT="folder to write")
-    add_flags(sub, TrainConfig)
-
-    sub = add("search", _search, "find the best sub-adapter of an elastic adapter (NLS) by a validation split")
-    _positional(sub, ADAPTER="folder that 'sqft train --search-space 32,24,16' wrote",
-                OUT="folder to write: the chosen sub-adapter, search.json and two plots")  # fmt: skip
-    add_flags(sub, SearchConfig)
-
-    sub = add("extract", _extract, "write one sub-adapter of an elastic adapter as a folder of its own")
-    _positional(sub, ADAPTER="folder that 'sqft train' or 'sqft search' wrote", OUT="folder to write")
-    choices = "a heuristic, a YAML file of ranks, or of a search: best, knee, 'smallest-within 1%%' [median]"
-    sub.add_argument("--config", default="median", metavar="STR", help=choices)
-
-    sub = add("merge", _merge, "merge an adapter into its base and verify the result")
-    _positional(sub, ADAPTER="folder that 'sqft train' wrote", OUT="folder to write")
-    add_flags(sub, MergeConfig)
-
-    sub = add("evaluate", _evaluate, "score a model: exact match of a task, perplexity of a text")
-    _positional(sub, MODEL="folder of any stage, .gguf file or hub name")
-    sub.add_argument("--out", metavar="OUT", help="also write scores and predictions to this folder")
-    add_flags(sub, EvaluateConfig)
+    for row in ROWS:
+        sub = add(row.name, _stage, row.help)
+        sub.add_argument("source", metavar=row.argument, help=row.takes)
+        if row.makes != "numbers":
+            sub.add_argument("out", metavar="OUT", help=row.writes)
+        elif row.writes:
+            sub.add_argument("--out", metavar="OUT", help=row.writes)
+        sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
+        if row.name == "sparsify":
+            sub.epilog = "'--then quantize' and options of 'sqft quantize' after all others quantizes in the same walk."
+        add_flags(sub, row.config)
 
 
 def _add_runs(add: Add) -> None:
@@ -99,12 +71,14 @@ def _add_runs(add: Add) -> None:
     sub.add_argument("--model", help="instead of the recipe's model")
     sub.add_argument("--output", help="instead of the recipe's output folder")
     sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
-    sub.add_argument("--adapter", metavar="STR", help=f"{ADAPTERS} [the recipe's]")
+    sub.add_argument("--device", metavar="STR", help=f"{DEVICE} [the recipe's]")
+    _adapter(sub, "the recipe's")
     sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
 
     sub = add("demo", _run, "SmolLM2-135M: prune to 50 %%, quantize to INT4, adapt, merge, compare; 10 to 20 minutes")
     sub.set_defaults(recipe="demo")
-    sub.add_argument("--adapter", metavar="STR", help=f"{ADAPTERS} [qa-sparse-peft]")
+    sub.add_argument("--device", metavar="STR", help=f"{DEVICE} [auto]")
+    _adapter(sub, "qa-sparse-peft")
     sub.add_argument("--dry-run", action="store_true", help=DRY_RUN)
     sub.add_argument("--model", help="another model than SmolLM2-135M")
     sub.add_argument("--output", help="folder to write (default: runs/demo)")
@@ -120,6 +94,11 @@ def _add_runs(add: Add) -> None:
     sub.add_argument("--methods", metavar="STR", help="some of the rows, e.g. dense,lora,sparse-peft")
 
 
+def _adapter(sub: argparse.ArgumentParser, default: str) -> None:
+    sub.add_argument("--adapter", metavar="STR", help=f"another kind of adapter: {', '.join(KINDS)} [{default}]")
+    sub.add_argument("--pipeline", metavar="STR", help=argparse.SUPPRESS)  # its name until 0.1
+
+
 def _add_tools(add: Add) -> None:
     sub = add("write-tasks", _write_tasks, "write a task as YAML and data that lm-evaluation-harness runs offline")
     _positional(sub, TASK=TASK, OUT="folder to write")
@@ -127,10 +106,7 @@ def _add_tools(add: Add) -> None:
     sub.add_argument("--split", default="test", metavar="STR", help="split of the task [test]")
     sub.add_argument("--limit", type=int, metavar="INT", help="use the first N problems")
     sub.add_argument("--fewshot", type=int, default=0, metavar="INT", help="solved examples before each problem [0]")
-
-    sub = add("measure", _measure, "bytes on disk and decode speed of what would be served")
-    _positional(sub, MODEL="folder of any stage, or an adapter, which is served with its base")
-    add_flags(sub, MeasureConfig)
+    sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
 
     sub = add("report", _report, "write an HTML page and Markdown of folders of runs: charts, tables, samples")
     sub.add_argument("folders", metavar="FOLDER", nargs="+", help="output of 'sqft run' or 'sqft compare', or any")
@@ -145,8 +121,6 @@ def _adder(commands: Any) -> Add:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
         sub.add_argument("-v", "--verbose", action="store_true", help="show logs and, on an error, where it came from")
-        if name in ("sparsify", "quantize", "train", "search", "extract", "merge", "evaluate", "write-tasks"):
-            sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
         sub.set_defaults(function=function)
         return sub
 
@@ -158,17 +132,13 @@ def _positional(sub: argparse.ArgumentParser, **names: str) -> None:
         sub.add_argument(name.lower(), metavar=name, help=text)
 
 
-def _sparsify(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = read_flags(arguments, SparsifyConfig)
+def _stage(arguments: argparse.Namespace) -> dict[str, Any]:
+    row = STAGES[arguments.command]
+    config = read_flags(arguments, row.config)
     if arguments.then is not None:
-        return sqft.quantize(arguments.model, arguments.then, first=config, out=arguments.out,
+        return sqft.quantize(arguments.source, arguments.then, first=config, out=arguments.out,
                              overwrite=arguments.overwrite)  # fmt: skip
-    return sqft.sparsify(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
-
-
-def _quantize(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = read_flags(arguments, QuantizeConfig)
-    return sqft.quantize(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
+    return row.function(arguments.source, config, out=arguments.out, overwrite=arguments.overwrite)
 
 
 def _split_then(arguments: Sequence[str]) -> tuple[list[str], QuantizeConfig | None]:
@@ -184,30 +154,6 @@ def _split_then(arguments: Sequence[str]) -> tuple[list[str], QuantizeConfig | N
     return head, read_flags(parser.parse_args(tail[1:]), QuantizeConfig)
 
 
-def _train(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = read_flags(arguments, TrainConfig)
-    return sqft.train(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
-
-
-def _search(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = read_flags(arguments, SearchConfig)
-    return sqft.search(arguments.adapter, config, out=arguments.out, overwrite=arguments.overwrite)
-
-
-def _extract(arguments: argparse.Namespace) -> dict[str, Any]:
-    return sqft.extract(arguments.adapter, arguments.config, arguments.out, overwrite=arguments.overwrite)
-
-
-def _merge(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = read_flags(arguments, MergeConfig)
-    return sqft.merge(arguments.adapter, config, out=arguments.out, overwrite=arguments.overwrite)
-
-
-def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = read_flags(arguments, EvaluateConfig)
-    return sqft.evaluate(arguments.model, config, out=arguments.out, overwrite=arguments.overwrite)
-
-
 def _write_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
     from sqft.evaluation.harness_tasks import write_tasks
 
@@ -221,9 +167,11 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from sqft.reporting.table import HEADER, cells, markdown, print_table, run_rows
 
     recipe = load_recipe(arguments.recipe)
-    if arguments.adapter:
-        recipe = with_adapter(recipe, arguments.adapter)
-    recipe = with_options(recipe, data_dir=getattr(arguments, "data_dir", None))
+    if arguments.pipeline:
+        warnings.warn("'--pipeline' is now called '--adapter'", RenamedOption, stacklevel=2)
+    if arguments.adapter or arguments.pipeline:
+        recipe = with_adapter(recipe, arguments.adapter or arguments.pipeline)
+    recipe = with_options(recipe, data_dir=getattr(arguments, "data_dir", None), device=arguments.device)
     if arguments.dry_run:
         from sqft.planning.plan import plan
         from sqft.reporting.plan_table import show
@@ -239,9 +187,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         if "merge" in results:
             difference = results["merge"]["max_logit_difference"]
             print(f"Merged model: {output / 'merge'} (largest logit difference to un-merged: {difference:.2g})")
-        if "search" in results and recipe.evaluate and recipe.evaluate.task:
+        if "search" in results and recipe["evaluate"] and recipe["evaluate"].task:
             print(f"Ranks were chosen by {results['search']['scored_on']}; the table's accuracy is on the "
-                  f"{recipe.evaluate.split} split, measured once.")  # fmt: skip
+                  f"{recipe['evaluate'].split} split, measured once.")  # fmt: skip
         if arguments.command == "demo":
             print("Other adapters: sqft demo --adapter sparse-peft (one sparse float model) | sqft | lora (base and "
                   "adapter, not mergeable)")  # fmt: skip
@@ -270,10 +218,6 @@ def _compare(arguments: argparse.Namespace) -> Any:
     if not arguments.json:
         print_table(HEADER, rows)
     return result
-
-
-def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    return sqft.measure(arguments.model, read_flags(arguments, MeasureConfig))
 
 
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -309,12 +253,15 @@ def _show(command: str, result: Any) -> None:
         print(f"{name.replace('_', ' '):24} {text}")
 
 
-def _quiet(verbose: bool) -> None:
+def _quiet(verbose: bool, command: str) -> None:
     """Without -v: only our own progress and errors. Loggers and warnings of the libraries stay silent."""
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
     if verbose:
         return
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=RenamedOption)
+    if command == "ls":
+        return
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -334,11 +281,45 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} (unexpected; -v shows where)"
 
 
+class _Patient:
+    """Standard error that goes on when its reader has gone: progress that nobody reads must not stop the work."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _note(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """How a warning is printed: an option's old name as a note, others as Python does."""
+    note = issubclass(category, RenamedOption)
+    text = f"note: {message}\n" if note else warnings.formatwarning(message, category, filename, lineno)
+    sys.stderr.write(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    before, sys.stderr, warnings.showwarning = (sys.stderr, warnings.showwarning), _Patient(sys.stderr), _note
+    try:
+        return _main(given)
+    finally:
+        sys.stderr, warnings.showwarning = before
+
+
+def _main(given: list[str]) -> int:
     verbose = False
     try:
-        given = list(sys.argv[1:] if arguments is None else arguments)
         if given[:1] == ["lm-eval"]:  # its flags are its own
             from sqft.evaluation.harness import command
 
@@ -354,19 +335,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verbose = parsed.verbose
         if unknown:
             raise UsageError(_unknown(parser, parsed.command, unknown[0]))
-        _quiet(verbose)
-        result = parsed.function(parsed)
-        print(json.dumps(result, indent=2)) if parsed.json else _show(parsed.command, result)
-        sys.stdout.flush()
-        return 0
-    except BrokenPipeError:  # the reader (head, say) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _quiet(verbose, parsed.command)
+        _print(parsed, parsed.function(parsed))
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if verbose:
             traceback.print_exc()
         print(f"sqft: {_describe(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+
+
+def _print(parsed: argparse.Namespace, result: Any) -> None:
+    """The result, to standard output; a reader of it that has gone (head, say) has what it wanted."""
+    try:
+        print(json.dumps(result, indent=2)) if parsed.json else _show(parsed.command, result)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unknown(parser: argparse.ArgumentParser, command: str, given: str) -> str:

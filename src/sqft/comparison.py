@@ -14,18 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
-from sqft.config import (
-    CompareConfig,
-    MeasureConfig,
-    MergeConfig,
-    QuantizeConfig,
-    SearchConfig,
-    SparsifyConfig,
-    from_dict,
-    to_dict,
-)
+from sqft.config import CompareConfig, MeasureConfig, MergeConfig, QuantizeConfig, SearchConfig, SparsifyConfig
 from sqft.errors import UsageError, did_you_mean
 from sqft.evaluation.intervals import paired
+from sqft.options import from_dict, to_dict
 from sqft.recipe import Recipe, check_data, load_recipe, resolve_model, run_stage
 from sqft.registry import KINDS
 from sqft.reporting.comparison_table import RESULT
@@ -69,8 +61,7 @@ def compare(recipe: Recipe | str | Path, *, model: str | None = None, output: st
     sub-adapter searched by the validation split, merged if that can be, and evaluated. Returns the table: task, split,
     limit, model, and one row a method. Raises UsageError for a recipe that lacks a stage, or an unknown method.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    recipe = replace(recipe, model=model or recipe.model, output=str(output or recipe.output))
+    recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).at(model, output)
     methods, sparsities = check(recipe)
     check_data(recipe)
     out = Path(recipe.output)
@@ -82,8 +73,7 @@ def compare(recipe: Recipe | str | Path, *, model: str | None = None, output: st
                 rows.append(run_method(name, recipe, sparsity, of_sparsity, say))
             elif sparsity == sparsities[0]:  # the dense model is one for all
                 rows.append(run_method(name, recipe, None, out, say))
-        assert recipe.compare is not None
-        _compare_with(rows, recipe.compare.reference, sparsity, out)
+        _compare_with(rows, recipe["compare"].reference, sparsity, out)
         _write(recipe, rows, out)
     return _write(recipe, rows, out)
 
@@ -91,28 +81,27 @@ def compare(recipe: Recipe | str | Path, *, model: str | None = None, output: st
 def with_methods(recipe: Recipe, sparsities: str | None = None, methods: str | None = None) -> Recipe:
     """The recipe with other sparsities or methods, each given as 'a,b,c'."""
     given = {"sparsities": sparsities, "methods": methods}
-    config = to_dict(recipe.compare or CompareConfig()) | {k: v for k, v in given.items() if v is not None}
-    return replace(recipe, compare=from_dict(CompareConfig, config))
+    config = to_dict(recipe["compare"] or CompareConfig()) | {k: v for k, v in given.items() if v is not None}
+    return recipe.using(compare=from_dict(CompareConfig, config))
 
 
 def check(recipe: Recipe) -> tuple[list[str], list[float]]:
     """The methods and sparsities that a recipe asks for. Raises UsageError for what it lacks."""
     for stage in ("train", "evaluate", "compare"):
-        if getattr(recipe, stage) is None:
+        if recipe[stage] is None:
             raise UsageError(f"a comparison needs '{stage}' in its recipe, e.g. '{stage}: {{}}'")
-    assert recipe.train and recipe.evaluate and recipe.compare
-    if not recipe.evaluate.task:
+    if not recipe["evaluate"].task:
         raise UsageError("a comparison needs a task to evaluate on, e.g. --task gsm8k")
-    methods = list(recipe.compare.methods or METHODS)
-    for name in (*methods, recipe.compare.reference):
+    methods = list(recipe["compare"].methods or METHODS)
+    for name in (*methods, recipe["compare"].reference):
         if name not in METHODS:
             raise UsageError(f"unknown method '{name}': {did_you_mean(name, METHODS)}")
-    if not recipe.train.search_space and any(METHODS[name].elastic for name in methods):
+    if not recipe["train"].search_space and any(METHODS[name].elastic for name in methods):
         raise UsageError("methods of elastic rank need a search_space in 'train', e.g. [32, 24, 16]")
-    sparsify = recipe.sparsify or SparsifyConfig()
-    if sparsify.pattern and recipe.compare.sparsities:
+    sparsify = recipe["sparsify"] or SparsifyConfig()
+    if sparsify.pattern and recipe["compare"].sparsities:
         raise UsageError(f"sparsities do not go with the pattern {sparsify.pattern} of 'sparsify': leave one out")
-    sparsities = sorted(set(recipe.compare.sparsities)) or [sparsify.sparsity]
+    sparsities = sorted(set(recipe["compare"].sparsities)) or [sparsify.sparsity]
     for sparsity in sparsities:
         replace(sparsify, sparsity=sparsity)  # one out of range is an error before any work
     return methods, sparsities
@@ -130,16 +119,16 @@ def run_method(name: str, recipe: Recipe, sparsity: float | None, out: Path, say
         folders[kind] = str(folder)
 
     if method.base != "model":
-        sparsify = replace(recipe.sparsify or SparsifyConfig(), sparsity=sparsity)
+        sparsify = replace(recipe["sparsify"] or SparsifyConfig(), sparsity=sparsity)
         stage("sparsify", sparsify, "model", out / "sparsify")
     if method.base == "quantize":
-        stage("quantize", recipe.quantize or QuantizeConfig(), "sparsify", out / "quantize")
+        stage("quantize", recipe["quantize"] or QuantizeConfig(), "sparsify", out / "quantize")
     last = method.base
     for kind, config in adapter_stages(method, recipe, folders):
         stage(kind, config, last, out / name / kind)
         last = kind
-    stage("evaluate", recipe.evaluate, last, out / name / "evaluate")
-    stage("measure", recipe.measure or MeasureConfig(), last, out / name / "measure")
+    stage("evaluate", recipe["evaluate"], last, out / name / "evaluate")
+    stage("measure", recipe["measure"] or MeasureConfig(), last, out / name / "measure")
     train, search, merge = (metrics.get(kind, {}) for kind in ("train", "search", "merge"))
     kept = merge.get("sparsity", metrics.get(method.base, {}).get("sparsity"))
     return {
@@ -158,21 +147,20 @@ def run_method(name: str, recipe: Recipe, sparsity: float | None, out: Path, say
 
 def adapter_stages(method: Method, recipe: Recipe, folders: Mapping[str, str]) -> list[tuple[str, Any]]:
     """The stages after the base: train, search and merge with the recipe's options, as far as the method has them."""
-    assert recipe.train is not None
     if method.adapter is None:
         return []
     aware = KINDS[method.adapter].quantization_aware
-    float_base = folders["sparsify"] if aware and recipe.train.base else None
-    train = replace(recipe.train, adapter=method.adapter, base=float_base,
-                    learn_scales=recipe.train.learn_scales and aware)  # fmt: skip
+    float_base = folders["sparsify"] if aware and recipe["train"].base else None
+    train = replace(recipe["train"], adapter=method.adapter, base=float_base,
+                    learn_scales=recipe["train"].learn_scales and aware)  # fmt: skip
     if not method.elastic:
         train = replace(train, search_space=[], rank_groups=[])
     stages: list[tuple[str, Any]] = [("train", train)]
     if method.elastic:  # without a search in the recipe: the paper's heuristic
         by_heuristic = SearchConfig(strategy="median", task=train.task, data_dir=train.data_dir, metric="loss")
-        stages.append(("search", recipe.search or by_heuristic))
+        stages.append(("search", recipe["search"] or by_heuristic))
     if method.merges:
-        stages.append(("merge", recipe.merge or MergeConfig()))
+        stages.append(("merge", recipe["merge"] or MergeConfig()))
     return stages
 
 
@@ -202,10 +190,9 @@ def read_correct(evaluation: Path) -> list[bool]:
 
 
 def _write(recipe: Recipe, rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:
-    assert recipe.evaluate and recipe.compare
     result = {
-        "task": recipe.evaluate.task, "split": recipe.evaluate.split, "limit": recipe.evaluate.limit,
-        "model": recipe.model, "reference": recipe.compare.reference, "rows": rows,
+        "task": recipe["evaluate"].task, "split": recipe["evaluate"].split, "limit": recipe["evaluate"].limit,
+        "model": recipe.model, "reference": recipe["compare"].reference, "rows": rows,
     }  # fmt: skip
     artifact.write_text(out / RESULT, json.dumps(result, indent=1) + "\n")
     return result

@@ -1,31 +1,12 @@
-"""One frozen dataclass a stage: the single definition of its options, from which flags, YAML and docs are made.
-
-A field's ``help`` is its flag's help text and a comment in the docs. Unknown keys and values of the wrong type are
-errors that name the near miss (and, in a YAML file, the line).
-"""
+"""One frozen dataclass a stage: the single definition of its options. A field's ``help`` is its flag's help text."""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-import typing
-from collections.abc import Iterable
-from dataclasses import MISSING, dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
-import yaml
-
-from sqft.errors import UsageError, did_you_mean
+from sqft.errors import UsageError
+from sqft.options import check_positive, option
 from sqft.registry import KINDS
-
-T = TypeVar("T")
-
-
-def option(default: Any = MISSING, help: str = "", choices: Iterable[str] = (), factory: Any = MISSING) -> Any:
-    """A dataclass field with its help text and, where the set is closed, its choices."""
-    return dataclasses.field(default=default, default_factory=factory, metadata={"help": help, "choices": choices})
-
 
 TASK = "a built-in task (gsm8k, say), several (piqa+boolq), or a task's YAML file"
 DATA_DIR = "folder with the tasks' data; default: from the hub"
@@ -33,7 +14,15 @@ RANKS = "of an elastic adapter: a heuristic (median, say) or a YAML file of rank
 
 
 @dataclass(frozen=True)
-class SparsifyConfig:
+class OnDevice:
+    """Of stages that compute."""
+
+    device: str = option("auto", "where to compute: cpu, cuda, cuda:1, xpu, mps; auto: an accelerator if there is one",
+                         kind="machine")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SparsifyConfig(OnDevice):
     """Prune the decoder's linear weights. Embeddings and the language-model head are never touched."""
 
     method: str = option("wanda", "pruning criterion: wanda or magnitude")
@@ -41,7 +30,8 @@ class SparsifyConfig:
     pattern: str | None = option(None, "N:M, e.g. 2:4 keeps 2 of every 4 neighbours; replaces --sparsity")
     overrides: dict[str, float] = option(help="module pattern=sparsity, e.g. '*.down_proj=0.4'", factory=dict)
     exclude: list[str] = option(help="module patterns that stay dense, e.g. 'model.layers.0.*'", factory=list)
-    calibration: str = option("builtin", "text for activations: 'builtin', a .txt/.jsonl file or a datasets name")
+    calibration: str = option("builtin", "text for activations: 'builtin', a .txt/.jsonl file or a datasets name",
+                              kind="text")  # fmt: skip
     samples: int = option(128, "number of calibration blocks")
     length: int = option(512, "tokens a calibration block")
     batch_size: int = option(4, "calibration blocks a forward pass")
@@ -56,11 +46,11 @@ class SparsifyConfig:
                 raise UsageError(f"{where} is {value}: it has to lie between 0 and 1, both excluded ({fix})")
         if self.pattern is not None:
             parse_pattern(self.pattern)
-        _positive(self, "samples", "length", "batch_size")
+        check_positive(self, "samples", "length", "batch_size")
 
 
 @dataclass(frozen=True)
-class QuantizeConfig:
+class QuantizeConfig(OnDevice):
     """Quantize the decoder's linear weights to integers. Every pruned weight stays exactly zero."""
 
     method: str = option("gptq", "gptq, or rtn (round to nearest)")
@@ -74,7 +64,8 @@ class QuantizeConfig:
     exclude: list[str] = option(help="module patterns that stay float, e.g. 'model.layers.0.*'", factory=list)
     format: str = option("auto", "of the checkpoint; auto: gptq (v1 if symmetric, else v2)",
                          ("auto", "gptq", "gptq_v2", "compressed-tensors"))  # fmt: skip
-    calibration: str = option("builtin", "text for activations: 'builtin', a .txt/.jsonl file or a datasets name")
+    calibration: str = option("builtin", "text for activations: 'builtin', a .txt/.jsonl file or a datasets name",
+                              kind="text")  # fmt: skip
     samples: int = option(128, "number of calibration blocks")
     length: int = option(512, "tokens a calibration block")
     batch_size: int = option(4, "calibration blocks a forward pass")
@@ -90,24 +81,25 @@ class QuantizeConfig:
             raise UsageError(f"scale_bits is {self.scale_bits}: a float16 scale has 1 to 11 significant bits")
         if self.format == "gptq" and not self.symmetric:
             raise UsageError("format gptq (v1) is for symmetric grids: other tools refuse asymmetric v1; use gptq_v2")
-        _positive(self, "samples", "length", "batch_size")
+        check_positive(self, "samples", "length", "batch_size")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(OnDevice):
     """Fine-tune low-rank adapters with the paper's defaults (SQFT, appendix: rank 32, alpha 64, q,k,v,up,down)."""
 
-    adapter: str = option("sparse-peft", "masked adapters on a float or (qa-) a packed base, which merge; or "
-                          "LoRA on a float (lora) or packed (sqft) base, which does not", KINDS)  # fmt: skip
+    adapter: str = option("sparse-peft", "masked adapters on a float or (qa-) a packed base, which merge; or LoRA on a "
+                          "float (lora) or packed (sqft) base, which does not", KINDS, alias="pipeline")  # fmt: skip
     base: str | None = option(None, "qa-sparse-peft: folder of the sparse model before quantization (in a recipe: "
-                              "sparsify), to add the adapter to instead of what the integers mean")  # fmt: skip
+                              "sparsify), to add the adapter to instead of what the integers mean",
+                              kind="folder")  # fmt: skip
     learn_scales: bool = option(False, "qa-sparse-peft: train the grid's scales too")
-    task: str | None = option(None, TASK)
-    data_dir: str | None = option(None, DATA_DIR)
-    data: str | None = option(None, "instead of a task: a .txt/.jsonl file or a datasets name")
+    task: str | None = option(None, TASK, kind="task")
+    data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
+    data: str | None = option(None, "instead of a task: a .txt/.jsonl file or a datasets name", kind="text")
     prompt: str = option("", "template over a record's fields, e.g. 'Question: {question}\\nAnswer:'")
     completion: str = option("{text}", "template of what is to be learnt, e.g. ' {answer}'")
-    eval_data: str | None = option(None, "file or datasets name to evaluate on while training")
+    eval_data: str | None = option(None, "file or datasets name to evaluate on while training", kind="text")
     limit: int | None = option(None, "use the first N training examples")
     eval_limit: int | None = option(200, "use the first N evaluation examples while training")
     r: int = option(32, "rank of the adapters; with a search space, its largest is used")
@@ -142,7 +134,7 @@ class TrainConfig:
     seed: int = option(42, "seed of initialisation, order and dropout")
 
     def __post_init__(self) -> None:
-        _positive(self, "r", "lora_alpha", "batch_size", "gradient_accumulation", "max_length", "learning_rate",
+        check_positive(self, "r", "lora_alpha", "batch_size", "gradient_accumulation", "max_length", "learning_rate",
                   "epochs", "save_steps", "logging_steps", "limit")  # fmt: skip
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout is {self.lora_dropout}: it has to lie in [0, 1)")
@@ -157,7 +149,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(OnDevice):
     """Find the best sub-adapter of an elastic adapter (NLS), by a validation split."""
 
     strategy: str = option("hill-climb", "a heuristic, or a search", ("maximal", "minimal", "median", "most-frequent",
@@ -166,8 +158,8 @@ class SearchConfig:
                         ("maximal", "minimal", "median", "most-frequent", "min-loss"))  # fmt: skip
     evaluations: int = option(20, "sub-adapters to try")
     pick: str = option("best", "of what was tried: best, knee (of the Pareto front) or 'smallest-within 1%'")
-    task: str | None = option(None, TASK)
-    data_dir: str | None = option(None, DATA_DIR)
+    task: str | None = option(None, TASK, kind="task")
+    data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
     split: str = option("validation", "split to choose by; the test split is refused")
     limit: int | None = option(100, "score on the first N problems")
     metric: str = option("accuracy", "accuracy, or loss of the completions (faster, finer)",
@@ -177,13 +169,14 @@ class SearchConfig:
     screen: int | None = option(None, "score on the first N problems first; go on with the most promising only")
     screen_keep: float = option(0.5, "share of the screened sub-adapters to go on with")
     batch_size: int = option(32, "problems a forward pass")
-    workers: int = option(1, "processes that share the search")
+    workers: int = option(1, "processes that share the search", kind="machine")
     storage: str | None = option(None, "keep the trials in journal:PATH or a database (sqlite:///PATH), which other "
-                                 "machines may share; default: a journal beside OUT until it is done")  # fmt: skip
+                                 "machines may share; default: a journal beside OUT until it is done",
+                                 kind="machine")  # fmt: skip
     seed: int = option(0, "of the proposals")
 
     def __post_init__(self) -> None:
-        _positive(self, "evaluations", "batch_size", "workers", "limit")
+        check_positive(self, "evaluations", "batch_size", "workers", "limit")
         if not 0 < self.screen_keep <= 1:
             raise UsageError(f"screen_keep is {self.screen_keep}: it has to lie in (0, 1]")
         if self.screen is not None and not 0 < self.screen < (self.limit or self.screen + 1):
@@ -191,10 +184,18 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
-class MergeConfig:
+class ExtractConfig:
+    """Write one sub-adapter of an elastic adapter as an adapter of its own."""
+
+    choice: str = option("median", "a heuristic, a YAML file of ranks, or of a search best, knee, 'smallest-within 1%'",
+                         kind="ranks", alias="config")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MergeConfig(OnDevice):
     """Merge an adapter into its base, verify the result, write one model."""
 
-    ranks: str | None = option(None, RANKS)
+    ranks: str | None = option(None, RANKS, kind="ranks")
     allow_dense: bool = option(False, "merge plain LoRA although it fills the pruned weights")
     tolerance: float = option(1e-4, "largest difference allowed between merged and un-merged logits")
     max_shard_size: str = option("5GB", "split the weights into files of at most this size")
@@ -204,26 +205,26 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(OnDevice):
     """Score a model: accuracy on a task, perplexity of a text, or both."""
 
-    task: str | None = option(None, TASK)
-    data_dir: str | None = option(None, DATA_DIR)
+    task: str | None = option(None, TASK, kind="task")
+    data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
     split: str = option("test", "split of the task")
     limit: int | None = option(None, "use the first N problems")
-    text: str | None = option(None, "perplexity of: 'builtin', a .txt/.jsonl file or a datasets name")
+    text: str | None = option(None, "perplexity of: 'builtin', a .txt/.jsonl file or a datasets name", kind="text")
     length: int = option(1024, "window of the perplexity in tokens")
     max_tokens: int | None = option(None, "use the first N tokens of the text")
     batch_size: int = option(32, "problems, or windows, a forward pass")
     unpack: bool = option(True, "hold a packed model's weights de-quantized while scoring: the same results, faster")
     dtype: str = option("auto", "load the weights as", ("auto", "float32", "bfloat16", "float16"))
-    ranks: str | None = option(None, RANKS)
+    ranks: str | None = option(None, RANKS, kind="ranks")
     engine: str = option("quick", "sqft's own scorer of tasks, or lm-evaluation-harness: the same scores and, besides, "
                          "its few-shot examples and results.json", ("quick", "lm-eval"))  # fmt: skip
     fewshot: int = option(0, "with engine lm-eval: solved examples of the train split before each problem")
 
     def __post_init__(self) -> None:
-        _positive(self, "length", "batch_size", "limit")
+        check_positive(self, "length", "batch_size", "limit")
         if not (self.task or self.text):
             raise UsageError("nothing to evaluate: give a task (e.g. arithmetic) or a text")
         if self.fewshot < 0:
@@ -235,14 +236,14 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class MeasureConfig:
+class MeasureConfig(OnDevice):
     """Measure what would be served: bytes on disk and decode speed."""
 
     tokens: int = option(32, "tokens to generate")
     rounds: int = option(3, "times to do so; the median counts")
 
     def __post_init__(self) -> None:
-        _positive(self, "tokens", "rounds")
+        check_positive(self, "tokens", "rounds")
 
 
 @dataclass(frozen=True)
@@ -252,19 +253,6 @@ class CompareConfig:
     sparsities: list[float] = option(help="e.g. 0.3,0.5,0.7; default: that of sparsify", factory=list)
     methods: list[str] = option(help="some of the table's rows; default: all", factory=list)
     reference: str = option("lora", "method whose accuracy the others' is compared with, problem by problem")
-
-
-# By stage, for recipes, comparisons and reports.
-STAGE_CONFIGS: dict[str, Any] = {
-    "sparsify": SparsifyConfig, "quantize": QuantizeConfig, "train": TrainConfig, "search": SearchConfig,
-    "merge": MergeConfig, "evaluate": EvaluateConfig, "measure": MeasureConfig, "compare": CompareConfig,
-}  # fmt: skip
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise UsageError(f"{name} is {getattr(config, name)}: it has to be greater than 0")
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -286,88 +274,3 @@ def parse_size(size: str) -> int:
     if value <= 0:
         raise UsageError(f"size '{size}' has to be greater than 0")
     return value
-
-
-def from_dict(cls: type[T], values: dict[str, Any], where: str = "", lines: dict[str, int] | None = None) -> T:
-    """Builds a config from plain values, strictly. ``lines`` maps a key to its line for messages."""
-    hints = typing.get_type_hints(cls)
-    clean = {}
-    for key, value in values.items():
-        at = f"{where}:{lines[key]}: " if lines and key in lines else f"{where}: " if where else ""
-        if key not in hints:
-            raise UsageError(f"{at}unknown option '{key}' of {stage_name(cls)}: {did_you_mean(key, hints)}")
-        spec = next(f for f in dataclasses.fields(cls) if f.name == key)  # pyright: ignore[reportArgumentType]
-        try:
-            clean[key] = coerce(value, hints[key])
-        except ValueError as error:
-            raise UsageError(f"{at}{key}: {error}") from None
-        choices = spec.metadata.get("choices")
-        if choices and clean[key] not in choices:
-            raise UsageError(f"{at}unknown {key} '{clean[key]}': {did_you_mean(str(clean[key]), choices)}")
-    try:
-        return cls(**clean)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}" if where else str(error)) from None
-
-
-def coerce(value: Any, hint: Any) -> Any:
-    """``value`` as the type ``hint``; strings are parsed (they may come from a flag). Raises ValueError."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        inner = next(a for a in typing.get_args(hint) if a is not type(None))
-        return None if value in (None, "none") else coerce(value, inner)
-    origin = typing.get_origin(hint) or hint
-    if origin is list and isinstance(value, (list, tuple, str)):
-        items = value.split(",") if isinstance(value, str) else [str(v) for v in value]
-        (kind,) = typing.get_args(hint) or (str,)
-        return [coerce(piece, kind) for item in items for piece in item.split(",") if piece]
-    if origin is dict and isinstance(value, dict):
-        return {str(k): coerce(v, float) for k, v in value.items()}
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, str):
-        return value
-    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            raise ValueError(f"'{value}' is not a number") from None
-        if hint is int and number != int(number):
-            raise ValueError(f"{value} is not a whole number")
-        return hint(number)
-    raise ValueError(f"{value!r} is not of type {getattr(hint, '__name__', hint)}")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values, in field order, as they go into YAML and manifests."""
-    return dataclasses.asdict(config)
-
-
-def stage_name(cls: type) -> str:
-    """SparsifyConfig -> 'sparsify'."""
-    return cls.__name__.removesuffix("Config").lower()
-
-
-def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """A YAML mapping and the line of each key, keyed by the key's path. Raises UsageError with the line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of stages, e.g. 'sparsify: {{sparsity: 0.5}}'")
-    lines: dict[tuple[str, ...], int] = {}
-    _collect_lines(node, (), lines)
-    return values, lines
-
-
-def _collect_lines(node: Any, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            lines[(*path, str(key.value))] = key.start_mark.line + 1
-            _collect_lines(value, (*path, str(key.value)), lines)

@@ -2,61 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from sqft import artifact
-from sqft.config import (
-    STAGE_CONFIGS,
-    CompareConfig,
-    EvaluateConfig,
-    MeasureConfig,
-    MergeConfig,
-    QuantizeConfig,
-    SearchConfig,
-    SparsifyConfig,
-    TrainConfig,
-    from_dict,
-    load_yaml,
-    to_dict,
-)
+from sqft.config import CompareConfig, QuantizeConfig, TrainConfig
 from sqft.errors import SqftError, UsageError, did_you_mean
+from sqft.keys import folder_key, stage_key
+from sqft.options import from_dict, load_yaml, to_dict
 from sqft.registry import KINDS
+from sqft.stages import RUN, STAGES
 from sqft.tasks.base import get_task
 
-STAGES = ("sparsify", "quantize", "train", "search", "merge")  # those that write a model or adapter, in order
 DEMO_MODEL = "demo-model"
+SECTIONS: dict[str, Any] = {**{name: row.config for name, row in STAGES.items()}, "compare": CompareConfig}
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What ``run`` does. Stages run in the order of the fields; one that is None is left out.
-
-    ``measure`` and ``compare`` are for ``sqft compare``. ``evaluate_on`` names whose models the evaluate stage scores:
-    'model' (what the recipe starts from) and stages.
+    """What ``run`` does. ``configs`` holds the options of each section that the recipe has (``recipe["train"]`` is None
+    where it is left out): stages, in whatever order, and those of ``sqft compare``. ``evaluate_on`` names whose models
+    the evaluate stage scores: 'model' (what the recipe starts from) and stages.
     """
 
     model: str
     output: str
-    sparsify: SparsifyConfig | None = None
-    quantize: QuantizeConfig | None = None
-    train: TrainConfig | None = None
-    search: SearchConfig | None = None
-    merge: MergeConfig | None = None
-    evaluate: EvaluateConfig | None = None
-    measure: MeasureConfig | None = None
-    compare: CompareConfig | None = None
+    configs: Mapping[str, Any] = field(default_factory=dict)
     evaluate_on: tuple[str, ...] = ("model", "sparsify", "quantize", "merge")
 
     def __post_init__(self) -> None:
-        if self.merge and not self.train:
+        if self["merge"] and not self["train"]:
             raise UsageError("a recipe with 'merge' needs 'train': without adapters there is nothing to merge")
-        if self.search and not (self.train and self.train.search_space):
+        if self["search"] and not (self["train"] and self["train"].search_space):
             raise UsageError("a recipe with 'search' needs 'train' with a search_space, e.g. [32, 24, 16]")
+
+    def __getitem__(self, section: str) -> Any:
+        return self.configs.get(section)
+
+    def using(self, **configs: Any) -> Recipe:
+        """The recipe with other options of some sections; None leaves a section out."""
+        return replace(self, configs={k: v for k, v in {**self.configs, **configs}.items() if v is not None})
+
+    def at(self, model: str | None, output: str | Path | None) -> Recipe:
+        """The recipe for another model, or into another folder."""
+        return replace(self, model=model or self.model, output=str(output or self.output))
 
 
 def load_recipe(source: str | Path) -> Recipe:
@@ -67,21 +61,21 @@ def load_recipe(source: str | Path) -> Recipe:
     if not path.is_file():
         raise UsageError(f"there is no recipe {source}: {did_you_mean(str(source), shipped_recipes())}")
     values, lines = load_yaml(path)
-    known = Recipe.__dataclass_fields__
-    built: dict[str, Any] = {}
+    built: dict[str, Any] = {"configs": {}}
+    known = ("model", "output", "evaluate_on", *SECTIONS)
     for key, value in values.items():
         at = f"{path}:{lines[(key,)]}"
         if key not in known:
             raise UsageError(f"{at}: unknown key '{key}': {did_you_mean(str(key), known)}")
-        if key in STAGE_CONFIGS:
+        if key in SECTIONS:
             if value is not None and not isinstance(value, dict):
                 raise UsageError(f"{at}: '{key}' takes a mapping of options, e.g. {key}: {{}}")
             inner = {k[1]: line for k, line in lines.items() if len(k) == 2 and k[0] == key}
-            built[key] = from_dict(STAGE_CONFIGS[key], value or {}, str(path), inner)
+            built["configs"][key] = from_dict(SECTIONS[key], value or {}, str(path), inner)
         elif key == "evaluate_on":
-            wrong = [v for v in value if v not in ("model", *STAGES)]
+            wrong = [v for v in value if v not in ("model", *RUN)]
             if wrong:
-                raise UsageError(f"{at}: evaluate_on knows model, {', '.join(STAGES)}, not '{wrong[0]}'")
+                raise UsageError(f"{at}: evaluate_on knows model, {', '.join(RUN)}, not '{wrong[0]}'")
             built[key] = tuple(value)
         else:
             built[key] = str(value)
@@ -100,20 +94,22 @@ def with_adapter(recipe: Recipe, adapter: str) -> Recipe:
     What cannot be merged is evaluated as base and adapter. The output folder gets the adapter's name. Raises
     UsageError for an unknown adapter, and for a recipe that does not train.
     """
-    if recipe.train is None:
+    if recipe["train"] is None:
         raise UsageError("the recipe does not train: there is no adapter to choose")
-    values = to_dict(recipe.train) | {"adapter": adapter}
+    values = to_dict(recipe["train"]) | {"adapter": adapter}
     if not KINDS[adapter].quantization_aware:
         values |= {"base": None, "learn_scales": False}
     train = from_dict(TrainConfig, values)
-    if train == recipe.train:
+    if train == recipe["train"]:
         return recipe
-    last = "merge" if KINDS[adapter].merges else "search" if recipe.search else "train"
-    return replace(
-        recipe, train=train, quantize=(recipe.quantize or QuantizeConfig()) if KINDS[adapter].packed else None,
-        merge=(recipe.merge or MergeConfig()) if KINDS[adapter].merges else None, output=f"{recipe.output}-{adapter}",
-        evaluate_on=(*(name for name in recipe.evaluate_on if name != "merge"), last),
+    kind = KINDS[adapter]
+    last = "merge" if kind.merges else "search" if recipe["search"] else "train"
+    changed = recipe.using(
+        train=train, quantize=(recipe["quantize"] or QuantizeConfig()) if kind.packed else None,
+        merge=(recipe["merge"] or STAGES["merge"].config()) if kind.merges else None,
     )  # fmt: skip
+    scored = (*(name for name in recipe.evaluate_on if name != "merge"), last)
+    return replace(changed, output=f"{recipe.output}-{adapter}", evaluate_on=scored)
 
 
 def shipped_recipes() -> list[str]:
@@ -123,19 +119,22 @@ def shipped_recipes() -> list[str]:
     )
 
 
-def with_options(recipe: Recipe, *, task: str | None = None, data_dir: str | None = None) -> Recipe:
-    """The recipe with another task, or another place of its data, in all stages that have one."""
-    given = {key: value for key, value in (("task", task), ("data_dir", data_dir)) if value is not None}
-    stages = {name: getattr(recipe, name) for name in ("train", "search", "evaluate")}
-    return replace(recipe, **{name: replace(config, **given) for name, config in stages.items() if config})
+def with_options(recipe: Recipe, **given: str | None) -> Recipe:
+    """The recipe with other values of options (task, data_dir, device), in all sections that have them."""
+    wanted = {key: value for key, value in given.items() if value is not None}
+    changed = {}
+    for name, config in recipe.configs.items():
+        mine = {key: value for key, value in wanted.items() if hasattr(config, key)}
+        changed[name] = replace(config, **mine)
+    return recipe.using(**changed)
 
 
 def check_data(recipe: Recipe) -> None:
     """Reads every task's split that the recipe needs: what is missing is an error before any work."""
-    for name, split in (("train", "train"), ("search", None), ("evaluate", None)):
-        config = getattr(recipe, name)
+    for name in ("train", "search", "evaluate"):
+        config = recipe[name]
         if config and config.task:
-            get_task(config.task, config.data_dir).examples(split or config.split, 1)
+            get_task(config.task, config.data_dir).examples("train" if name == "train" else config.split, 1)
 
 
 def resolve_model(model: str) -> str:
@@ -149,15 +148,14 @@ def resolve_model(model: str) -> str:
 
 
 def run(recipe: Recipe | str | Path, *, model: str | None = None, output: str | Path | None = None,
-        say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:  # fmt: skip
+        say: Say = lambda text: None) -> dict[str, Any]:  # fmt: skip
     """Runs a recipe's stages into ``output``/<stage> and evaluates their models into ``output``/evaluate/<stage>.
 
     A stage is skipped if its folder is whole and was made from the same inputs with the same options; an interrupted
     one is run again, and training goes on from its last checkpoint. ``model`` and ``output`` replace the recipe's.
     Returns the metrics by stage.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    recipe = replace(recipe, model=model or recipe.model, output=str(output or recipe.output))
+    recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).at(model, output)
     check_data(recipe)
     return {step.name: run_stage(step.stage, step.config, step.source, step.folder, say) for step in steps(recipe)}
 
@@ -179,32 +177,32 @@ def steps(recipe: Recipe) -> list[Step]:
     produced = {"model": resolve_model(recipe.model)}
     found: list[Step] = []
     current = "model"
-    for name in STAGES:
-        config = getattr(recipe, name)
+    for name in RUN:
+        config = recipe[name]
         if config is None:
             continue
-        if name == "train" and config.base in produced:
+        if getattr(config, "base", None) in produced:
             config = replace(config, base=produced[config.base])
         found.append(Step(name, name, config, produced[current], out / name))
         produced[name], current = str(out / name), name
-    scored = [name for name in recipe.evaluate_on if name in produced] if recipe.evaluate else []
+    scored = [name for name in recipe.evaluate_on if name in produced] if recipe["evaluate"] else []
     return found + [
-        Step(f"evaluate/{name}", "evaluate", recipe.evaluate, produced[name], out / "evaluate" / name)
+        Step(f"evaluate/{name}", "evaluate", recipe["evaluate"], produced[name], out / "evaluate" / name)
         for name in scored
     ]
 
 
-def run_stage(name: str, config: Any, source: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def run_stage(name: str, config: Any, source: str, folder: Path, say: Say) -> dict[str, Any]:
     """Runs one stage from ``source`` into ``folder``, unless it is there unchanged; returns its metrics."""
-    manifest = finished(folder, artifact.stage_key(name, to_dict(config), artifact.folder_key(source)), say)
+    manifest = finished(folder, stage_key(name, config, folder_key(source)), say)
     if manifest is not None:
         say(f"{folder}: unchanged, skipped")
         return manifest.metrics
     say(f"{folder}: {name} {source}")
-    return _verb(name)(source, config, folder)
+    return STAGES[name].function(source, config, out=folder, overwrite=True)
 
 
-def finished(folder: Path, key: str, say: Callable[[str], None]) -> artifact.Manifest | None:
+def finished(folder: Path, key: str, say: Say) -> artifact.Manifest | None:
     """The manifest of a stage folder that is whole and has this key, or None; says what is wrong with a broken one."""
     if artifact.is_stage(folder):
         try:
@@ -213,34 +211,3 @@ def finished(folder: Path, key: str, say: Callable[[str], None]) -> artifact.Man
         except SqftError as error:
             say(f"{error}; doing so")
     return None
-
-
-def _verb(name: str) -> Callable[[str, Any, Path], dict[str, Any]]:
-    """The stage's public function, imported when it is needed."""
-    if name == "sparsify":
-        from sqft.compressing.sparsify import sparsify
-
-        return lambda source, config, out: sparsify(source, config, out=out, overwrite=True)
-    if name == "quantize":
-        from sqft.compressing.quantize import quantize
-
-        return lambda source, config, out: quantize(source, config, out=out, overwrite=True)
-    if name == "train":
-        from sqft.training.loop import train
-
-        return lambda source, config, out: train(source, config, out=out, overwrite=True)
-    if name == "search":
-        from sqft.searching.stage import search
-
-        return lambda source, config, out: search(source, config, out=out, overwrite=True)
-    if name == "merge":
-        from sqft.merging.stage import merge
-
-        return lambda source, config, out: merge(source, config, out=out, overwrite=True)
-    if name == "measure":
-        from sqft.measuring.stage import measure
-
-        return lambda source, config, out: measure(source, config, out=out, overwrite=True)
-    from sqft.evaluation.stage import evaluate
-
-    return lambda source, config, out: evaluate(source, config, out=out, overwrite=True)

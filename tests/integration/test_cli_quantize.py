@@ -58,7 +58,7 @@ def test_a_recipe_runs_with_each_pipeline(pipeline: str, dense: Path, tmp_path: 
         "merge:\nevaluate: {task: arithmetic, limit: 2}\n"
     )
     chosen = with_adapter(load_recipe(recipe), pipeline)
-    assert (chosen.quantize is not None) == (pipeline in ("qa-sparse-peft", "sqft"))
+    assert (chosen["quantize"] is not None) == (pipeline in ("qa-sparse-peft", "sqft"))
     import sqft
 
     results = sqft.run(chosen)

@@ -57,13 +57,13 @@ def test_extract_from_an_adapter_and_from_a_search(elastic: Path, tmp_path: Path
     seen = {}
     for choice in ("median", "minimal", "best", "knee", "smallest-within 5%", tmp_path / "found" / "ranks.yaml"):
         out = tmp_path / f"{str(choice).split('/')[-1]}"
-        code, text, err = call(capsys, "extract", tmp_path / "found", out, "--config", choice, "--json")
+        code, text, err = call(capsys, "extract", tmp_path / "found", out, "--choice", choice, "--json")
         assert code == 0, err
         seen[str(choice)] = json.loads(text)["ranks"]
         sqft.load(out)
     assert set(seen["median"].values()) == {4} and set(seen["minimal"].values()) == {2}
     assert seen["best"] == seen[str(tmp_path / "found" / "ranks.yaml")]
-    assert "not written by a search" in fails(capsys, 2, "extract", elastic, tmp_path / "x", "--config", "best")
+    assert "not written by a search" in fails(capsys, 2, "extract", elastic, tmp_path / "x", "--choice", "best")
     # A sub-adapter is no super-adapter.
     assert "rank is fixed" in fails(capsys, 2, "search", tmp_path / "median", tmp_path / "x", *SCORE)
 

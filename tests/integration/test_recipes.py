@@ -43,15 +43,14 @@ def gsm8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reduced(name: str, gsm8k: Path, model: Path, output: Path) -> Recipe:
     """The recipe as shipped, but for the model and what makes it long or large."""
     recipe = with_options(load_recipe(name), data_dir=str(gsm8k))
-    assert recipe.sparsify and recipe.quantize and recipe.train and recipe.search and recipe.evaluate
     small = {"calibration": "builtin", "samples": 4, "length": 32}
-    return replace(
-        recipe, model=str(model), output=str(output), sparsify=replace(recipe.sparsify, **small),
-        quantize=replace(recipe.quantize, **small, group_size=32),  # pico models are 32 wide
-        train=replace(recipe.train, max_steps=3, eval_limit=4, limit=24, batch_size=8),
-        search=replace(recipe.search, limit=6, evaluations=4),
-        evaluate=replace(recipe.evaluate, limit=2),
-    )  # fmt: skip
+    return recipe.at(str(model), output).using(
+        sparsify=replace(recipe["sparsify"], **small),
+        quantize=replace(recipe["quantize"], **small, group_size=32),  # pico models are 32 wide
+        train=replace(recipe["train"], max_steps=3, eval_limit=4, limit=24, batch_size=8),
+        search=replace(recipe["search"], limit=6, evaluations=4),
+        evaluate=replace(recipe["evaluate"], limit=2),
+    )
 
 
 @pytest.mark.slow

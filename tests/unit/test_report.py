@@ -12,8 +12,9 @@ import pytest
 
 import sqft
 from sqft import artifact, cli
-from sqft.config import EvaluateConfig, MergeConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig, to_dict
+from sqft.config import EvaluateConfig, MergeConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
 from sqft.errors import UsageError
+from sqft.options import to_dict
 from sqft.reporting import facts
 from sqft.reporting.collect import read_section
 from sqft.reporting.commands import command

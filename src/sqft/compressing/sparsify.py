@@ -15,12 +15,13 @@ from sqft import artifact
 from sqft.calibration.data import token_blocks
 from sqft.calibration.statistics import ColumnNorm
 from sqft.calibration.walker import walk
-from sqft.config import SparsifyConfig, parse_pattern, to_dict
+from sqft.config import SparsifyConfig, parse_pattern
 from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Architecture, Block, describe, match_modules
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter, layout
 from sqft.models.weights import Weight
+from sqft.options import to_dict
 from sqft.registry import SPARSIFIERS
 from sqft.sparsity.masks import (
     attach_masks,

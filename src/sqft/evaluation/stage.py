@@ -14,7 +14,7 @@ from torch import nn
 from sqft import artifact
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
 from sqft.adapters.sparse import SparseLoraLinear
-from sqft.config import EvaluateConfig, to_dict
+from sqft.config import EvaluateConfig
 from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
@@ -23,6 +23,7 @@ from sqft.evaluation.perplexity import perplexity
 from sqft.evaluation.scoring import score
 from sqft.folders import load
 from sqft.formats.checkpoint import repack, unpack_model
+from sqft.options import to_dict
 from sqft.tasks.base import get_task
 
 if TYPE_CHECKING:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
-from sqft.config import MeasureConfig, to_dict
+from sqft.config import MeasureConfig
 from sqft.folders import base_of, is_adapter, load
 from sqft.formats.checkpoint import packed_layers
 from sqft.measuring.size import serving_bytes
 from sqft.measuring.speed import decode_speed
+from sqft.options import to_dict
 
 
 def measure(model: str | Path, config: MeasureConfig | None = None, *, out: str | Path | None = None,

@@ -8,7 +8,6 @@ files, and never are two models held.
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from sqft import artifact
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
-from sqft.config import MergeConfig, parse_size, to_dict
+from sqft.config import MergeConfig, parse_size
 from sqft.elastic.groups import Ranks
 from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.elastic.heuristics import resolve_ranks
@@ -88,35 +87,29 @@ def _set_ranks(model: Any, config: MergeConfig, ranks: Ranks | None, folder: str
 
 def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: Path,
                   overwrite: bool) -> dict[str, Any]:  # fmt: skip
-    artifact.check_output(out, overwrite)
-    if not is_adapter(adapter):
-        raise UsageError(f"{adapter} is not an adapter folder: give the folder that 'sqft train' wrote")
-    started = time.perf_counter()
-    model, tokenizer = load(adapter)
-    tokens = sample_tokens(model, tokenizer)
-    before = logits(model, tokens)
-    check_probe(before, adapter)
-    if _set_ranks(model, config, ranks, adapter):
+    given = None if ranks is None else {"ranks": ranks}
+    with artifact.stage("merge", config, out, adapter, given=given, overwrite=overwrite) as made:
+        if not is_adapter(adapter):
+            raise UsageError(f"{adapter} is not an adapter folder: give the folder that 'sqft train' wrote")
+        model, tokenizer = load(adapter, device=config.device)
+        tokens = sample_tokens(model, tokenizer)
         before = logits(model, tokens)
-    changes, masked = check_mergeable(model, config), is_masked(model)
-    with artifact.writing(out, overwrite) as folder:
+        check_probe(before, adapter)
+        if _set_ranks(model, config, ranks, adapter):
+            before = logits(model, tokens)
+        changes, masked = check_mergeable(model, config), is_masked(model)
         base = unload(model, ExitStack())
         del model
         masks = collect_masks(base)
-        _write(base, tokenizer, changes, folder, parse_size(config.max_shard_size))
+        _write(base, tokenizer, changes, made.folder, parse_size(config.max_shard_size))
         if masked:
-            save_masks(stored_masks(base), folder)
+            save_masks(stored_masks(base), made.folder)
         del base
+        merged = load(made.folder, device=config.device)[0]
         with torch.no_grad():
             expected = ((name, make()) for name, make in changes.items())
-            metrics = verify(load(folder)[0], before, tokens, config, masks, masked, expected)
-        metrics["seconds"] = round(time.perf_counter() - started, 2)
-        settings = to_dict(config) | ({} if ranks is None else {"ranks": ranks})
-        artifact.write_manifest(folder, artifact.Manifest(
-            stage="merge", config=settings, metrics=metrics,
-            parent=artifact.relative_parent(adapter, out), parent_key=artifact.folder_key(adapter),
-        ))  # fmt: skip
-    return metrics
+            made.metrics.update(verify(merged, before, tokens, config, masks, masked, expected))
+    return made.metrics
 
 
 def _write(base: Any, tokenizer: PreTrainedTokenizerBase, changes: Changes, folder: Path, shard: int) -> None:

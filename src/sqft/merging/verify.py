@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from sqft.config import MergeConfig
 from sqft.errors import VerificationError
 from sqft.formats.checkpoint import packed_layers
-from sqft.kernels.torch_ops import unpack_mask
 from sqft.models.discover import describe
-from sqft.models.weights import Weight
 from sqft.probe import logits, tolerance
-from sqft.sparsity.masks import collect_masks
+from sqft.sparsity.masks import ZeroCounts, collect_masks
 
 _BUG = "nothing was written; this is a bug in sqft, please report it"
 
@@ -32,10 +30,13 @@ def verify(merged: nn.Module, before: Tensor, tokens: Tensor, config: MergeConfi
 
     Returns the metrics. Raises VerificationError.
     """
-    metrics = zero_counts(describe(merged).weights(), masks)
+    counts = ZeroCounts()
+    for weight in describe(merged).weights():
+        counts.add(weight, masks.get(weight.name))
+    metrics = counts.metrics()
     if masked:
-        if metrics["filled"]:
-            raise VerificationError(f"{metrics['filled']} of {metrics['pruned']} pruned weights are not zero after "
+        if counts.filled:
+            raise VerificationError(f"{counts.filled} of {counts.pruned} pruned weights are not zero after "
                                     f"merging: {_BUG}")  # fmt: skip
         found = collect_masks(merged)
         if found.keys() != masks.keys() or not all(torch.equal(found[name].cpu(), masks[name].cpu()) for name in masks):
@@ -53,31 +54,6 @@ def verify(merged: nn.Module, before: Tensor, tokens: Tensor, config: MergeConfi
     metrics["max_logit_difference"] = check_logits(before, logits(merged, tokens), config, masked)
     metrics["tokens_compared"] = tokens.numel()
     return metrics
-
-
-def zero_counts(weights: Iterable[Weight], masks: Mapping[str, Tensor]) -> dict[str, Any]:
-    """How many of the weights are zero, and of the pruned ones, how many are not. ``masks``: packed, by name."""
-    pruned = filled = zeros = total = 0
-    for weight in weights:
-        nonzero_OI = is_nonzero(weight)
-        if weight.name in masks:
-            packed = masks[weight.name].to(nonzero_OI.device)
-            dropped_OI = ~unpack_mask(packed, weight.shape[1])
-            pruned += int(dropped_OI.sum())
-            filled += int(nonzero_OI[dropped_OI].sum())
-        zeros += nonzero_OI.numel() - int(nonzero_OI.sum())
-        total += nonzero_OI.numel()
-    kept = 1.0 if pruned == 0 else (pruned - filled) / pruned
-    return {"pruned": pruned, "filled": filled, "zeros_kept": kept, "sparsity": zeros / total if total else 0.0,
-            "zeros": zeros, "weights": total}  # fmt: skip
-
-
-def is_nonzero(weight: Weight) -> Tensor:
-    """bool [O, I]. Integers are compared with their zero points: nothing is de-quantized."""
-    if not weight.packed:
-        return weight.read() != 0
-    layer: Any = weight.module
-    return layer.integers() != layer.grid().zero_OG[:, layer.g_idx.long()]
 
 
 def check_tensors(merged: nn.Module, expected: Iterable[tuple[str, Tensor]]) -> set[str]:

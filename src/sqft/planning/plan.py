@@ -7,7 +7,7 @@ size, a module pattern, an adapter) are the same errors as in the run itself, on
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from sqft.calibration.data import SUFFIXES, read_records
 from sqft.compressing.quantize import plan as quantize_plan
 from sqft.compressing.quantize import template
 from sqft.compressing.sparsify import accelerator, make_plan
-from sqft.config import to_dict
 from sqft.elastic.groups import make_groups
 from sqft.errors import SqftError
 from sqft.formats.checkpoint import is_packed, plan_tensors
@@ -68,7 +67,7 @@ class Plan:
 
 def plan(recipe: Recipe, *, model: str | None = None, output: str | None = None) -> Plan:
     """Plans a run of the recipe. Raises the UsageErrors that the run would, as far as they can be seen from here."""
-    recipe = replace(recipe, model=model or recipe.model, output=output or recipe.output)
+    recipe = recipe.at(model, output)
     source = resolve_model(recipe.model)
     locate(source)
     walk, notes = None, []
@@ -124,7 +123,7 @@ def _states(found: list[Step]) -> list[tuple[str, str]]:
     states = []
     for step in found:
         parent = keys.get(step.source) or artifact.folder_key(step.source)
-        key = artifact.stage_key(step.stage, to_dict(step.config), parent)
+        key = artifact.stage_key(step.stage, step.config, parent)
         keys[str(step.folder)] = key
         said: list[str] = []
         if finished(step.folder, key, said.append) is not None:

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqft.config import STAGE_CONFIGS, SparsifyConfig, from_dict
+from sqft.config import SparsifyConfig
 from sqft.errors import UsageError
+from sqft.options import from_dict
 from sqft.reporting.collect import Section, Stage
+from sqft.stages import STAGES
 
 FROM_PYTHON = "from Python"
 
@@ -49,8 +51,8 @@ def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Com
     values, note = dict(config), ""
     if stage == "extract":
         choice = str(values.get("choice", "median"))
-        return Command(shlex.join(["sqft", stage, source, out, "--config", choice]))
-    if stage not in STAGE_CONFIGS:
+        return Command(shlex.join(["sqft", stage, source, out, "--choice", choice]))
+    if stage not in STAGES:
         return Command("", f"{out}: written {FROM_PYTHON}")
     first = values.pop("first", None)
     if str(values.get("calibration", "")).startswith("tokens:"):
@@ -62,7 +64,7 @@ def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Com
     if stage == "train" and not (values.get("task") or values.get("data")):
         note = f"{out}: the training examples were given {FROM_PYTHON}"
     try:
-        words = flags(from_dict(STAGE_CONFIGS[stage], values))
+        words = flags(from_dict(STAGES[stage].config, values))
         if first is not None:
             pruning = {k: v for k, v in first.items() if not (k == "calibration" and str(v).startswith("tokens:"))}
             return Command(shlex.join(["sqft", "sparsify", source, out, *flags(from_dict(SparsifyConfig, pruning)),

@@ -15,6 +15,7 @@ from torch import Tensor
 from sqft import artifact
 from sqft.adapters.lora import active_rank
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
+from sqft.config import ExtractConfig
 from sqft.elastic.groups import Ranks
 from sqft.elastic.handle import set_ranks
 from sqft.elastic.heuristics import resolve_ranks
@@ -38,7 +39,8 @@ def read_points(folder: str | Path) -> list[Point]:
         raise SqftError(f"{path} is corrupt ({error}): search again") from None
 
 
-def extract(adapter: str | Path, choice: str, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+def extract(adapter: str | Path, choice: str | ExtractConfig, out: str | Path, *,
+            overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Writes one sub-adapter as an adapter folder of its own.
 
     Args:
@@ -47,6 +49,7 @@ def extract(adapter: str | Path, choice: str, out: str | Path, *, overwrite: boo
 
     A sub-adapter of plain LoRA is plain LoRA and loads in PEFT. Returns its ranks and cost. Raises UsageError.
     """
+    choice = choice.choice if isinstance(choice, ExtractConfig) else choice
     artifact.check_output(out, overwrite)
     folder = Path(adapter)
     if not is_adapter(folder):
@@ -63,6 +66,7 @@ def extract(adapter: str | Path, choice: str, out: str | Path, *, overwrite: boo
     space = space_of(model)
     metrics = {"ranks": ranks, **space.cost(ranks), "super_adapter": artifact.relative_parent(folder, out)}
     config = {"choice": choice}
+    options = ExtractConfig(choice)
     with artifact.writing(out, overwrite) as target:
         write_sub_adapter(model, ranks, target)
         write_probe(model, tokenizer, target)
@@ -71,7 +75,7 @@ def extract(adapter: str | Path, choice: str, out: str | Path, *, overwrite: boo
         artifact.write_manifest(target, artifact.Manifest(
             stage="extract", config=config, metrics=metrics, parent=artifact.relative_parent(base, out),
             parent_key=artifact.folder_key(base),
-            key=artifact.stage_key("extract", {**config, "ranks": ranks}, artifact.folder_key(folder)),
+            key=artifact.stage_key("extract", options, artifact.folder_key(folder), {"ranks": ranks}),
         ))  # fmt: skip
     return metrics
 

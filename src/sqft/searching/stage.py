@@ -18,13 +18,14 @@ import yaml
 from optuna.study import Study
 
 from sqft import artifact
-from sqft.config import SearchConfig, to_dict
+from sqft.config import SearchConfig
 from sqft.elastic.groups import Ranks
 from sqft.elastic.handle import set_ranks
 from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
 from sqft.elastic.space import SearchSpace, space_of
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
+from sqft.options import to_dict
 from sqft.probe import write_probe
 from sqft.searching.choose import TRIALS, write_sub_adapter
 from sqft.searching.evaluator import Evaluator, Scorer
@@ -35,8 +36,6 @@ from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_fou
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LOOK_ONLY = ("pick", "workers", "storage")  # options that do not change what is tried
 
 
 def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | None = None, *,
@@ -90,8 +89,7 @@ def _searcher(study: Study, space: SearchSpace, config: SearchConfig, records: R
 
 
 def _study_name(config: SearchConfig, key: str) -> str:
-    settings = {k: v for k, v in to_dict(config).items() if k not in LOOK_ONLY}
-    return artifact.stage_key("search", settings, key)[:16]
+    return artifact.stage_key("search", replace(config, pick="best"), key)[:16]  # pick only looks at what was tried
 
 
 def work_folder(out: Path, config: SearchConfig, key: str) -> Path:
@@ -133,7 +131,7 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
         tokenizer.save_pretrained(folder)
         artifact.write_manifest(folder, artifact.Manifest(
             stage="search", config=to_dict(config), metrics=metrics, seed=config.seed,
-            key=artifact.stage_key("search", to_dict(config), parent),
+            key=artifact.stage_key("search", config, parent),
             parent=artifact.relative_parent(base, out), parent_key=artifact.folder_key(base),
         ))  # fmt: skip
     for stale in out.absolute().parent.glob(f".{out.name}.searching-*"):

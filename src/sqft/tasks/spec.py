@@ -17,8 +17,8 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
-from sqft.config import from_dict, load_yaml
 from sqft.errors import UsageError, did_you_mean
+from sqft.options import from_dict, load_yaml
 from sqft.tasks.base import SPLITS, Example, Task
 from sqft.tasks.data import Source
 

@@ -20,12 +20,13 @@ from sqft import artifact
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.kinds import Kind
 from sqft.adapters.peft_bridge import attach
-from sqft.config import TrainConfig, to_dict
+from sqft.config import TrainConfig
 from sqft.elastic.handle import RECORDS, rank_groups
 from sqft.elastic.scheduler import RankScheduler
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, save
 from sqft.kernels.memory import peak_memory
+from sqft.options import to_dict
 from sqft.probe import write_probe
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import KINDS
@@ -83,7 +84,7 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, out: Pat
     if is_adapter(source):
         raise UsageError(f"{source} is an adapter: give the sparse model that it belongs to")
     parent_key = artifact.folder_key(source)
-    key = artifact.stage_key("train", to_dict(config), parent_key)
+    key = artifact.stage_key("train", config, parent_key)
     base, tokenizer = load(source)
     check_kind(base, KINDS[config.adapter], source)
     set_seed(config.seed)

@@ -14,11 +14,11 @@ from pico import FAMILIES, pico_model
 from torch import nn
 
 import sqft
-from sqft import artifact
 from sqft.compressing.sparsify import make_plan
-from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig, from_dict, parse_size, to_dict
+from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig, parse_size
 from sqft.models.discover import describe, resolve_targets
 from sqft.models.tensors import ModelWriter, layout
+from sqft.options import from_dict, to_dict
 from sqft.registry import Registry
 
 CONFIGS = (SparsifyConfig, TrainConfig, MergeConfig, EvaluateConfig)
@@ -76,48 +76,6 @@ def test_registry_suggests() -> None:
     assert registry["wanda"].__name__ == "wanda"
     with pytest.raises(sqft.UsageError, match="unknown method 'wand': did you mean 'wanda'"):
         registry["wand"]
-
-
-def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-
-    def write(text: str, fail: bool = False) -> None:
-        with artifact.writing(out, overwrite=True) as folder:
-            (folder / "file").write_text(text)
-            artifact.write_manifest(folder, artifact.Manifest("test"))
-            if fail:
-                raise RuntimeError
-
-    write("one")
-    with pytest.raises(RuntimeError):
-        write("two", fail=True)
-    assert (out / "file").read_text() == "one" and len(list(out.parent.iterdir())) == 1
-    write("three")
-    assert (out / "file").read_text() == "three" and len(list(out.parent.iterdir())) == 1
-    manifest = artifact.check_files(out)
-    assert manifest.files == {"file": 5} and manifest.versions["torch"] == torch.__version__
-    (out / "file").unlink()
-    with pytest.raises(sqft.SqftError, match="file is missing"):
-        artifact.check_files(out)
-    (out / "sqft.json").write_text('{"stage": "x", "format": 99}')
-    with pytest.raises(sqft.SqftError, match="update sqft"):
-        artifact.read_manifest(out)
-    (out / "sqft.json").write_text("{")
-    with pytest.raises(sqft.SqftError, match="corrupt"):
-        artifact.read_manifest(out)
-
-
-def test_stage_keys_follow_options_inputs_and_parents(tmp_path: Path) -> None:
-    data = tmp_path / "data.txt"
-    data.write_text("one")
-    key = artifact.stage_key("train", {"data": str(data), "r": 4}, "parent")
-    assert key == artifact.stage_key("train", {"r": 4, "data": str(data)}, "parent")
-    others = [artifact.stage_key("train", {"data": str(data), "r": 8}, "parent"),
-              artifact.stage_key("train", {"data": str(data), "r": 4}, "other"),
-              artifact.stage_key("merge", {"data": str(data), "r": 4}, "parent")]  # fmt: skip
-    data.write_text("two")
-    others.append(artifact.stage_key("train", {"data": str(data), "r": 4}, "parent"))
-    assert len({key, *others}) == 5
 
 
 def test_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:

@@ -1,0 +1,145 @@
+"""Options: the fields of config classes, from which flags, YAML and docs are made, and how values become them.
+
+Unknown keys and values of the wrong type are errors that name the near miss (and, in a YAML file, the line).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+import warnings
+from collections.abc import Iterable
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from sqft.errors import UsageError, did_you_mean
+
+T = TypeVar("T")
+
+
+class RenamedOption(FutureWarning):
+    """An option was given by its old name."""
+
+
+def option(default: Any = MISSING, help: str = "", choices: Iterable[str] = (), factory: Any = MISSING,
+           kind: str = "plain", alias: str = "") -> Any:  # fmt: skip
+    """A dataclass field with its help text and, where the set is closed, its choices.
+
+    ``kind`` says what its value names, for keys (``keys.stage_key``): "plain", "text" (a file or data set), "folder",
+    "task", "data_dir", "ranks", or "machine": how it is computed, which does not change the result. ``alias`` is an
+    old name, still read.
+    """
+    metadata = {"help": help, "choices": choices, "kind": kind, "alias": alias}
+    return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "", lines: dict[str, int] | None = None) -> T:
+    """Builds a config from plain values, strictly. ``lines`` maps a key to its line for messages."""
+    hints = typing.get_type_hints(cls)
+    aliases = {spec.metadata["alias"]: spec.name for spec in dataclasses.fields(cls) if spec.metadata.get("alias")}  # pyright: ignore
+    clean = {}
+    for key, value in values.items():
+        at = f"{where}:{lines[key]}: " if lines and key in lines else f"{where}: " if where else ""
+        if key in aliases:
+            warnings.warn(f"{at}'{key}' is now called '{aliases[key]}'", RenamedOption, stacklevel=2)
+            key = aliases[key]
+        if key not in hints:
+            raise UsageError(f"{at}unknown option '{key}' of {stage_name(cls)}: {did_you_mean(key, hints)}")
+        spec = next(f for f in dataclasses.fields(cls) if f.name == key)  # pyright: ignore[reportArgumentType]
+        try:
+            clean[key] = coerce(value, hints[key])
+        except ValueError as error:
+            raise UsageError(f"{at}{key}: {error}") from None
+        choices = spec.metadata.get("choices")
+        if choices and clean[key] not in choices:
+            raise UsageError(f"{at}unknown {key} '{clean[key]}': {did_you_mean(str(clean[key]), choices)}")
+    try:
+        return cls(**clean)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}" if where else str(error)) from None
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """``value`` as the type ``hint``; strings are parsed (they may come from a flag). Raises ValueError."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        inner = next(a for a in typing.get_args(hint) if a is not type(None))
+        return None if value in (None, "none") else coerce(value, inner)
+    origin = typing.get_origin(hint) or hint
+    if origin is list and isinstance(value, (list, tuple, str)):
+        items = value.split(",") if isinstance(value, str) else [str(v) for v in value]
+        (kind,) = typing.get_args(hint) or (str,)
+        return [coerce(piece, kind) for item in items for piece in item.split(",") if piece]
+    if origin is dict and isinstance(value, dict):
+        return {str(k): coerce(v, float) for k, v in value.items()}
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is str and isinstance(value, str):
+        return value
+    if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(f"'{value}' is not a number") from None
+        if hint is int and number != int(number):
+            raise ValueError(f"{value} is not a whole number")
+        return hint(number)
+    raise ValueError(f"{value!r} is not of type {getattr(hint, '__name__', hint)}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, in field order, as they go into YAML and manifests."""
+    return dataclasses.asdict(config)
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """The options as they go into a manifest: without the passwords of URLs."""
+    values = {} if config is None else to_dict(config)
+    return {key: without_password(value) if isinstance(value, str) else value for key, value in values.items()}
+
+
+def without_password(text: str) -> str:
+    """'postgresql://me:secret@host/db' -> 'postgresql://me:***@host/db'."""
+    return re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1:***@", text)
+
+
+def stage_name(cls: type) -> str:
+    """SparsifyConfig -> 'sparsify'."""
+    return cls.__name__.removesuffix("Config").lower()
+
+
+def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """A YAML mapping and the line of each key, keyed by the key's path. Raises UsageError with the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of stages, e.g. 'sparsify: {{sparsity: 0.5}}'")
+    lines: dict[tuple[str, ...], int] = {}
+    _collect_lines(node, (), lines)
+    return values, lines
+
+
+def _collect_lines(node: Any, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[(*path, str(key.value))] = key.start_mark.line + 1
+            _collect_lines(value, (*path, str(key.value)), lines)
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises UsageError for an option that is not greater than 0."""
+    for name in names:
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            raise UsageError(f"{name} is {getattr(config, name)}: it has to be greater than 0")

@@ -1,0 +1,85 @@
+"""One row a stage: everything that lists stages (recipes, command line, tables, reports, dry runs) reads these rows."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqft import config
+from sqft.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, which takes one folder and makes another.
+
+    ``verb`` and ``estimate`` are "module:function": the public function ``verb(source, config, out=, overwrite=)``, and
+    what a dry run asks for its time and memory. ``makes``: "model", "adapter", or "numbers" about its input.
+    ``argument`` is the input's name on the command line, ``takes`` and ``writes`` say what it and OUT hold.
+    ``of_run``: it makes part of a run, in the order of the rows.
+    """
+
+    name: str
+    config: type
+    verb: str
+    help: str
+    makes: str
+    takes: str
+    argument: str = "MODEL"
+    writes: str = "folder to write"
+    estimate: str = ""
+    of_run: bool = True
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return _load(self.verb)
+
+    def estimator(self) -> Callable[..., Any]:
+        return _load(self.estimate)
+
+
+def _load(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+_MODEL = "folder, .gguf file or hub name"
+_ADAPTER = "folder that 'sqft train' or 'sqft search' wrote"
+ROWS = (
+    Stage("sparsify", config.SparsifyConfig, "sqft.compressing.sparsify:sparsify", "prune a model's linear weights",
+          "model", _MODEL, estimate="sqft.planning.estimate:sparsify"),
+    Stage("quantize", config.QuantizeConfig, "sqft.compressing.quantize:quantize",
+          "quantize a model's linear weights; pruned weights stay exactly zero", "model", _MODEL,
+          estimate="sqft.planning.estimate:quantize"),
+    Stage("train", config.TrainConfig, "sqft.training.loop:train", "fine-tune adapters on a sparse model", "adapter",
+          "folder of a sparse model, float or quantized", estimate="sqft.planning.estimate:train"),
+    Stage("search", config.SearchConfig, "sqft.searching.stage:search",
+          "find the best sub-adapter of an elastic adapter (NLS) by a validation split", "adapter",
+          "folder that 'sqft train --search-space 32,24,16' wrote", "ADAPTER",
+          "folder to write: the chosen sub-adapter, search.json and two plots",
+          estimate="sqft.planning.estimate:search"),
+    Stage("extract", config.ExtractConfig, "sqft.searching.choose:extract",
+          "write one sub-adapter of an elastic adapter as a folder of its own", "adapter", _ADAPTER, "ADAPTER",
+          of_run=False),
+    Stage("merge", config.MergeConfig, "sqft.merging.stage:merge",
+          "merge an adapter into its base and verify the result", "model", _ADAPTER, "ADAPTER",
+          estimate="sqft.planning.estimate:merge"),
+    Stage("evaluate", config.EvaluateConfig, "sqft.evaluation.stage:evaluate",
+          "score a model: exact match of a task, perplexity of a text", "numbers",
+          "folder of any stage, .gguf file or hub name", writes="also write scores and predictions to this folder",
+          estimate="sqft.planning.estimate:evaluate", of_run=False),
+    Stage("measure", config.MeasureConfig, "sqft.measuring.stage:measure",
+          "bytes on disk and decode speed of what would be served", "numbers",
+          "folder of any stage, or an adapter, which is served with its base", of_run=False),
+)  # fmt: skip
+STAGES = {row.name: row for row in ROWS}
+RUN = tuple(row.name for row in ROWS if row.of_run)  # the stages of a run that make a model or adapter, in order
+
+
+def get_stage(name: str) -> Stage:
+    """The row of that name. Raises UsageError."""
+    if name not in STAGES:
+        raise UsageError(f"unknown stage '{name}': {did_you_mean(name, STAGES)}")
+    return STAGES[name]

@@ -1,0 +1,140 @@
+"""Stage folders: all or nothing, nothing of others deleted, and keys that follow what options name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import sqft
+from sqft import artifact
+from sqft.config import EvaluateConfig, MergeConfig, SearchConfig, SparsifyConfig, TrainConfig
+from sqft.keys import folder_key, stage_key
+
+
+def write(out: Path, text: str, *, fail: bool = False, source: str | Path = "", config=None, names=("file",)) -> None:
+    with artifact.stage("test", config, out, source, overwrite=True) as result:
+        for name in names:
+            (result.folder / name).write_text(text)
+        if fail:
+            raise RuntimeError
+
+
+def test_a_stage_is_all_or_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    write(out, "one")
+    with pytest.raises(RuntimeError):
+        write(out, "two", fail=True)
+    assert (out / "file").read_text() == "one" and len(list(out.parent.iterdir())) == 1
+    write(out, "three")
+    assert (out / "file").read_text() == "three" and len(list(out.parent.iterdir())) == 1
+    manifest = artifact.check_files(out)
+    assert manifest.files["file"]["bytes"] == 5 and len(manifest.files["file"]["sha256"]) == 64
+    assert manifest.versions["torch"] == torch.__version__ and manifest.metrics["seconds"] >= 0
+    (out / "file").unlink()
+    with pytest.raises(sqft.SqftError, match="file is missing"):
+        artifact.check_files(out)
+    (out / "sqft.json").write_text("{")
+    with pytest.raises(sqft.SqftError, match="corrupt"):
+        artifact.read_manifest(out)
+
+
+def test_a_newer_manifest_says_update_sqft(tmp_path: Path) -> None:
+    """Also one with fields that this version does not know."""
+    (tmp_path / "sqft.json").write_text('{"stage": "x", "format": 99, "something_new": {}}')
+    with pytest.raises(sqft.SqftError, match="update sqft"):
+        artifact.read_manifest(tmp_path)
+    (tmp_path / "sqft.json").write_text('{"stage": "x", "format": 1}')
+    with pytest.raises(sqft.SqftError, match="run the stage again"):
+        artifact.read_manifest(tmp_path)
+
+
+def test_overwriting_keeps_what_sqft_did_not_write(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "one", names=("file", "old"))
+    (out / "notes").mkdir()
+    (out / "notes" / "thesis.txt").write_text("years of work")
+    write(out, "two")
+    assert (out / "notes" / "thesis.txt").read_text() == "years of work"
+    assert (out / "file").read_text() == "two" and not (out / "old").exists()
+    assert "notes/thesis.txt" not in artifact.read_manifest(out).files
+    (out / "old").write_text("mine by now")
+    with pytest.raises(
+        sqft.SqftError, match=r"old was not written by sqft, and the new result has a file of that name"
+    ):
+        write(out, "three", names=("file", "old"))
+    assert (out / "old").read_text() == "mine by now" and (out / "file").read_text() == "two"
+
+
+def test_an_output_that_holds_the_input_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(out, "one")
+    for source in (out, out / "file", out / ".." / "out"):
+        with pytest.raises(sqft.UsageError, match="is, or holds, the input"):
+            write(out, "two", source=source)
+    with pytest.raises(sqft.UsageError, match="is, or holds, the input"):  # a folder that an option names
+        write(out, "two", config=TrainConfig(adapter="qa-sparse-peft", base=str(out), task="arithmetic"))
+    assert (out / "file").read_text() == "one"
+
+
+def test_keys_follow_options_inputs_and_parents(tmp_path: Path) -> None:
+    data = tmp_path / "data.txt"
+    data.write_text("one")
+    config = TrainConfig(data=str(data), r=4)
+    key = stage_key("train", config, "parent")
+    others = [stage_key("train", TrainConfig(data=str(data), r=8), "parent"), stage_key("train", config, "other"),
+              stage_key("merge", config, "parent"), stage_key("train", config, "parent", {"data": "mine"})]  # fmt: skip
+    (tmp_path / "moved.txt").write_text("one")
+    assert key == stage_key("train", TrainConfig(data=str(tmp_path / "moved.txt"), r=4), "parent")  # never the path
+    data.write_text("two")
+    others.append(stage_key("train", config, "parent"))
+    assert len({key, *others}) == 6
+
+
+def test_keys_hash_every_task_file(tmp_path: Path) -> None:
+    task = tmp_path / "mine.yaml"
+    task.write_text("base: piqa\n")
+    config = EvaluateConfig(task=f"piqa+{task}")
+    key = stage_key("evaluate", config, "")
+    task.write_text("base: boolq\n")
+    assert stage_key("evaluate", config, "") != key
+
+
+def test_keys_hash_the_base_and_never_its_path(tmp_path: Path) -> None:
+    keys = []
+    for name, text in (("here", "one"), ("there", "one"), ("other", "two")):
+        write(tmp_path / name, text)
+        config = TrainConfig(adapter="qa-sparse-peft", base=str(tmp_path / name), task="arithmetic")
+        keys.append(stage_key("train", config, ""))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_keys_hash_nothing_because_a_file_of_that_name_lies_here(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = [SparsifyConfig(), SearchConfig(task="gsm8k"), MergeConfig(ranks="median")]
+    keys = [stage_key("x", config, "") for config in configs]
+    for name in ("wanda", "builtin", "gsm8k", "median", "auto", "validation", "0.5"):
+        (tmp_path / name).write_text("a file that no option names")
+    assert keys == [stage_key("x", config, "") for config in configs]
+
+
+def test_the_machine_is_no_part_of_a_key() -> None:
+    one = SearchConfig(task="gsm8k", device="cpu", workers=1)
+    two = SearchConfig(task="gsm8k", device="cuda", workers=4, storage="sqlite:///x")
+    assert stage_key("search", one, "") == stage_key("search", two, "")
+
+
+def test_a_manifest_holds_no_password(tmp_path: Path) -> None:
+    config = SearchConfig(task="gsm8k", storage="postgresql://me:s3cret@host:5432/db")
+    write(tmp_path / "out", "text", config=config)
+    text = (tmp_path / "out" / "sqft.json").read_text()
+    assert "s3cret" not in text and json.loads(text)["config"]["storage"] == "postgresql://me:***@host:5432/db"
+
+
+def test_equal_files_have_one_key_and_others_another(tmp_path: Path) -> None:
+    for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        write(tmp_path / name, text)
+    keys = [folder_key(tmp_path / name) for name in "abc"]
+    assert keys[0] == keys[1] != keys[2]

@@ -1,0 +1,88 @@
+"""The house keeps its rules: no import circle, not inside a room either; short files; short functions."""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+SOURCE = Path(__file__).parents[2] / "src" / "sqft"
+FILES = {path: path.relative_to(SOURCE.parent).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+         for path in SOURCE.rglob("*.py")}  # fmt: skip
+LINES_BEFORE = 12_143  # of src/sqft/**/*.py before the move to the second plan
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of sqft that a file imports, lazily too, but not for types alone."""
+    modules = set(FILES.values())
+    typing_only = {child for node in ast.walk(tree(path)) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+                   for child in ast.walk(node)}  # fmt: skip
+    found = set()
+    for node in ast.walk(tree(path)):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {
+                full if (full := f"{node.module}.{alias.name}") in modules else node.module for alias in node.names
+            }
+    return found & modules
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A circle of imports, if there is one."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph[module]):
+            if found := visit(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module, []))), [])
+
+
+def test_no_module_takes_part_in_an_import_circle() -> None:
+    graph = {name: imports(path) - {name, "sqft"} for path, name in FILES.items()}
+    assert len(graph) > 80 and sum(map(len, graph.values())) > 200
+    assert not circle(graph)
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_no_room_has_the_name_of_a_public_function() -> None:
+    import sqft
+
+    rooms = {path.name for path in SOURCE.iterdir() if path.is_dir()} | {path.stem for path in SOURCE.glob("*.py")}
+    assert not rooms & set(sqft.__all__)
+
+
+def test_files_and_functions_are_short() -> None:
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert max(lines.values()) <= 400, max(lines, key=lines.__getitem__)
+    assert median(lines.values()) <= 100
+    assert sum(lines.values()) <= LINES_BEFORE
+    long = [f"{path.name}:{node.lineno} {node.name}" for path in FILES for node in ast.walk(tree(path))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= 60]  # fmt: skip
+    assert not long
+
+
+def test_no_accelerator_by_name_and_no_code_of_strangers() -> None:
+    """Devices go through torch's accelerator interface; transformers is told never to run a model folder's code."""
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert "torch.cuda" not in text, path
+        assert "trust_remote_code=True" not in text and "import pickle" not in text, path
+        reads_environment = "os.environ" in text or "os.getenv" in text
+        assert not reads_environment or path.name == "dispatch.py", path
