@@ -76,8 +76,9 @@ def _of_layer(path: str, layer: Any, name: str) -> Changes:
         learnt = name in layer.lora_scales
         return {f"{path}.qweight": lambda: layer.merged_packed(name).qweight, f"{path}.qzeros": lambda: base.qzeros,
                 f"{path}.scales": lambda: layer.merged_packed(name).scales if learnt else base.scales}  # fmt: skip
-    if getattr(layer, "lora_variant", {}).get(name) is not None or getattr(base, "weight", torch.empty(0)).dim() != 2:
-        raise _refusal(f"{path} in a way of its own ({type(layer).__name__})")
+    variant = getattr(layer, "lora_variant", {}).get(name)
+    if variant is not None or getattr(base, "weight", torch.empty(0)).dim() != 2:
+        raise _refusal(f"{path} by {type(variant or layer).__name__}")
     return {f"{path}.weight": lambda: merged_weight(layer, name)}
 
 

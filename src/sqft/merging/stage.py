@@ -65,8 +65,9 @@ def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
     if not adapter_layers(adapter):
         raise UsageError("this model has no adapters to merge")
     with ExitStack() as undo:
-        undo.callback(set_ranks, adapter, get_ranks(adapter))
-        _set_ranks(adapter, config, ranks, "")
+        old = get_ranks(adapter)
+        if _set_ranks(adapter, config, ranks, ""):
+            undo.callback(set_ranks, adapter, old)
         changes, masked = check_mergeable(adapter, config), is_masked(adapter)
         tokens = sample_tokens(adapter, tokenizer)
         before = logits(adapter, tokens)
