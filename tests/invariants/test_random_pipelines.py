@@ -85,7 +85,8 @@ def test_every_value_is_drawn() -> None:
 def make_base(draw: Draw, tokens) -> Any:
     plain = AutoConfig.for_model(draw.family).to_dict()
     biases = {name: draw.biased for name in ("attention_bias", "mlp_bias", "enable_bias") if name in plain}
-    model = pico_model(draw.family, getattr(torch, draw.dtype), tie_word_embeddings=draw.tied, **biases)
+    heads = {"num_key_value_heads": 4} if draw.bits == 3 and "num_key_value_heads" in plain else {}  # whole words
+    model = pico_model(draw.family, getattr(torch, draw.dtype), tie_word_embeddings=draw.tied, **biases, **heads)
     if draw.kind not in ("lora", "qa-sparse-peft, dense"):
         sqft.sparsify(model, sqft.SparsifyConfig(sparsity=0.4), tokens)
     if draw.packed:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked, merged_weight
 from sqft.adapters.quant_aware import QuantAwareLoraLinear
 from sqft.config import MergeConfig
-from sqft.errors import UsageError
+from sqft.errors import UsageError, VerificationError
 from sqft.formats.checkpoint import packed_layers
 from sqft.quantization.linear import QuantLinear
 from sqft.sparsity.masks import count_zeros, mask_of, packed_mask
@@ -37,7 +37,8 @@ _FACTOR = re.compile(r"\.lora_(A\.weight|B\.weight|embedding_A|embedding_B|scale
 def merged_tensors(model: PeftModel) -> Changes:
     """Every tensor of the merged model that the active adapter trains.
 
-    Raises UsageError, naming it, for a trained tensor that a merged model has no place for.
+    Raises UsageError, naming it, for a trained tensor that a merged model has no place for, and VerificationError for
+    one that is not finite.
     """
     name = active_adapter(model)
     found: Changes = {}
@@ -53,6 +54,9 @@ def merged_tensors(model: PeftModel) -> Changes:
             found[f"{path}.weight"] = partial(module.token_adapter.get_merged_weights, [name])
     for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
         trained = key.removeprefix("base_model.model.")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise VerificationError(f"the adapter's {trained} has values that are not numbers: its training has "
+                                    "diverged, train again with a smaller learning rate")  # fmt: skip
         target = _FACTOR.sub("", trained).removesuffix(".token_adapter.trainable_tokens_delta")
         bias = trained.replace(".base_layer.", ".")
         if bias.endswith(".bias") and ".lora_" not in bias:

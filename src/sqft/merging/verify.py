@@ -72,9 +72,6 @@ def check_logits(before: Tensor, after: Tensor, config: MergeConfig, masked: boo
     A masked adapter multiplies with the very weight that is merged. Plain LoRA adds a second product, in another
     order of summation, so its tolerance follows the logits' size and precision.
     """
-    if before.isnan().any():
-        raise VerificationError("the adapter gives logits that are not numbers: its training has diverged, train again "
-                                "with a smaller learning rate; nothing was written")  # fmt: skip
     difference = float((before.float() - after.float()).abs().max())
     allowed = config.tolerance if masked else max(config.tolerance, tolerance(before, before.dtype))
     if not difference <= allowed:  # also catches NaN
