@@ -37,25 +37,24 @@ def sample_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Tens
 @torch.no_grad()
 def logits(model: Any, tokens: Tensor) -> Tensor:
     """Logits [N, T, vocabulary] in eval mode, in the weights' own precision, on the CPU."""
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    try:
-        with _without_mixed_precision(model), torch.autocast(device.type, enabled=False):
-            return model(input_ids=tokens.to(device), use_cache=False).logits.cpu()
-    finally:
-        model.train(was_training)
+    with _as_served(model), torch.autocast(device.type, enabled=False):
+        return model(input_ids=tokens.to(device), use_cache=False).logits.cpu()
 
 
 @contextlib.contextmanager
-def _without_mixed_precision(model: nn.Module) -> Iterator[None]:
-    """Takes off, for a while, the autocast that Accelerate (so Trainer, and TRL) leaves on what it has trained."""
-    wrapped = {module: module.forward for module in model.modules() if "_original_forward" in vars(module)}
+def _as_served(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and without the autocast that Accelerate (so Trainer, and TRL) leaves on what it has trained."""
+    modes = {module: module.training for module in model.modules()}
+    wrapped = {module: module.forward for module in modes if "_original_forward" in vars(module)}
     for module in wrapped:
         module.forward = _own_forward(module)
+    model.eval()
     try:
         yield
     finally:
+        for module, training in modes.items():
+            module.training = training
         for module, forward in wrapped.items():
             module.forward = forward
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -122,11 +122,11 @@ def check_mergeable(model: PeftModel, config: MergeConfig) -> Changes:
     bases: dict[str, Any] = {path: layer.get_base_layer() for path, layer in layers.items()}
     if masked or config.allow_dense or all(packed_mask(base) is None for base in bases.values()):
         return changes
-    weights = [(base.weight, changes[f"{path}.weight"]) for path, base in bases.items() if f"{path}.weight" in changes]
-    total = sum(weight.numel() for weight, _ in weights)
+    weights = {key: base.weight for path, base in bases.items() if (key := f"{path}.weight") in changes}
+    total = sum(weight.numel() for weight in weights.values())
     with torch.no_grad():
-        before = sum(count_zeros(weight) for weight, _ in weights) / total
-        after = sum(count_zeros(make()) for _, make in weights) / total
+        before = sum(count_zeros(weight) for weight in weights.values()) / total
+        after = sum(count_zeros(changes[key]()) for key in weights) / total
     raise UsageError(
         f"merging plain LoRA would fill the pruned weights: the {len(weights)} adapted weights are {before:.2%} "
         f"sparse and would be {after:.2%}. Train masked adapters (adapter sparse-peft) to keep them, or pass "
@@ -134,19 +134,14 @@ def check_mergeable(model: PeftModel, config: MergeConfig) -> Changes:
     )
 
 
-def _wrappers(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's modules that stand in the place of the base's own, by name, those inside others left out."""
-    last = ""
-    for path, module in base.named_modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and not (last and path.startswith(last)):
-            last = f"{path}."
-            yield path, module
-
-
 def unload(model: PeftModel, undo: ExitStack) -> Any:
     """The base without PEFT's modules, with those that the adapter trained whole; ``undo`` puts everything back."""
     base: Any = model.get_base_model()
-    for path, wrapper in list(_wrappers(base)):
+    inside = ()  # of a wrapper: other wrappers in it go with it
+    for path, wrapper in list(base.named_modules()):
+        if not isinstance(wrapper, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or path.startswith(inside):
+            continue
+        inside = f"{path}."
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
             inner = wrapper.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
         else:
@@ -158,24 +153,18 @@ def unload(model: PeftModel, undo: ExitStack) -> Any:
         undo.callback(setattr, base.get_submodule(parent), leaf, wrapper)
         setattr(base.get_submodule(parent), leaf, inner)
     if "peft_config" in vars(base):
-        undo.callback(setattr, base, "peft_config", base.peft_config)
-        del base.peft_config
+        undo.callback(setattr, base, "peft_config", vars(base).pop("peft_config"))
     return base
 
 
 @torch.no_grad()
 def put(base: nn.Module, changes: Changes, undo: ExitStack) -> dict[str, Tensor]:
     """Computes the changes and puts them into an unloaded base; returns them. ``undo`` takes them out again."""
-    tensors = {}
-    for key, make in changes.items():
+    tensors = {key: make() for key, make in changes.items()}
+    for key, tensor in tensors.items():
         path, _, leaf = key.rpartition(".")
         module = base.get_submodule(path)
-        tensors[key] = make()
-        parameter = module._parameters.get(leaf)
-        if parameter is None:
-            undo.callback(setattr, module, leaf, getattr(module, leaf))
-            setattr(module, leaf, tensors[key])
-        else:
-            undo.callback(setattr, parameter, "data", parameter.data)
-            parameter.data = tensors[key]
+        owner, name = (module, leaf) if leaf in module._buffers else (getattr(module, leaf), "data")
+        undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, tensor)
     return tensors

@@ -65,9 +65,9 @@ def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
     if not adapter_layers(adapter):
         raise UsageError("this model has no adapters to merge")
     with ExitStack() as undo:
-        old = get_ranks(adapter)
-        if _set_ranks(adapter, config, ranks, ""):
-            undo.callback(set_ranks, adapter, old)
+        if (chosen := _chosen(adapter, config, ranks, "")) is not None:
+            undo.callback(set_ranks, adapter, get_ranks(adapter))
+            set_ranks(adapter, chosen)
         changes, masked = check_mergeable(adapter, config), is_masked(adapter)
         tokens = sample_tokens(adapter, tokenizer)
         before = logits(adapter, tokens)
@@ -78,12 +78,8 @@ def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
     return merged
 
 
-def _set_ranks(model: Any, config: MergeConfig, ranks: Ranks | None, folder: str | Path) -> bool:
-    """Whether ranks were asked for."""
-    if ranks is None and config.ranks is None:
-        return False
-    set_ranks(model, ranks if config.ranks is None else resolve_ranks(model, config.ranks, folder))
-    return True
+def _chosen(model: Any, config: MergeConfig, ranks: Ranks | None, folder: str | Path) -> Ranks | None:
+    return ranks if config.ranks is None else resolve_ranks(model, config.ranks, folder)
 
 
 def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: Path,
@@ -96,7 +92,8 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
         tokens = sample_tokens(model, tokenizer)
         before = logits(model, tokens)
         check_probe(before, adapter)
-        if _set_ranks(model, config, ranks, adapter):
+        if (chosen := _chosen(model, config, ranks, adapter)) is not None:
+            set_ranks(model, chosen)
             before = logits(model, tokens)
         changes, masked = check_mergeable(model, config), is_masked(model)
         base = unload(model, ExitStack())

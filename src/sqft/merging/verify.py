@@ -45,7 +45,11 @@ def verify(merged: nn.Module, before: Tensor, tokens: Tensor, config: MergeConfi
     metrics["parameters"] = sum(p.numel() for p in merged.parameters()) + sum(
         layer.in_features * layer.out_features for layer in packed.values()
     )
-    compared = check_tensors(merged, expected)
+    state, compared = merged.state_dict(), set()
+    for name, tensor in expected:
+        if name not in state or not torch.equal(state[name], tensor):
+            raise VerificationError(f"{name} of the merged model is not what was trained: {_BUG}")
+        compared.add(name)
     adapted = [packed[name] for name in packed if f"{name}.qweight" in compared]
     if adapted:
         metrics["bits"] = adapted[0].bits
@@ -54,16 +58,6 @@ def verify(merged: nn.Module, before: Tensor, tokens: Tensor, config: MergeConfi
     metrics["max_logit_difference"] = check_logits(before, logits(merged, tokens), config, masked)
     metrics["tokens_compared"] = tokens.numel()
     return metrics
-
-
-def check_tensors(merged: nn.Module, expected: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Compares every trained tensor bit for bit; returns their names. Raises VerificationError."""
-    state, compared = merged.state_dict(), set()
-    for name, tensor in expected:
-        if name not in state or not torch.equal(state[name], tensor):
-            raise VerificationError(f"{name} of the merged model is not what was trained: {_BUG}")
-        compared.add(name)
-    return compared
 
 
 def check_logits(before: Tensor, after: Tensor, config: MergeConfig, masked: bool) -> float:
