@@ -32,9 +32,14 @@ FAMILIES: dict[str, dict[str, object]] = {
 }  # fmt: skip
 
 
-def pico_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A seeded random model of the family; norms, biases and embeddings are random too, so that nothing is neutral."""
-    config = AutoConfig.for_model(family, **FAMILIES[family])
+def pico_model(
+    family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **options: object
+) -> PreTrainedModel:
+    """A seeded random model of the family; norms, biases and embeddings are random too, so that nothing is neutral.
+
+    ``options`` go into its config.
+    """
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **options})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():

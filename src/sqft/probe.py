@@ -6,12 +6,15 @@ was trained.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from accelerate.utils.operations import ConvertOutputsToFp32
+from torch import Tensor, nn
 
 from sqft.calibration.data import token_blocks
 from sqft.errors import SqftError, VerificationError
@@ -33,12 +36,35 @@ def sample_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Tens
 
 @torch.no_grad()
 def logits(model: Any, tokens: Tensor) -> Tensor:
-    """Logits [N, T, vocabulary] in eval mode, on the CPU."""
-    was_training = model.training
+    """Logits [N, T, vocabulary] in eval mode, in the weights' own precision, on the CPU."""
+    device = next(model.parameters()).device
+    with _as_served(model), torch.autocast(device.type, enabled=False):
+        return model(input_ids=tokens.to(device), use_cache=False).logits.cpu()
+
+
+@contextlib.contextmanager
+def _as_served(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and without the autocast that Accelerate (so Trainer, and TRL) leaves on what it has trained."""
+    modes = {module: module.training for module in model.modules()}
+    wrapped = {module: module.forward for module in modes if "_original_forward" in vars(module)}
+    for module in wrapped:
+        module.forward = _own_forward(module)
     model.eval()
-    out = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits.cpu()
-    model.train(was_training)
-    return out
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for module, forward in wrapped.items():
+            module.forward = forward
+
+
+def _own_forward(module: Any) -> Callable[..., Any]:
+    forward = module._original_forward
+    while isinstance(getattr(forward, "__wrapped__", None), ConvertOutputsToFp32):  # trained more than once
+        inner = forward.__wrapped__.model_forward.__wrapped__
+        forward = inner.__get__(module) if hasattr(forward, "__func__") else inner
+    return forward
 
 
 def tolerance(values: Tensor, dtype: torch.dtype) -> float:

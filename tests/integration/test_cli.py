@@ -290,7 +290,7 @@ def test_ctrl_c_in_each_stage(
     where, arguments = {
         "sparsify": ("sqft.sparsity.pattern.Pattern.kept", [dense, tmp_path / "out", *FAST]),
         "train": ("sqft.training.callbacks.ProgressBar.on_step_end", [sparse, tmp_path / "out", *TRAIN]),
-        "merge": ("sqft.merging.stage.merged_weight", [trained, tmp_path / "out"]),
+        "merge": ("sqft.merging.changes.merged_weight", [trained, tmp_path / "out"]),
         "evaluate": ("sqft.evaluation.generation.generate",
                      [sparse, "--task", "arithmetic", "--limit", 8, "--batch-size", 2, "--out", tmp_path / "out"]),
     }[stage]  # fmt: skip

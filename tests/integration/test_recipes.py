@@ -100,3 +100,12 @@ def test_run_takes_the_pipeline_as_a_flag(gsm8k: Path, dense: Path, tmp_path: Pa
     code, out, err = call(capsys, "run", recipe, "--adapter", "lora", "--data-dir", gsm8k, "--json")
     assert code == 0, err
     assert json.loads(out)["train"]["steps"] == 1 and (tmp_path / "run-lora" / "train").is_dir()
+
+
+def test_another_adapter_keeps_the_recipes_merge_options(dense: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {dense}\noutput: {tmp_path / 'run'}\nsparsify: {{}}\ntrain: {{task: arithmetic}}\n"
+                      "merge: {tolerance: 0.001, max_shard_size: 1GB}\n")  # fmt: skip
+    chosen = with_adapter(load_recipe(recipe), "qa-sparse-peft")
+    assert chosen["merge"] == sqft.MergeConfig(tolerance=0.001, max_shard_size="1GB")
+    assert with_adapter(load_recipe(recipe), "lora")["merge"] is None

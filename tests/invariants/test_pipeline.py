@@ -184,20 +184,20 @@ def test_merging_in_shards_gives_the_same_model(trained: Path, tmp_path: Path) -
 
 
 def test_a_merge_that_loses_a_zero_is_not_written(trained: Path, tmp_path: Path, monkeypatch) -> None:
-    import sqft.merging.stage
+    import sqft.merging.changes
 
-    original = sqft.merging.stage.merged_weight
-    monkeypatch.setattr(sqft.merging.stage, "merged_weight", lambda layer, name: original(layer, name) + 1e-6)
+    original = sqft.merging.changes.merged_weight
+    monkeypatch.setattr(sqft.merging.changes, "merged_weight", lambda layer, name: original(layer, name) + 1e-6)
     with pytest.raises(sqft.VerificationError, match="not zero"):
         sqft.merge(trained, out=tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_merge_that_changes_the_logits_is_not_written(trained: Path, tmp_path: Path, monkeypatch) -> None:
-    import sqft.merging.stage
+    import sqft.merging.changes
 
-    original = sqft.merging.stage.merged_weight
-    monkeypatch.setattr(sqft.merging.stage, "merged_weight", lambda layer, name: original(layer, name) * 1.01)
+    original = sqft.merging.changes.merged_weight
+    monkeypatch.setattr(sqft.merging.changes, "merged_weight", lambda layer, name: original(layer, name) * 1.01)
     with pytest.raises(sqft.VerificationError, match="logits differ"):
         sqft.merge(trained, out=tmp_path / "merged")
     assert not list(tmp_path.iterdir())

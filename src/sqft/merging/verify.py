@@ -1,0 +1,74 @@
+"""Verification of a merged model: zeros, masks, every trained tensor and logits. What fails is not written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sqft.config import MergeConfig
+from sqft.errors import VerificationError
+from sqft.formats.checkpoint import packed_layers
+from sqft.models.discover import describe
+from sqft.probe import logits, tolerance
+from sqft.sparsity.masks import ZeroCounts, collect_masks
+
+_BUG = "nothing was written; this is a bug in sqft, please report it"
+
+
+def verify(merged: nn.Module, before: Tensor, tokens: Tensor, config: MergeConfig, masks: Mapping[str, Tensor],
+           masked: bool, expected: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:  # fmt: skip
+    """Checks zeros, masks, trained tensors and logits.
+
+    Args:
+        before: logits of the un-merged model on ``tokens``.
+        masks: the base's, packed, by weight name.
+        masked: False for a merge that is allowed to be dense: then zeros are counted only.
+        expected: what each trained tensor has to be, bit for bit, by name in the state dict.
+
+    Returns the metrics. Raises VerificationError.
+    """
+    counts = ZeroCounts()
+    for weight in describe(merged).weights():
+        counts.add(weight, masks.get(weight.name))
+    metrics = counts.metrics()
+    if masked:
+        if counts.filled:
+            raise VerificationError(f"{counts.filled} of {counts.pruned} pruned weights are not zero after "
+                                    f"merging: {_BUG}")  # fmt: skip
+        found = collect_masks(merged)
+        if found.keys() != masks.keys() or not all(torch.equal(found[name].cpu(), masks[name].cpu()) for name in masks):
+            raise VerificationError(f"the masks of the merged model are not the base's: {_BUG}")
+    packed = packed_layers(merged)
+    metrics["parameters"] = sum(p.numel() for p in merged.parameters()) + sum(
+        layer.in_features * layer.out_features for layer in packed.values()
+    )
+    state, compared = merged.state_dict(), set()
+    for name, tensor in expected:
+        if name not in state or not torch.equal(state[name], tensor):
+            raise VerificationError(f"{name} of the merged model is not what was trained: {_BUG}")
+        compared.add(name)
+    adapted = [packed[name] for name in packed if f"{name}.qweight" in compared]
+    if adapted:
+        metrics["bits"] = adapted[0].bits
+        metrics["integers_compared"] = sum(layer.in_features * layer.out_features for layer in adapted)
+    metrics["tensors_compared"] = len(compared)
+    metrics["max_logit_difference"] = check_logits(before, logits(merged, tokens), config, masked)
+    metrics["tokens_compared"] = tokens.numel()
+    return metrics
+
+
+def check_logits(before: Tensor, after: Tensor, config: MergeConfig, masked: bool) -> float:
+    """Largest difference of logits; raises VerificationError above the tolerance.
+
+    A masked adapter multiplies with the very weight that is merged. Plain LoRA adds a second product, in another
+    order of summation, so its tolerance follows the logits' size and precision.
+    """
+    difference = float((before.float() - after.float()).abs().max())
+    allowed = config.tolerance if masked else max(config.tolerance, tolerance(before, before.dtype))
+    if not difference <= allowed:  # also catches NaN
+        raise VerificationError(f"merged and un-merged logits differ by {difference:.3g}, allowed are {allowed:.3g}: "
+                                "nothing was written")  # fmt: skip
+    return difference
