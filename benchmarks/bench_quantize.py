@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, PeakMemory, check, write_results
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,7 +31,6 @@ from sqft.formats.checkpoint import packed_layers, unpack_model
 from sqft.models.discover import describe
 from sqft.quantization.gptq import gptq
 from sqft.recipe import resolve_model
-from sqft.sparsity.masks import mask_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = ROOT / ".venv-gptqmodel" / "bin" / "python"
@@ -80,13 +78,13 @@ def scores_of_peer(source: str, weights: dict[str, Tensor], masks: dict[str, Ten
     """Perplexity of GPTQModel's weights, masked again, and how many pruned weights there were and it had kept zero."""
     model, tokenizer = sqft.load(source)
     pruned = kept = 0
-    for name, linear in describe(model).linears():
-        weight = weights[name]
+    for layer in describe(model).weights():
+        name, weight = layer.name, weights[layer.name]
         if name in masks:
             pruned += int((~masks[name]).sum())
             kept += int((weight[~masks[name]] == 0).sum())
             weight = weight * masks[name]
-        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer.write(weight)
     return scores(model, tokenizer, texts, tokens), pruned, kept
 
 
@@ -123,8 +121,8 @@ def main() -> None:
     masks: dict[str, Tensor] = {}
     if arguments.only != "dense":
         sqft.sparsify(runs / "dense", SPARSIFY, tokens, out=runs / "sparse")
-        masks = {name: mask for name, linear in describe(sqft.load(runs / "sparse")[0]).linears()
-                 if (mask := mask_of(linear)) is not None}  # fmt: skip
+        masks = {weight.name: mask for weight in describe(sqft.load(runs / "sparse")[0]).weights()
+                 if (mask := weight.mask) is not None}  # fmt: skip
     results: dict[str, Any] = {}
     if arguments.only:
         results = json.loads((RESULTS / "quantize.json").read_text())["results"]

@@ -25,7 +25,6 @@ from sqft.calibration.data import token_blocks
 from sqft.evaluation.perplexity import perplexity
 from sqft.models.discover import describe
 from sqft.recipe import resolve_model
-from sqft.sparsity.masks import mask_of
 
 CONFIG = sqft.SparsifyConfig(samples=32, length=512, batch_size=1)
 
@@ -51,12 +50,12 @@ def compare_with_naive(folder: str, sparse: str, tokens: Tensor) -> dict[str, in
     """
     ours, _ = sqft.load(sparse)
     reference, _ = sqft.load(folder)
-    masks = {name: mask_of(linear) for name, linear in describe(ours).linears()}
+    masks = {weight.name: weight.mask for weight in describe(ours).weights()}
     different = ties = total = 0
     architecture = describe(reference)
     hidden = walker.capture(architecture, tokens, CONFIG.batch_size)
     for index, block in enumerate(architecture.blocks):
-        squares = dict.fromkeys(block.linears, 0.0)
+        squares = dict.fromkeys(block.weights, 0.0)
 
         def observe(name: str, squares: dict[str, Any] = squares) -> Any:
             def hook(module: Any, arguments: Any) -> None:
@@ -64,13 +63,13 @@ def compare_with_naive(folder: str, sparse: str, tokens: Tensor) -> dict[str, in
 
             return hook
 
-        handles = [linear.register_forward_pre_hook(observe(name)) for name, linear in block.linears.items()]
+        handles = [w.module.register_forward_pre_hook(observe(name)) for name, w in block.weights.items()]
         with torch.no_grad():
             walker.replay(block.module, index, hidden, torch.device("cpu"), keep=False)
         for handle in handles:
             handle.remove()
-        for name, linear in block.linears.items():
-            score = linear.weight.detach().double().abs() * squares[name].sqrt()
+        for name, weight in block.weights.items():
+            score = weight.read().double().abs() * squares[name].sqrt()
             ordered = score.argsort(dim=1, stable=True)
             naive = torch.ones_like(score, dtype=torch.bool)
             naive.scatter_(1, ordered[:, : score.shape[1] // 2], False)

@@ -16,7 +16,7 @@ import sqft
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.evaluation.stage import unpacked
 from sqft.models.discover import describe
-from sqft.sparsity.masks import attach_masks, collect_masks, derive_mask, load_masks, mask_of, set_mask
+from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, mask_of, set_mask
 from sqft.training import loop
 
 
@@ -70,7 +70,7 @@ def test_live_model_in_a_notebook(tokens, examples) -> None:
     config = sqft.TrainConfig(max_steps=4, batch_size=4, learning_rate=0.02)
     assert sqft.train(peft_model, config, examples, tokenizer=tokenizer)["steps"] == 4
     merged = sqft.merge(peft_model)
-    for _, linear in describe(merged).linears():
+    for linear in (weight.module for weight in describe(merged).weights()):
         assert not linear.weight[~mask_of(linear)].any()
         assert (linear.weight.view(-1, 4) != 0).sum(1).max() <= 2
     scores = sqft.evaluate(merged, sqft.EvaluateConfig(text="builtin", length=64, max_tokens=256), tokenizer=tokenizer)
@@ -102,9 +102,9 @@ def test_a_kept_weight_that_is_zero_by_chance_may_grow(tokens) -> None:
 
 def test_a_foreign_sparse_model_brings_its_zeros(tmp_path: Path, examples) -> None:
     model = pico_model()
-    for _, linear in describe(model).linears():
-        linear.weight.data *= torch.rand_like(linear.weight) < 0.4
-    expected = {name: derive_mask(linear) for name, linear in describe(model).linears()}
+    for weight in describe(model).weights():
+        weight.write(weight.read() * (torch.rand(weight.shape) < 0.4))
+    expected = {weight.name: weight.read() != 0 for weight in describe(model).weights()}
     model.save_pretrained(tmp_path / "foreign")
     pico_tokenizer().save_pretrained(tmp_path / "foreign")
     config = sqft.TrainConfig(max_steps=3, batch_size=4, r=4, lora_alpha=8, learning_rate=0.02)

@@ -277,7 +277,7 @@ def test_a_dense_packed_model_takes_unmasked_quantization_aware_adapters(
     assert is_quant_aware(peft_model)
     sqft.train(peft_model, TRAIN, examples, tokenizer=tokenizer)
     merged = sqft.merge(peft_model)
-    assert len(packed_layers(merged)) == len(list(describe(merged).linears()))
+    assert len(packed_layers(merged)) == len(describe(merged).names())
 
 
 def test_evaluation_holds_packed_weights_unpacked_and_gives_the_same(trained_packed: Path, packed: Path) -> None:

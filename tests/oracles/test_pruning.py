@@ -51,7 +51,7 @@ def test_wanda_of_a_whole_model(family: str, tokens: Tensor) -> None:
     model, reference = pico_model(family), pico_model(family)
     sqft.sparsify(model, sqft.SparsifyConfig(batch_size=4), tokens)  # 6 blocks: batches of 3
     for block in describe(reference).blocks:
-        squares = {name: torch.zeros(linear.in_features, dtype=torch.float64) for name, linear in block.linears.items()}
+        squares = {name: torch.zeros(weight.shape[1], dtype=torch.float64) for name, weight in block.weights.items()}
 
         def observe(name: str, squares=squares):
             def hook(module, arguments):
@@ -59,13 +59,14 @@ def test_wanda_of_a_whole_model(family: str, tokens: Tensor) -> None:
 
             return hook
 
-        handles = [linear.register_forward_pre_hook(observe(name)) for name, linear in block.linears.items()]
+        handles = [weight.module.register_forward_pre_hook(observe(name)) for name, weight in block.weights.items()]
         with torch.no_grad():
             for batch in tokens.split(3):
                 reference(input_ids=batch, use_cache=False)
         for handle in handles:
             handle.remove()
-        for name, linear in block.linears.items():
+        for name, weight in block.weights.items():
+            linear = weight.module
             mask = naive(linear.weight.detach().double().abs() * squares[name].sqrt(), 0.5, None)
             ours = model.get_submodule(name)
             assert torch.equal(mask_of(ours), mask), name

@@ -8,6 +8,7 @@ from torch import nn
 
 from sqft.calibration.walker import Calls, _in_groups
 from sqft.models.discover import Block
+from sqft.models.weights import Weight
 
 
 class Routed(nn.Module):
@@ -40,7 +41,7 @@ class Inputs:
 def test_groups_see_what_the_changed_layers_before_them_give(twice: bool) -> None:
     torch.manual_seed(0)
     module = Routed(twice)
-    linears = {name: getattr(module, name) for name in ("first", "expert", "last")}
+    weights = {name: Weight(name, getattr(module, name), module) for name in ("first", "expert", "last")}
     batches = [torch.randn(2, 3, 4) + shift for shift in (5.0, -5.0, 5.0)]
     calls = Calls(list(batches), [((), {})], returns_tuple=False)
     order, inputs = [], {}
@@ -49,9 +50,9 @@ def test_groups_see_what_the_changed_layers_before_them_give(twice: bool) -> Non
         ((name, statistic),) = statistics.items()
         order.append(name)
         inputs[name] = statistic.seen
-        linears[name].weight = nn.Parameter(linears[name].weight * 2)
+        weights[name].write(weights[name].read() * 2)
 
-    _in_groups(Block("", module, linears), 0, calls, torch.device("cpu"), Inputs, change)
+    _in_groups(Block("", module, weights), 0, calls, torch.device("cpu"), Inputs, change)
     assert order == ["first", "expert", "last"]
     assert all(torch.equal(x, batch) for x, batch in zip(inputs["first"], batches, strict=True))
     expected = [module.first(batches[i]) for i in (0, 2)]  # of the changed layer; the middle batch skips the expert
@@ -65,12 +66,12 @@ def test_groups_see_what_the_changed_layers_before_them_give(twice: bool) -> Non
 @torch.no_grad()
 def test_an_error_in_the_middle_leaves_no_hooks() -> None:
     module = Routed(False)
-    linears = {name: getattr(module, name) for name in ("first", "expert", "last")}
+    weights = {name: Weight(name, getattr(module, name), module) for name in ("first", "expert", "last")}
     calls = Calls([torch.ones(1, 2, 4)], [((), {})], returns_tuple=False)
 
     def change(block: Block, statistics: dict) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _in_groups(Block("", module, linears), 0, calls, torch.device("cpu"), Inputs, change)
-    assert not any(layer._forward_pre_hooks for layer in linears.values())
+        _in_groups(Block("", module, weights), 0, calls, torch.device("cpu"), Inputs, change)
+    assert not any(weight.module._forward_pre_hooks for weight in weights.values())

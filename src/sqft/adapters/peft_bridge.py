@@ -21,9 +21,10 @@ from sqft.adapters.sparse import MaskedLoraLinear, SparseLoraLinear
 from sqft.elastic.groups import make_groups
 from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_dense
-from sqft.models.discover import describe, is_linear, resolve_targets, weight_of
+from sqft.models.discover import describe, resolve_targets
+from sqft.models.weights import is_linear
 from sqft.quantization.linear import QuantLinear
-from sqft.sparsity.masks import SPARSE_FROM, count_zeros, packed_mask, set_mask
+from sqft.sparsity.masks import SPARSE_FROM, count_zeros, packed_mask, set_mask, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -83,7 +83,9 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
 def _fast_products(block: Block) -> Iterator[None]:
     """Lets the block's linear layers multiply by the fastest library: these passes are most of the work."""
     chosen: list[Any] = [
-        linear for linear in block.linears.values() if isinstance(linear, nn.Linear) and "forward" not in vars(linear)
+        weight.module
+        for weight in block.weights.values()
+        if isinstance(weight.module, nn.Linear) and "forward" not in vars(weight.module)
     ]
 
     def forward(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device, new
     def stop(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         scheduler.switch((module, arguments[0]))
 
-    leaders = [block.linears[names[0]] for names in groups.values()]
+    leaders = [block.weights[names[0]].module for names in groups.values()]
     handles = [leader.register_forward_pre_hook(stop) for leader in leaders]
     forwards = [greenlet.greenlet(functools.partial(replay, block.module, index, calls, device, True, range(i, i + 1)))
                 for i in range(len(calls.hidden))]  # fmt: skip
@@ -253,7 +255,7 @@ def observing(block: Block, new_statistic: Callable[[], Statistic]) -> Iterator[
     def forget(module: nn.Module, arguments: Any, out: Any) -> None:
         seen.clear()
 
-    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in block.linears.items()]
+    handles = [weight.module.register_forward_pre_hook(hook(name)) for name, weight in block.weights.items()]
     handles.append(block.module.register_forward_hook(forget))
     try:
         yield statistics

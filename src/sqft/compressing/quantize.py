@@ -24,6 +24,7 @@ from sqft.errors import UsageError
 from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantization_config, write_quantize_config
 from sqft.models.discover import Architecture, Block, describe, match_modules
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
+from sqft.models.weights import Weight
 from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.rtn import Quantized
@@ -74,7 +75,7 @@ def quantize(model: PreTrainedModel | str | Path, config: QuantizeConfig | None 
     names = plan(architecture, config)
     counts = Counts()
     for block in _steps(architecture, names, config, calibration, first, tokenizer):
-        counts.add(block.linears.values())
+        counts.add(weight.module for weight in block.weights.values())
     mark_packed(model, config.format)
     return counts.metrics(config, model, time.perf_counter() - started)
 
@@ -90,11 +91,11 @@ def _quantize_folder(source: str, config: QuantizeConfig, calibration: Tensor | 
     if first is not None:
         settings["first"] = sparsity.identity(first, calibration)
     counts, masks = Counts(), {}
-    templates = {name: template(module, config) for name, module in architecture.linears() if name in names}
+    templates = {w.name: template(w, config) for w in architecture.weights() if w.name in names}
     with artifact.writing(out, overwrite) as folder:
         writer = ModelWriter(plan_tensors(model, templates, config.format), folder, MAX_SHARD_BYTES)
         for block in _steps(architecture, names, config, calibration, first, tokenizer):
-            counts.add(block.linears.values())
+            counts.add(weight.module for weight in block.weights.values())
             for name, tensor in encoded(block.module, config.format, block.name + "."):
                 writer.add(name, tensor)
             masks.update(sparsity.take_masks(block))
@@ -119,30 +120,32 @@ def plan(architecture: Architecture, config: QuantizeConfig) -> set[str]:
     """
     names = architecture.names()
     excluded = {name for hits in match_modules(config.exclude, names, "exclude").values() for name in hits}
-    chosen = {name: module for name, module in architecture.linears() if name not in excluded}
+    chosen = {w.name: w for w in architecture.weights() if w.name not in excluded}
     if not chosen:
         raise UsageError("every module is excluded: nothing is left to quantize")
-    packed = [name for name, module in chosen.items() if not isinstance(module, nn.Linear)]
+    packed = [name for name, weight in chosen.items() if weight.packed]
     if packed:
         raise UsageError(f"{packed[0]} is packed already: quantize the float model")
-    fitting = [s for s in GROUP_SIZES if s == -1 or all(m.in_features % s == 0 for m in chosen.values())]
-    for name, module in chosen.items():
+    fitting = [s for s in GROUP_SIZES if s == -1 or all(w.shape[1] % s == 0 for w in chosen.values())]
+    for name, weight in chosen.items():
+        outputs, inputs = weight.shape
         if config.group_size not in fitting:
-            if config.group_size != -1 and module.in_features % config.group_size == 0:
+            if config.group_size != -1 and inputs % config.group_size == 0:
                 continue
             sizes = ", ".join(map(str, fitting))
-            raise UsageError(f"group size {config.group_size} does not divide the {module.in_features} inputs of "
+            raise UsageError(f"group size {config.group_size} does not divide the {inputs} inputs of "
                              f"{name}: these fit the whole model: {sizes}; or exclude the module")  # fmt: skip
-        if module.in_features * config.bits % 32 or module.out_features * config.bits % 32:
-            raise UsageError(f"{name} is [{module.out_features}, {module.in_features}]: at {config.bits} bits both "
+        if inputs * config.bits % 32 or outputs * config.bits % 32:
+            raise UsageError(f"{name} is [{outputs}, {inputs}]: at {config.bits} bits both "
                              "have to fill 32-bit words; exclude the module")  # fmt: skip
     return set(chosen)
 
 
-def template(module: nn.Linear, config: QuantizeConfig) -> QuantLinear:
-    """An empty layer of the shape that the module will have, for names, shapes and dtypes."""
-    layer = QuantLinear(module.in_features, module.out_features, config.bits, config.group_size,
-                        bias=module.bias is not None, device="meta", dtype=module.weight.dtype)  # fmt: skip
+def template(weight: Weight, config: QuantizeConfig) -> QuantLinear:
+    """An empty layer of the shape that the weight's module will have, for names, shapes and dtypes."""
+    outputs, inputs = weight.shape
+    layer = QuantLinear(inputs, outputs, config.bits, config.group_size, bias=weight.bias is not None, device="meta",
+                        dtype=weight.dtype)  # fmt: skip
     layer.symmetric = config.symmetric
     return layer
 
@@ -170,40 +173,41 @@ def quantize_blocks(architecture: Architecture, names: set[str], config: Quantiz
 
     def change(block: Block, statistics: dict[str, Hessian]) -> None:
         groups: dict[int, list[str]] = {}
-        for name in statistics or block.linears:
+        for name in statistics or block.weights:
             if name in names:
                 groups.setdefault(id(statistics.get(name, name)), []).append(name)
         for group in groups.values():
-            modules = [block.linears[name] for name in group]
+            weights = [block.weights[name] for name in group]
             h_II = statistics[group[0]].matrix() if statistics else None
-            masks = [mask_or_zeros(module) for module in modules]
-            quantized = _together(method, modules, masks, h_II, spec, config.act_order)
-            for name, module, mask_OI, result in zip(group, modules, masks, quantized, strict=True):
-                layer = QuantLinear.from_quantized(result, config.group_size, config.symmetric, module.bias)
+            masks = [mask_or_zeros(weight.module) for weight in weights]
+            quantized = _together(method, weights, masks, h_II, spec, config.act_order)
+            for weight, mask_OI, result in zip(weights, masks, quantized, strict=True):
+                layer = QuantLinear.from_quantized(result, config.group_size, config.symmetric, weight.bias)
                 if mask_OI is not None:
                     set_mask(layer, mask_OI)
-                done[name] = layer
+                done[weight.name] = layer
                 # Until the block is finished it computes with the float form of its integers, which gives the same.
-                module.weight = nn.Parameter(result.weight().to(module.weight.dtype), requires_grad=False)
+                weight.write(result.weight())
 
     progress = f"Quantize ({config.method}, {config.bits} bits)"
     for block in walk(architecture, tokens, config.batch_size, Hessian, change, progress, sparsity.accelerator(),
                       config.true_sequential, fast=True):  # fmt: skip
-        for name in [name for name in block.linears if name in done]:
-            block.replace(name, done.pop(name).to(block.linears[name].weight.device))
+        for name, weight in block.weights.items():
+            if name in done:
+                weight.replace(done.pop(name).to(weight.device))
         yield block
 
 
-def _together(method: Quantizer, modules: Sequence[nn.Linear], masks: Sequence[Tensor | None], h_II: Tensor | None,
+def _together(method: Quantizer, weights: Sequence[Weight], masks: Sequence[Tensor | None], h_II: Tensor | None,
               spec: GridSpec, act_order: bool) -> list[Quantized]:  # fmt: skip
-    """Quantizes modules that share an input (q, k and v) as one weight: rows do not depend on each other."""
-    weight = torch.cat([module.weight.detach() for module in modules])
+    """Quantizes weights that share an input (q, k and v) as one weight: rows do not depend on each other."""
+    w_OI = torch.cat([weight.read() for weight in weights])
     mask = None
     if any(mask is not None for mask in masks):
-        mask = torch.cat([torch.ones_like(module.weight, dtype=torch.bool) if mask is None else mask
-                          for module, mask in zip(modules, masks, strict=True)])  # fmt: skip
-    q_OI, grid = method(weight, h_II, mask, spec, act_order=act_order)
-    rows = [module.out_features for module in modules]
+        mask = torch.cat([torch.ones(weight.shape, dtype=torch.bool, device=w_OI.device) if mask is None else mask
+                          for weight, mask in zip(weights, masks, strict=True)])  # fmt: skip
+    q_OI, grid = method(w_OI, h_II, mask, spec, act_order=act_order)
+    rows = [weight.shape[0] for weight in weights]
     parts = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), strict=True)
     return [Quantized(q, Grid(spec.bits, scale, zero)) for q, scale, zero in parts]
 

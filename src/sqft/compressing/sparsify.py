@@ -20,14 +20,13 @@ from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Architecture, Block, describe, match_modules
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter, layout
+from sqft.models.weights import Weight
 from sqft.registry import SPARSIFIERS
 from sqft.sparsity.masks import (
     attach_masks,
     count_zeros,
     load_masks,
-    mask_of,
     save_masks,
-    set_mask,
     stored_masks,
 )
 
@@ -75,7 +74,7 @@ def sparsify(model: PreTrainedModel | str | Path, config: SparsifyConfig | None 
     tokens = calibration_tokens(config, calibration, tokenizer, config.method in WITHOUT_CALIBRATION)
     for _ in prune(architecture, plan, config, tokens):
         pass
-    return _metrics(_count(architecture.linears()), model, time.perf_counter() - started)
+    return _metrics(_count(architecture.weights()), model, time.perf_counter() - started)
 
 
 def _sparsify_folder(
@@ -92,7 +91,7 @@ def _sparsify_folder(
     with artifact.writing(out, overwrite) as folder:
         writer = ModelWriter(layout(model), folder, MAX_SHARD_BYTES)
         for block in prune(architecture, plan, config, tokens):
-            counts.update(_count(block.linears.items()))
+            counts.update(_count(block.weights.values()))
             for name, tensor in block.module.state_dict(prefix=block.name + ".").items():
                 writer.add(name, tensor)
             masks.update(take_masks(block))
@@ -137,16 +136,17 @@ def make_plan(architecture: Architecture, config: SparsifyConfig) -> dict[str, t
     plan = {name: (config.sparsity, pattern) for name in names if name not in excluded}
     for key, hits in overrides.items():
         plan.update({name: (config.overrides[key], None) for name in hits if name not in excluded})
-    for name, module in architecture.linears():
+    for weight in architecture.weights():
+        name, inputs = weight.name, weight.shape[1]
         if name not in plan:
             continue
         ratio, nm = plan[name]
-        shape = f"[{module.out_features}, {module.in_features}]"
-        if nm and module.in_features % nm[1]:
+        shape = f"{list(weight.shape)}"
+        if nm and inputs % nm[1]:
             raise UsageError(
                 f"pattern {nm[0]}:{nm[1]} does not divide the inputs of {name} {shape}: exclude the module"
             )
-        if not nm and int(module.in_features * ratio) == 0:
+        if not nm and int(inputs * ratio) == 0:
             raise UsageError(f"sparsity {ratio} prunes nothing of {name} {shape}: a row has too few inputs")
     if not plan:
         raise UsageError("every module is excluded: nothing is left to prune")
@@ -159,28 +159,27 @@ def prune(architecture: Architecture, plan: dict[str, tuple[float, tuple[int, in
     method: Sparsifier = SPARSIFIERS[config.method]
 
     def change(block: Block, statistics: dict[str, ColumnNorm]) -> None:
-        for name, module in block.linears.items():
+        for name, weight in block.weights.items():
             if name not in plan:
                 continue
             sparsity, pattern = plan[name]
             norm_I = statistics[name].norm() if name in statistics else None
-            _apply(module, method(module.weight, norm_I, sparsity, pattern))
+            _apply(weight, method(weight.read(), norm_I, sparsity, pattern))
 
     progress = f"Sparsify ({config.method})"
     return walk(architecture, tokens, config.batch_size, ColumnNorm, change, progress, accelerator())
 
 
-def _apply(module: nn.Linear, mask_OI: Tensor) -> None:
+def _apply(weight: Weight, mask_OI: Tensor) -> None:
     """Zeroes what the mask prunes, in a new tensor: the old one may be a file mapped into memory.
 
     What an earlier mask pruned stays pruned.
     """
-    earlier = mask_of(module)
+    earlier = weight.mask
     if earlier is not None:
         mask_OI = mask_OI & earlier
-    weight = torch.where(mask_OI, module.weight.detach(), 0)
-    module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-    set_mask(module, mask_OI)
+    weight.write(torch.where(mask_OI, weight.read(), 0))
+    weight.set_mask(mask_OI)
 
 
 def accelerator() -> torch.device | None:
@@ -218,8 +217,8 @@ def take_masks(block: Block) -> dict[str, Tensor]:
     return {f"{block.name}.{name}": mask for name, mask in stored_masks(block.module).items()}
 
 
-def _count(linears: Iterable[tuple[str, nn.Linear]]) -> dict[str, tuple[int, int]]:
-    return {name: (count_zeros(module.weight), module.weight.numel()) for name, module in linears}
+def _count(weights: Iterable[Weight]) -> dict[str, tuple[int, int]]:
+    return {weight.name: (count_zeros(w_OI := weight.read()), w_OI.numel()) for weight in weights}
 
 
 def _metrics(counts: dict[str, tuple[int, int]], model: nn.Module, seconds: float) -> dict[str, Any]:

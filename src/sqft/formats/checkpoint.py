@@ -39,7 +39,7 @@ def resolve(format: str, symmetric: bool) -> tuple[Any, str]:
 
 def quantization_config(model: nn.Module, layers: Mapping[str, QuantLinear], format: str) -> dict[str, Any]:
     """What goes into config.json: of ``layers`` by name; the model's other linear layers of blocks stay float."""
-    others = [name for name, _ in describe(model).linears() if name not in layers]
+    others = [name for name in describe(model).names() if name not in layers]
     module, version = resolve(format, next(iter(layers.values())).symmetric)
     return module.make_config(layers, others, version)
 

@@ -28,7 +28,7 @@ from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_
 from sqft.kernels.quant_ops import Packed, dequantized
 from sqft.kernels.torch_ops import pack_mask, unpack_mask
 from sqft.models.dense import load_dense, save_settings
-from sqft.models.discover import describe, weight_of
+from sqft.models.discover import describe
 from sqft.models.tensors import write_model
 from sqft.probe import check_probe, logits, sample_tokens, tolerance
 from sqft.sparsity.masks import (
@@ -39,6 +39,7 @@ from sqft.sparsity.masks import (
     load_masks,
     save_masks,
     stored_masks,
+    weight_of,
 )
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def check_mergeable(model: Any, config: MergeConfig) -> None:
 
 def _all_masks(model: nn.Module) -> dict[str, Tensor]:
     """The model's masks, or, where another tool made it sparse, what its zeros say."""
-    return collect_masks(model) or {name: pack_mask(derive_mask(module)) for name, module in describe(model).linears()}
+    return collect_masks(model) or {w.name: pack_mask(derive_mask(w.module)) for w in describe(model).weights()}
 
 
 def zero_counts(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -5,40 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.models.tables import BY_TYPE, Family
+from sqft.models.weights import Weight, is_linear
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its path in the model, the module, and its linear modules by full name, in order.
-
-    A linear module is a ``torch.nn.Linear`` or, in a quantized model, a ``QuantLinear``.
-    """
+    """One decoder block: its path in the model, the module, and its linear weights by full name, in order."""
 
     name: str
     module: nn.Module
-    linears: dict[str, Any]
-
-    def replace(self, name: str, module: nn.Module) -> None:
-        """Puts another linear module in the place of ``name`` (a full name), in the model too."""
-        parent, _, leaf = name.removeprefix(self.name + ".").rpartition(".")
-        setattr(self.module.get_submodule(parent), leaf, module)
-        self.linears[name] = module
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, dense or packed."""
-    return isinstance(module, nn.Linear) or hasattr(module, "qweight")
-
-
-def weight_of(module: Any) -> Tensor:
-    """The weight [O, I] of a linear layer, de-quantized (float32) where it is packed; without gradient."""
-    return module.dequantize() if hasattr(module, "qweight") else module.weight.detach()
+    weights: dict[str, Weight]
 
 
 @dataclass(frozen=True)
@@ -49,13 +30,13 @@ class Architecture:
     backbone: nn.Module
     blocks: tuple[Block, ...]
 
-    def linears(self) -> Iterator[tuple[str, Any]]:
-        """All linear modules of all blocks, by full name, in execution order."""
+    def weights(self) -> Iterator[Weight]:
+        """The linear weights of all blocks, in execution order."""
         for block in self.blocks:
-            yield from block.linears.items()
+            yield from block.weights.values()
 
     def names(self) -> list[str]:
-        return [name for name, _ in self.linears()]
+        return [weight.name for weight in self.weights()]
 
 
 def describe(model: nn.Module) -> Architecture:
@@ -97,7 +78,9 @@ def _describe_block(family: Family, path: str, module: nn.Module) -> Block:
             f"{path} ({type(module).__name__}) differs from the table of family "
             f"'{family.model_types[0]}': it {' and '.join(parts)}; see docs/add-a-model.md"
         )
-    return Block(path, module, {f"{path}.{name}": found[name] for name in family.linears})
+    weights = (Weight(f"{path}.{name}", found[name], module.get_submodule(name.rpartition(".")[0]))
+               for name in family.linears)  # fmt: skip
+    return Block(path, module, {weight.name: weight for weight in weights})
 
 
 def match_modules(patterns: Sequence[str], names: Sequence[str], what: str) -> dict[str, list[str]]:

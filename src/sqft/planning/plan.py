@@ -207,12 +207,12 @@ class Walk:
 
     def _quantize(self, run: Run, config: Any) -> Estimate:
         names = quantize_plan(self.architecture, config)
-        layers = {name: template(module, config) for name, module in self.architecture.linears() if name in names}
+        layers = {w.name: template(w, config) for w in self.architecture.weights() if w.name in names}
         tensors = plan_tensors(self.model, layers, config.format)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        for block in self.architecture.blocks:
-            for name in [name for name in block.linears if name in layers]:
-                block.replace(name, layers[name])
+        for weight in self.architecture.weights():
+            if weight.name in layers:
+                weight.replace(layers[weight.name])
         self.run = run._replace(bytes=size, packed=True, gguf=False)
         self.disk = self.base_disk = size  # masks are stored by their exceptions
         return estimate.quantize(run, config, accelerator() is not None)

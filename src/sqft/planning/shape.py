@@ -78,8 +78,8 @@ def shape_of(model: Any, architecture: Architecture | None = None) -> Shape:
     architecture = architecture or describe(model)
     config = model.config.get_text_config()
     linears = tuple(
-        Linear(name, module.out_features, module.in_features, name.rsplit(".", 1)[-1] not in REUSES)
-        for name, module in architecture.linears()
+        Linear(weight.name, *weight.shape, weight.name.rsplit(".", 1)[-1] not in REUSES)
+        for weight in architecture.weights()
     )
     return Shape(
         parameters=sum(p.numel() for p in model.parameters()), linears=linears,

@@ -15,28 +15,31 @@ from torch import Tensor, nn
 
 from sqft.errors import SqftError
 from sqft.kernels.torch_ops import pack_mask, unpack_mask
-from sqft.models.discover import is_linear, weight_of
 from sqft.models.tensors import save_tensors
+from sqft.models.weights import MASK, Weight, is_linear
 
-BUFFER = "sqft_mask"
 SPARSE_FROM = 0.01  # share of zeros; a dense model has almost none (a de-quantized one 0.03 %)
 FILE = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
 
 
 def set_mask(module: nn.Module, mask_OI: Tensor) -> None:
     """Remembers bool [O, I] (True: may be non-zero) on a linear module, packed."""
-    module.register_buffer(BUFFER, pack_mask(mask_OI), persistent=False)
+    Weight("", module).set_mask(mask_OI)
 
 
 def packed_mask(module: nn.Module) -> Tensor | None:
     """uint8 [O, ceil(I / 8)] of a linear module, or None if it was never pruned."""
-    return getattr(module, BUFFER, None)
+    return getattr(module, MASK, None)
 
 
 def mask_of(module: Any) -> Tensor | None:
     """bool [O, I] of a linear module, or None."""
-    packed = packed_mask(module)
-    return None if packed is None else unpack_mask(packed, module.in_features)
+    return Weight("", module).mask
+
+
+def weight_of(module: Any) -> Tensor:
+    """The weight [O, I] of a linear layer, de-quantized (float32) where it is packed; without gradient."""
+    return Weight("", module).read()
 
 
 def derive_mask(module: nn.Module) -> Tensor:
@@ -103,7 +106,7 @@ def attach_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
         if packed.shape != (linear.out_features, -(-linear.in_features // 8)):
             raise SqftError(f"mask of '{name}' {tuple(packed.shape)} does not fit the model: masks of another model?")
         device = next(iter(linear.state_dict().values())).device
-        linear.register_buffer(BUFFER, packed.to(device), persistent=False)
+        linear.register_buffer(MASK, packed.to(device), persistent=False)
 
 
 def _from_positions(name: str, module: Any, positions: Tensor) -> Tensor:
