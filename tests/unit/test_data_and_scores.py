@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pico import pico_model, pico_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import sqft
-from sqft.calibration.data import read_records, read_texts, token_blocks, token_stream
+from sqft.calibration.data import read_records, read_texts, token_blocks, token_stream, with_bos
 from sqft.config import TrainConfig
 from sqft.evaluation.generation import cut, generate
 from sqft.evaluation.intervals import normal, wilson
@@ -66,6 +67,16 @@ def test_blocks_are_seeded_pieces_of_the_text() -> None:
         assert all(any(part in text for text in texts) for part in tokenizer.decode(block).split("\n\n"))
     with pytest.raises(sqft.SqftError, match="fewer than one block"):
         token_blocks(tokenizer, "builtin", 1, 10**6, seed=0)
+
+
+def test_blocks_begin_with_bos_where_the_tokenizer_begins_a_text_with_it() -> None:
+    plain, gemma = pico_tokenizer(), pico_tokenizer()
+    gemma.backend_tokenizer.post_processor = TemplateProcessing(
+        "<bos> $A", special_tokens=[("<bos>", gemma.bos_token_id)]
+    )
+    without, blocks = (token_blocks(tokenizer, "builtin", 5, 40, seed=3) for tokenizer in (plain, gemma))
+    assert (blocks[:, 0] == gemma.bos_token_id).all() and torch.equal(blocks[:, 1:], without[:, 1:])
+    assert with_bos(plain, without) is without
 
 
 def test_templates() -> None:
