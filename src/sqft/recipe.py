@@ -26,7 +26,7 @@ from sqft.config import (
 )
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.registry import KINDS
-from sqft.tasks.base import get_task
+from sqft.tasks.lookup import get_task
 
 STAGES = ("sparsify", "quantize", "train", "search", "merge")  # those that write a model or adapter, in order
 DEMO_MODEL = "demo-model"

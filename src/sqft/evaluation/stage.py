@@ -23,7 +23,7 @@ from sqft.evaluation.perplexity import perplexity
 from sqft.evaluation.scoring import score
 from sqft.folders import load
 from sqft.formats.checkpoint import repack, unpack_model
-from sqft.tasks.base import get_task
+from sqft.tasks.lookup import get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,7 +17,8 @@ from sqft.errors import SqftError, UsageError
 from sqft.evaluation.likelihood import completion_loss
 from sqft.evaluation.scoring import score
 from sqft.evaluation.stage import unpacked
-from sqft.tasks.base import Task, get_task, without_duplicates
+from sqft.tasks.base import Task, without_duplicates
+from sqft.tasks.lookup import get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqft.calibration.data import read_records
 from sqft.config import TrainConfig
 from sqft.errors import SqftError, UsageError
-from sqft.tasks.base import Example, Task, get_task, without_duplicates
+from sqft.tasks.base import Example, Task, without_duplicates
+from sqft.tasks.lookup import get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
