@@ -20,7 +20,7 @@ from synthetic import BEST, SPACE, make_space, score, searcher
 import sqft
 from sqft.elastic.heuristics import heuristic
 from sqft.searching import stage as search_module
-from sqft.searching.picking import Point, pareto_front, pick
+from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.strategies import ranks_of
 from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner
 
@@ -153,7 +153,7 @@ POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, m
 @settings(deadline=None)
 @given(POINTS, st.integers(0, 99))
 def test_picks(pairs: list[tuple[int, int]], percent: int) -> None:
-    points = [Point(i, {"g": i}, float(score), float(cost)) for i, (score, cost) in enumerate(pairs)]
+    points = [Evaluated(i, {"g": i}, float(score), float(cost)) for i, (score, cost) in enumerate(pairs)]
     front = pareto_front(points)
     for point in points:
         beaten = any(
@@ -171,7 +171,7 @@ def test_picks(pairs: list[tuple[int, int]], percent: int) -> None:
 
 
 def test_the_knee_is_where_the_front_bends() -> None:
-    points = [Point(i, {}, score, cost) for i, (score, cost) in enumerate([(0, 0), (0.9, 2), (0.95, 6), (1, 10)])]
+    points = [Evaluated(i, {}, score, cost) for i, (score, cost) in enumerate([(0, 0), (0.9, 2), (0.95, 6), (1, 10)])]
     assert pick(points, "knee").number == 1
     for wrong in ("bset", "smallest-within x", "smallest-within 200%"):
         with pytest.raises(sqft.UsageError):

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sqft.errors import UsageError
+from sqft.models.placement import input_device
 from sqft.tasks.base import Example
+from sqft.training.data import padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,11 +53,22 @@ def option_texts(example: Example) -> list[str]:
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], int]:
-    """Tokens of both together, and how many of them are the continuation's."""
+    """Tokens of both together, and how many of them are the continuation's; after an empty context at least one token
+    that is not the continuation's (the begin of text)."""
     stripped = context.rstrip()  # a trailing space belongs to the next word's token
     whole: Any = tokenizer(stripped + context[len(stripped) :] + continuation)["input_ids"]
     start: Any = tokenizer(stripped)["input_ids"]
+    if not start:
+        return [start_token(tokenizer), *whole], len(whole)
     return whole, len(whole) - len(start)
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands before a text that nothing stands before, as in lm-eval: begin of text, or else end of text."""
+    token: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if token is None:
+        raise UsageError("a problem begins with an empty text, and the tokenizer has no token for its begin")
+    return token
 
 
 def log_likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: int,
@@ -93,23 +107,20 @@ def likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: 
 def _score(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], int]]],
            model: Any) -> list[tuple[float, bool]]:  # fmt: skip
     """One batch: the prefixes, padded on the left, and from their cache all continuations, padded on the right."""
-    device = next(model.parameters()).device
-    length = max(map(len, prefixes))
-    tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prefixes], device=device)
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prefixes], device=device)
+    device = input_device(model)
+    tokens = padded(prefixes, 0, left=True).to(device)
+    mask = padded([[1] * len(prefix) for prefix in prefixes], 0, left=True).to(device)
     out = _forward(model, tokens, mask, None)
     owner = torch.tensor([g for g, group in enumerate(groups) for _ in group], device=device)
     tails = [whole[-n:] for group in groups for whole, n in group]
     first = out.logits[:, -1].float().log_softmax(-1)
     heads = torch.tensor([tail[0] for tail in tails], device=device)
     values, greedy = first[owner, heads].double(), first.argmax(-1)[owner] == heads
-    longest = max(map(len, tails)) - 1
-    if longest:
+    if max(map(len, tails)) > 1:
         cache = out.past_key_values
         cache.batch_select_indices(owner)
-        inputs = torch.tensor([tail[:-1] + [0] * (longest + 1 - len(tail)) for tail in tails], device=device)
-        targets = torch.tensor([tail[1:] + [0] * (longest + 1 - len(tail)) for tail in tails], device=device)
-        kept = torch.tensor([[1] * (len(tail) - 1) + [0] * (longest + 1 - len(tail)) for tail in tails], device=device)
+        inputs, targets = (padded(part, 0).to(device) for part in ([t[:-1] for t in tails], [t[1:] for t in tails]))
+        kept = padded([[1] * (len(tail) - 1) for tail in tails], 0).to(device)
         logits = _forward(model, inputs, torch.cat([mask[owner], kept], 1), cache).logits
         picked = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         values += (picked * kept).double().sum(1)

@@ -28,10 +28,19 @@ from sqft.folders import base_of, is_adapter, load
 from sqft.probe import write_probe
 from sqft.searching.choose import TRIALS, write_sub_adapter
 from sqft.searching.evaluator import Evaluator, Scorer
-from sqft.searching.picking import Point, pareto_front, pick
+from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.plots import plot_pareto, plot_progress
 from sqft.searching.strategies import SEARCHES, ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
+from sqft.searching.study import (
+    EVALUATED,
+    PURPOSE,
+    SCREENED,
+    Search,
+    check_found,
+    left_over,
+    open_study,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +63,7 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
     Raises UsageError if the adapter's rank is fixed, or the split that is searched by shares problems with test.
     """
     config = config or SearchConfig()
-    pick([Point(0, {}, 0, 0)], config.pick)  # a wrong one is an error before any work
+    pick([Evaluated(0, {}, 0, 0)], config.pick)  # a wrong one is an error before any work
     if isinstance(adapter, (str, Path)):
         if out is None or scorer is not None:
             raise UsageError("searching an adapter folder needs an output folder, and scores by a task")
@@ -132,7 +141,7 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
         write_probe(model, tokenizer, folder)
         tokenizer.save_pretrained(folder)
         artifact.write_manifest(folder, artifact.Manifest(
-            stage="search", config=to_dict(config), metrics=metrics, seed=config.seed,
+            stage="search", config=_shown(config), metrics=metrics, seed=config.seed,
             key=artifact.stage_key("search", to_dict(config), parent),
             parent=artifact.relative_parent(base, out), parent_key=artifact.folder_key(base),
         ))  # fmt: skip
@@ -177,20 +186,20 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
         sys.exit(1)
 
 
-def _points(study: Study, space: SearchSpace, config: SearchConfig, records: Records) -> list[Point]:
+def _points(study: Study, space: SearchSpace, config: SearchConfig, records: Records) -> list[Evaluated]:
     """The evaluated configurations, with the heuristics named."""
     known = {}
     for name in HEURISTICS:
         if name in ("maximal", "minimal", "median") or name in (config.start, config.strategy):
             known.setdefault(space.encode(heuristic(name, space, records)), name)
-    return [Point(trial.number, ranks_of(trial), trial.values[0], trial.values[1],
+    return [Evaluated(trial.number, ranks_of(trial), trial.values[0], trial.values[1],
                   known.get(space.encode(ranks_of(trial)), ""))
             for trial in study.get_trials(deepcopy=False)
             if trial.values and trial.user_attrs.get(PURPOSE) == EVALUATED]  # fmt: skip
 
 
 def _summary(
-    study: Study, points: list[Point], chosen: Point, space: SearchSpace, config: SearchConfig
+    study: Study, points: list[Evaluated], chosen: Evaluated, space: SearchSpace, config: SearchConfig
 ) -> dict[str, Any]:
     screened = sum(t.user_attrs.get(PURPOSE) == SCREENED for t in study.get_trials(deepcopy=False))
     return {
@@ -200,14 +209,19 @@ def _summary(
     }  # fmt: skip
 
 
-def _write_trials(folder: Path, study: Study, points: list[Point], chosen: Point, metrics: dict[str, Any],
+def _shown(config: SearchConfig) -> dict[str, Any]:
+    """The config as it is written: who may read a search may not therefore read its storage."""
+    return to_dict(replace(config, storage=config.storage and without_password(config.storage)))
+
+
+def _write_trials(folder: Path, study: Study, points: list[Evaluated], chosen: Evaluated, metrics: dict[str, Any],
                   config: SearchConfig) -> None:  # fmt: skip
     trials = [
         {"number": t.number, "ranks": ranks_of(t), "values": t.values, **t.user_attrs}
         for t in study.get_trials(deepcopy=False)
     ]
     result = {**metrics, "chosen": chosen.to_dict(), "points": [p.to_dict() for p in points], "trials": trials,
-              "front": [p.number for p in pareto_front(points)], "config": to_dict(config)}  # fmt: skip
+              "front": [p.number for p in pareto_front(points)], "config": _shown(config)}  # fmt: skip
     (folder / TRIALS).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "ranks.yaml").write_text(yaml.safe_dump(chosen.ranks, sort_keys=False), encoding="utf-8")
     score = "validation accuracy" if config.metric == "accuracy" else "validation log-likelihood a token"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
@@ -68,7 +69,14 @@ def open_storage(url: str) -> BaseStorage:
         return RDBStorage(url)
     except Exception as error:  # Optuna and SQLAlchemy raise many kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"cannot open storage '{url}' ({reason}): write journal:PATH or sqlite:///PATH") from error
+        raise UsageError(f"cannot open storage '{without_password(url)}' ({without_password(reason)}): write "
+                         "journal:PATH or sqlite:///PATH") from None  # fmt: skip
+
+
+def without_password(text: str) -> str:
+    """A storage's URL with *** in the place of its passwords, to be shown and written."""
+    text = re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", text)
+    return re.sub(r"(?i)(?<=[?&])(\w*(?:password|passwd|pwd)=)[^&]*", r"\1***", text)
 
 
 def open_study(url: str, name: str) -> Study:
