@@ -250,7 +250,8 @@ def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: PreTrainedTokeniz
     """Adds the trainer's log, one JSON object a line, record of ranks and probe to the folder of event files."""
     folder.mkdir(parents=True, exist_ok=True)
     write_probe(model, tokenizer, folder)
-    lines = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+    entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]  # not of a whole run
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
     (folder / "training_log.jsonl").write_text(lines)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RankScheduler):
