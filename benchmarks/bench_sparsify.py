@@ -77,7 +77,7 @@ def compare_with_naive(folder: str, sparse: str, tokens: Tensor) -> dict[str, in
             threshold = score.gather(1, ordered[:, score.shape[1] // 2 : score.shape[1] // 2 + 1])[:, 0]
             near = (score[row, column] - threshold[row]).abs() <= 1e-12 * threshold[row]
             different, ties, total = different + len(row), ties + int(near.sum()), total + score.numel()
-            linear.weight = torch.nn.Parameter(linear.weight.detach() * masks[name])
+            weight.write(weight.read() * masks[name])
         with torch.no_grad():
             walker.replay(block.module, index, hidden, torch.device("cpu"), keep=True)
     return {"weights": total, "different": different, "of_which_ties": ties}

@@ -12,9 +12,11 @@ from torch import nn
 from sqft import artifact
 from sqft.errors import SqftError
 from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_packed
+from sqft.kernels.dispatch import pick_device
 from sqft.models.dense import load_dense, load_tokenizer
 from sqft.models.tensors import MAX_SHARD_BYTES
-from sqft.sparsity.masks import attach_masks, load_masks, save_masks, stored_masks
+from sqft.models.weights import stored_state
+from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,24 +24,49 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-def load(source: str | Path, *, dtype: str = "auto", trainable: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
+def load(source: str | Path, *, dtype: str = "auto", device: str = "cpu", mask: str | None = None,
+         trainable: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:  # fmt: skip
     """A model, of whatever stage, and its tokenizer.
 
     A dense, sparse, merged or packed (GPTQ, compressed-tensors) folder, a GGUF file or a hub name gives a
-    ``transformers`` model, with its masks if it has any (packed weights are ``QuantLinear`` layers); an adapter folder
-    gives a ``PeftModel`` on its base (with ``trainable``, to go on training).
-    ``dtype``: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'. Raises SqftError naming what is wrong.
+    ``transformers`` model, with its masks (packed weights are ``QuantLinear`` layers); an adapter folder gives a
+    ``PeftModel`` on its base.
+
+    Args:
+        dtype: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'; of what is not packed.
+        device: 'cpu', 'auto' (the accelerator if there is one), or an accelerator's name. Weights go there from the
+            file, one after the other.
+        mask: 'zeros' takes the zeros of a packed model that has no masks as pruned; see ``ensure_masks``.
+        trainable: to go on training an adapter.
+
+    Raises SqftError naming what is wrong, UsageError for a wrong option.
     """
+    target = pick_device(device)
     if is_adapter(source):
         from sqft.adapters.peft_bridge import load_adapter
 
-        base, tokenizer = load(base_of(source), dtype=dtype)
+        base_source = base_of(source)
+        if _adapter_config(source).get("sparse_adapter"):  # it was trained on a base with masks
+            mask = "zeros"
+        base, tokenizer = load(base_source, dtype=dtype, device=device, mask=mask)
         return load_adapter(base, source, trainable).eval(), tokenizer
     if artifact.is_stage(source):
         artifact.check_files(source)
-    model = load_packed(source, dtype) if is_packed(source) else load_dense(source, dtype)
+    model: Any = load_packed(source, dtype) if is_packed(source) else load_dense(source, dtype)
+    model.to(target)
     attach_masks(model, load_masks(source))
+    ensure_masks(model, mask)
     return model, load_tokenizer(source)
+
+
+def _adapter_config(folder: str | Path) -> dict[str, Any]:
+    file = Path(folder) / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SqftError(f"{file} is corrupt ({error})") from None
+    return config
 
 
 def is_adapter(source: str | Path) -> bool:
@@ -51,10 +78,7 @@ def base_of(adapter: str | Path) -> str:
     folder = Path(adapter)
     manifest = artifact.check_files(folder) if artifact.is_stage(folder) else None
     if manifest is None or manifest.parent is None:  # written by PEFT or Trainer, or from a live model
-        try:
-            return json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-        except (OSError, ValueError, KeyError) as error:
-            raise SqftError(f"{folder / ADAPTER_CONFIG} is corrupt ({error})") from None
+        return _adapter_config(folder)["base_model_name_or_path"]
     base = artifact.resolve_parent(folder, manifest.parent)
     if not Path(base).exists() and base.startswith("."):
         raise SqftError(f"the base model of {folder} is gone: its manifest names {base}")
@@ -77,7 +101,9 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, 
         if packed_layers(model) and not getattr(model, "peft_config", None):
             save_packed(model, tokenizer, folder, MAX_SHARD_BYTES)
         else:
-            model.save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+            away = any(parameter.device.type == "meta" for parameter in model.parameters())  # accelerate has it
+            state = {"state_dict": dict(stored_state(model))} if away else {}
+            model.save_pretrained(folder, **state)  # pyright: ignore[reportCallIssue]
         tokenizer.save_pretrained(folder)
         masks = {} if (folder / ADAPTER_CONFIG).is_file() else stored_masks(model)
         if masks:

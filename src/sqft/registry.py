@@ -54,6 +54,15 @@ SPARSIFIERS = Registry("sparsity method", "sqft.sparsifiers", {
 QUANTIZERS = Registry("quantization method", "sqft.quantizers", {
     "gptq": "sqft.quantization.gptq:gptq", "rtn": "sqft.quantization.rtn:rtn",
 })  # fmt: skip
+FAMILIES = Registry("model family", "sqft.families", {  # by config.model_type
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"),
+                    "sqft.models.tables:LLAMA"),
+    "phi3": "sqft.models.tables:PHI3", "opt": "sqft.models.tables:OPT", "bloom": "sqft.models.tables:BLOOM",
+})  # fmt: skip
+FORMATS = Registry("checkpoint format", "sqft.formats", {  # by quantization_config's quant_method
+    "gptq": "sqft.formats.gptq:GPTQ", "compressed-tensors": "sqft.formats.compressed_tensors:COMPRESSED_TENSORS",
+})  # fmt: skip
+EXPORTERS = Registry("exporter", "sqft.exporters", {"huggingface": "sqft.exporters.huggingface:HuggingFace"})
 KINDS = Registry("adapter", "sqft.adapter_kinds", {
     "sparse-peft": "sqft.adapters.kinds:SPARSE_PEFT", "qa-sparse-peft": "sqft.adapters.kinds:QA_SPARSE_PEFT",
     "lora": "sqft.adapters.kinds:LORA", "sqft": "sqft.adapters.kinds:SQFT",

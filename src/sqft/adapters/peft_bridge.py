@@ -24,7 +24,7 @@ from sqft.models.dense import load_dense
 from sqft.models.discover import describe, resolve_targets
 from sqft.models.weights import is_linear
 from sqft.quantization.linear import QuantLinear
-from sqft.sparsity.masks import SPARSE_FROM, count_zeros, packed_mask, set_mask, weight_of
+from sqft.sparsity.masks import ensure_masks, packed_mask, set_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +69,7 @@ def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMode
 def _prepare_bases(model: nn.Module, modules: Mapping[str, Any], config: LoraConfig) -> None:
     """What the base layers need before adapters of this config go on them; errors if they do not go together."""
     register(config)
+    ensure_masks(model)
     if getattr(config, "sparse_adapter", False):
         _check_sparse(modules)
     elif isinstance(config, SqftConfig) and config.quantization_aware:
@@ -81,15 +82,11 @@ def _prepare_bases(model: nn.Module, modules: Mapping[str, Any], config: LoraCon
 
 def _check_sparse(modules: Mapping[str, Any]) -> None:
     """Raises SqftError if the base layers are dense: a masked adapter on them would be an unmasked one."""
-    zeros = weights = 0
-    for module in modules.values():
-        weight = weight_of(module)
-        zeros, weights = zeros + count_zeros(weight), weights + weight.numel()
-    share = zeros / max(1, weights)
-    if weights and share < SPARSE_FROM:
+    if modules and all(packed_mask(module) is None for module in modules.values()):
         raise SqftError(
-            f"this model is not sparse ({share:.2%} zeros in the target modules): sparsify it first (and save it, if "
-            "adapters on it are to be loaded again), or use plain LoRA (--adapter lora, or sparse_adapter=False)"
+            "this model is not sparse (no target module has a mask): sparsify it first (and save it, if adapters on it "
+            "are to be loaded again), load a packed model that another tool pruned with mask='zeros' (--mask zeros), "
+            "or use plain LoRA (--adapter lora, or sparse_adapter=False)"
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sqft.adapters.lora import factors
 from sqft.errors import SqftError
 from sqft.kernels.torch_ops import masked_weight, sparse_linear
-from sqft.sparsity.masks import derive_mask, packed_mask, set_mask
+from sqft.sparsity.masks import packed_mask, set_mask
 
 
 class MaskedLoraLinear(LoraLinear):
@@ -28,7 +28,7 @@ class MaskedLoraLinear(LoraLinear):
         super().__init__(base_layer, adapter_name, **kwargs)
         linear: Any = self.get_base_layer()
         if packed_mask(linear) is None:
-            set_mask(linear, derive_mask(linear))
+            set_mask(linear, torch.ones(linear.out_features, linear.in_features, dtype=torch.bool))
 
     @property
     def mask(self) -> Tensor:
@@ -62,7 +62,7 @@ class MaskedLoraLinear(LoraLinear):
 
 
 class SparseLoraLinear(MaskedLoraLinear):
-    """SparsePEFT on a ``torch.nn.Linear``; it takes the base layer's mask, or derives it from zeros."""
+    """SparsePEFT on a ``torch.nn.Linear``; it takes the base layer's mask; a dense layer's is all ones."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         linear = base_layer.get_base_layer() if isinstance(base_layer, LoraLinear) else base_layer

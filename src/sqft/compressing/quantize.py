@@ -8,7 +8,7 @@ result is that of the two stages run one after the other, bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,7 +29,7 @@ from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.rtn import Quantized
 from sqft.registry import QUANTIZERS
-from sqft.sparsity.masks import mask_or_zeros, save_masks, set_mask
+from sqft.sparsity.masks import ZeroCounts, ensure_masks, save_masks, set_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,11 +73,12 @@ def quantize(model: PreTrainedModel | str | Path, config: QuantizeConfig | None 
     started = time.perf_counter()
     architecture = describe(model)
     names = plan(architecture, config)
+    ensure_masks(model)
     counts = Counts()
     for block in _steps(architecture, names, config, calibration, first, tokenizer):
-        counts.add(weight.module for weight in block.weights.values())
+        counts.add_block(block)
     mark_packed(model, config.format)
-    return counts.metrics(config, model, time.perf_counter() - started)
+    return counts.quantized(config, model, time.perf_counter() - started)
 
 
 def _quantize_folder(source: str, config: QuantizeConfig, calibration: Tensor | str | None,
@@ -95,13 +96,13 @@ def _quantize_folder(source: str, config: QuantizeConfig, calibration: Tensor | 
     with artifact.writing(out, overwrite) as folder:
         writer = ModelWriter(plan_tensors(model, templates, config.format), folder, MAX_SHARD_BYTES)
         for block in _steps(architecture, names, config, calibration, first, tokenizer):
-            counts.add(weight.module for weight in block.weights.values())
+            counts.add_block(block)
             for name, tensor in encoded(block.module, config.format, block.name + "."):
                 writer.add(name, tensor)
             masks.update(sparsity.take_masks(block))
             block.module.to("meta")
         model.config.quantization_config = quantization_config(model, templates, config.format)
-        metrics = counts.metrics(config, model, time.perf_counter() - started)
+        metrics = counts.quantized(config, model, time.perf_counter() - started)
         sparsity.finish(model, tokenizer, writer, folder)
         write_quantize_config(model.config.quantization_config, folder)
         if masks:
@@ -179,7 +180,7 @@ def quantize_blocks(architecture: Architecture, names: set[str], config: Quantiz
         for group in groups.values():
             weights = [block.weights[name] for name in group]
             h_II = statistics[group[0]].matrix() if statistics else None
-            masks = [mask_or_zeros(weight.module) for weight in weights]
+            masks = [weight.mask for weight in weights]
             quantized = _together(method, weights, masks, h_II, spec, config.act_order)
             for weight, mask_OI, result in zip(weights, masks, quantized, strict=True):
                 layer = QuantLinear.from_quantized(result, config.group_size, config.symmetric, weight.bias)
@@ -212,32 +213,22 @@ def _together(method: Quantizer, weights: Sequence[Weight], masks: Sequence[Tens
     return [Quantized(q, Grid(spec.bits, scale, zero)) for q, scale, zero in parts]
 
 
-class Counts:
-    """Weights, zeros and pruned weights of packed layers, and how many of the pruned are not zero."""
+class Counts(ZeroCounts):
+    """Of packed layers, with the bits that they take."""
 
-    def __init__(self) -> None:
-        self.weights = self.zeros = self.pruned = self.filled = self.bits = 0
+    bits: int = 0
 
-    def add(self, modules: Iterable[nn.Module]) -> None:
-        for module in modules:
-            if not isinstance(module, QuantLinear):
-                continue
-            zero = module.dequantize() == 0
-            self.weights += zero.numel()
-            self.zeros += int(zero.sum())
-            mask = mask_or_zeros(module) if hasattr(module, "sqft_mask") else None
-            if mask is not None:
-                self.pruned += int((~mask).sum())
-                self.filled += int((~mask & ~zero).sum())
-            packed = (module.qweight, module.qzeros, module.scales)
-            self.bits += 8 * sum(t.numel() * t.element_size() for t in packed)
+    def add_block(self, block: Block) -> None:
+        for weight in block.weights.values():
+            layer = weight.module
+            if isinstance(layer, QuantLinear):
+                self.add(weight)
+                self.bits += 8 * sum(t.numel() * t.element_size() for t in (layer.qweight, layer.qzeros, layer.scales))
 
-    def metrics(self, config: QuantizeConfig, model: nn.Module, seconds: float) -> dict[str, Any]:
-        kept = (self.pruned - self.filled) / self.pruned if self.pruned else 1.0
+    def quantized(self, config: QuantizeConfig, model: nn.Module, seconds: float) -> dict[str, Any]:
+        """The stage's metrics."""
         others = sum(p.numel() for n, p in model.named_parameters() if "qweight" not in n)
         return {
-            "bits": config.bits, "bits_per_weight": self.bits / max(1, self.weights),
-            "sparsity": self.zeros / max(1, self.weights), "zeros": self.zeros, "weights": self.weights,
-            "pruned": self.pruned, "filled": self.filled, "zeros_kept": kept,
+            "bits": config.bits, "bits_per_weight": self.bits / max(1, self.weights), **self.metrics(),
             "parameters": self.weights + others, "seconds": round(seconds, 2),
         }  # fmt: skip

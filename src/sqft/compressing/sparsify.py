@@ -25,6 +25,7 @@ from sqft.registry import SPARSIFIERS
 from sqft.sparsity.masks import (
     attach_masks,
     count_zeros,
+    ensure_masks,
     load_masks,
     save_masks,
     stored_masks,
@@ -71,6 +72,7 @@ def sparsify(model: PreTrainedModel | str | Path, config: SparsifyConfig | None 
     started = time.perf_counter()
     architecture = describe(model)
     plan = make_plan(architecture, config)
+    ensure_masks(model)
     tokens = calibration_tokens(config, calibration, tokenizer, config.method in WITHOUT_CALIBRATION)
     for _ in prune(architecture, plan, config, tokens):
         pass
@@ -112,6 +114,7 @@ def load_sparse(source: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
         artifact.check_files(source)
     model = load_dense(source, dtype)
     attach_masks(model, load_masks(source))
+    ensure_masks(model)
     return model, load_tokenizer(source)
 
 

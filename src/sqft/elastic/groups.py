@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from sqft.errors import UsageError
 from sqft.models.discover import match_modules
 from sqft.models.tables import ATTENTION_INPUTS
+from sqft.models.weights import block_index
 
 Ranks = dict[str, int]  # by the name of a rank group
 
@@ -60,10 +61,10 @@ def make_groups(modules: Sequence[str], specs: Sequence[str], choices: Sequence[
                     if name in taken and taken[name][0] != label:
                         raise UsageError(f"rank groups '{taken[name][0]}' and '{label}' both match {name}")
                     taken[name] = (label, ranks)
-    members: dict[tuple[str, str], list[str]] = {}
+    members: dict[tuple[int, str], list[str]] = {}
     for name in modules:
         if name in taken:
-            members.setdefault((block_of(name), taken[name][0]), []).append(name)
+            members.setdefault((block_index(name) or 0, taken[name][0]), []).append(name)
     return tuple(RankGroup(f"{block}.{label}", tuple(names), taken[names[0]][1])
                  for (block, label), names in members.items())  # fmt: skip
 
@@ -73,8 +74,3 @@ def _parse_ranks(text: str, spec: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) > 0 for part in parts):
         raise UsageError(f"rank group '{spec}': ranks are numbers greater than 0, e.g. q_proj+k_proj=32/16")
     return tuple(sorted({int(part) for part in parts}, reverse=True))
-
-
-def block_of(module: str) -> str:
-    """'model.layers.3.mlp.up_proj' -> '3'."""
-    return next((part for part in module.split(".") if part.isdigit()), "0")

@@ -17,6 +17,7 @@ from sqft.formats.settings import Settings
 from sqft.models.dense import DTYPES, check_weights, save_settings
 from sqft.models.discover import describe
 from sqft.models.tensors import ModelWriter, layout, read_tensors
+from sqft.models.weights import stored_state
 from sqft.quantization.linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def encoded(module: nn.Module, format: str, prefix: str = "") -> Iterator[tuple[
         coder, version = resolve(format, layer.symmetric)
         for leaf, tensor in coder.encode(layer, version).items():
             yield f"{prefix}{name}.{leaf}", tensor
-    for name, tensor in module.state_dict(prefix=prefix).items():
+    for name, tensor in stored_state(module, prefix):
         if name.removeprefix(prefix).rpartition(".")[0] not in layers:
             yield name, tensor
 

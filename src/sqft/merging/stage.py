@@ -26,20 +26,19 @@ from sqft.errors import UsageError, VerificationError
 from sqft.folders import is_adapter, load
 from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_packed
 from sqft.kernels.quant_ops import Packed, dequantized
-from sqft.kernels.torch_ops import pack_mask, unpack_mask
 from sqft.models.dense import load_dense, save_settings
-from sqft.models.discover import describe
 from sqft.models.tensors import write_model
+from sqft.models.weights import Weight
 from sqft.probe import check_probe, logits, sample_tokens, tolerance
 from sqft.sparsity.masks import (
+    ZeroCounts,
     attach_masks,
     collect_masks,
     count_zeros,
-    derive_mask,
     load_masks,
+    packed_mask,
     save_masks,
     stored_masks,
-    weight_of,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
             save_settings(base, tokenizer, folder)
             del layers
         del model
-        masks = _all_masks(base)
+        masks = collect_masks(base)
         if masked:
             attach_masks(base, masks)
             save_masks(stored_masks(base), folder)
@@ -216,8 +215,8 @@ def check_mergeable(model: Any, config: MergeConfig) -> None:
             "a float LoRA cannot be merged into an INT model: the sum is not on its grid. Serve base and adapter "
             "together, or train quantization-aware adapters (adapter qa-sparse-peft), which merge"
         )
-    if config.allow_dense:
-        return
+    if config.allow_dense or all(packed_mask(layer.get_base_layer()) is None for layer in layers.values()):
+        return  # a dense base loses nothing
     before = after = total = 0
     name = active_adapter(model)
     with torch.no_grad():
@@ -226,8 +225,6 @@ def check_mergeable(model: Any, config: MergeConfig) -> None:
             before += count_zeros(weight)
             after += count_zeros(merged_weight(layer, name))
             total += weight.numel()
-    if before / total < 0.01:
-        return  # a dense base loses nothing
     raise UsageError(
         f"merging plain LoRA would fill the pruned weights: the {len(layers)} adapted weights are {before / total:.2%} "
         f"sparse and would be {after / total:.2%}. Train masked adapters (adapter sparse-peft) to keep them, or pass "
@@ -235,24 +232,12 @@ def check_mergeable(model: Any, config: MergeConfig) -> None:
     )
 
 
-def _all_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The model's masks, or, where another tool made it sparse, what its zeros say."""
-    return collect_masks(model) or {w.name: pack_mask(derive_mask(w.module)) for w in describe(model).weights()}
-
-
 def zero_counts(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:
     """How many pruned weights are zero; ``masks``: packed, by module name."""
-    pruned = filled = zeros = total = 0
+    counts = ZeroCounts()
     for name, packed in masks.items():
-        weight = weight_of(model.get_submodule(name))
-        dropped = ~unpack_mask(packed.to(weight.device), weight.shape[1])
-        pruned += int(dropped.sum())
-        filled += int(torch.count_nonzero(weight[dropped]))
-        zeros += count_zeros(weight)
-        total += weight.numel()
-    kept = 1.0 if pruned == 0 else (pruned - filled) / pruned
-    return {"pruned": pruned, "filled": filled, "zeros_kept": kept, "sparsity": zeros / total if total else 0.0,
-            "zeros": zeros, "weights": total}  # fmt: skip
+        counts.add(Weight(name, model.get_submodule(name)), packed)
+    return counts.metrics()
 
 
 def check_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -31,9 +31,11 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
         check_weights(Path(folder))
         refuse_packed(Path(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype])
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
-        raise SqftError(f"cannot load a model from {source}: {_reason(error)}") from error
+        raise SqftError(f"cannot load a model from {source}: {reason(error)}") from error
     if gguf is not None:
         model = _without_gguf_config(model)
     return model.eval()
@@ -45,9 +47,9 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
     folder, gguf = locate(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
     except Exception as error:
-        raise SqftError(f"cannot load a tokenizer from {source}: {_reason(error)}") from error
+        raise SqftError(f"cannot load a tokenizer from {source}: {reason(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -121,7 +123,12 @@ def refuse_packed(folder: Path) -> None:
     raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The first line of what transformers says, or what it means."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings Python code of its own (auto_map), which sqft does not run; transformers has to know its family"
+        )
     lines = str(error).strip().splitlines()
     first = lines[0] if lines else type(error).__name__
     if os.environ.get("HF_HUB_OFFLINE") == "1" or "connect" in str(error).lower():

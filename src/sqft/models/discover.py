@@ -9,8 +9,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from sqft.errors import SqftError, UsageError, did_you_mean
-from sqft.models.tables import BY_TYPE, Family
+from sqft.models.tables import Family
 from sqft.models.weights import Weight, is_linear
+from sqft.registry import FAMILIES
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ def describe(model: nn.Module) -> Architecture:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise SqftError(f"{type(model).__name__} is not a transformers model: it has no config.model_type")
-    if model_type not in BY_TYPE:
+    if model_type not in FAMILIES:
         raise SqftError(
-            f"model family '{model_type}' is not supported yet ({did_you_mean(model_type, BY_TYPE)}); "
+            f"model family '{model_type}' is not supported yet ({did_you_mean(model_type, FAMILIES)}); "
             "docs/add-a-model.md shows how to add its row"
         )
     if getattr(model, "peft_config", None):
         raise SqftError("this model carries adapters: merge or unload them first")
-    family = BY_TYPE[model_type]
+    family: Family = FAMILIES[model_type]
     try:
         modules = model.get_submodule(family.blocks)
     except AttributeError:
@@ -76,7 +77,7 @@ def _describe_block(family: Family, path: str, module: nn.Module) -> Block:
         parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also has {', '.join(unlisted)}"] * bool(unlisted)
         raise SqftError(
             f"{path} ({type(module).__name__}) differs from the table of family "
-            f"'{family.model_types[0]}': it {' and '.join(parts)}; see docs/add-a-model.md"
+            f"'{family.name}': it {' and '.join(parts)}; see docs/add-a-model.md"
         )
     weights = (Weight(f"{path}.{name}", found[name], module.get_submodule(name.rpartition(".")[0]))
                for name in family.linears)  # fmt: skip
@@ -105,7 +106,7 @@ def resolve_targets(architecture: Architecture, targets: Sequence[str]) -> list[
         fused = architecture.family.fused.get(target)
         if fused and not any(name.endswith("." + target) for name in names):
             raise UsageError(
-                f"this family ({architecture.family.model_types[0]}) has no '{target}': its weights are in '{fused}', "
+                f"this family ({architecture.family.name}) has no '{target}': its weights are in '{fused}', "
                 "ask for that"
             )
     matched = match_modules(list(targets) or list(architecture.family.targets), names, "target module")

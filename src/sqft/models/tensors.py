@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sqft.errors import SqftError
+from sqft.models.weights import stored_state
 
 # safetensors' names of dtypes
 _NAMES = {
@@ -157,6 +158,6 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def write_model(model: nn.Module, folder: Path, max_shard_size: int, change: Callable[[str, Tensor], Tensor]) -> None:
     """Writes every tensor of the model's state dict, passed through ``change(name, tensor)``, one at a time."""
     writer = ModelWriter(layout(model), folder, max_shard_size)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in stored_state(model):
         writer.add(name, change(name, tensor))
     writer.close()

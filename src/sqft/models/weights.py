@@ -10,7 +10,7 @@ Shape letters: O output features, I input features.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ MASK = "sqft_mask"  # non-persistent buffer of the module: follows .to(device), 
 
 
 def is_packed(module: Any) -> bool:
-    """Whether a layer holds integers: it has ``qweight``, ``in_features``, ``out_features`` and ``dequantize()``."""
+    """Whether a layer holds integers: it has ``qweight``, ``in_features``, ``out_features``, ``dequantize()`` and
+    ``nonzero()``."""
     return hasattr(module, "qweight")
 
 
@@ -34,6 +35,17 @@ def is_transposed(module: Any) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is one linear layer: dense, transposed or packed."""
     return isinstance(module, nn.Linear) or is_packed(module) or is_transposed(module)
+
+
+def block_index(name: str) -> int | None:
+    """Which block a module is in: 'model.layers.3.mlp.up_proj' -> 3; None for one outside of blocks."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts a module in the place of the one of this name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 class Weight:
@@ -97,6 +109,10 @@ class Weight:
         w = w if self._index is None else w[self._index]
         return w.mT if self.transposed else w
 
+    def nonzero(self) -> Tensor:
+        """bool [O, I]: where it is not zero; of a packed weight, its integers say so."""
+        return cast(Any, self.module).nonzero() if self.packed else self.read() != 0
+
     def write(self, w_OI: Tensor) -> None:
         """Takes the values of ``w_OI`` in a new tensor (the old one may be a mapped file), of the dtype, the device and
         the ``requires_grad`` of the old one. Raises SqftError for a packed weight or another shape."""
@@ -121,7 +137,7 @@ class Weight:
         if hook is not None:
             module.to(hook.execution_device)
         if self._parent is not None:
-            setattr(self._parent, self.name.rpartition(".")[2], module)
+            put_module(self._parent, self.name.rpartition(".")[2], module)
         self.module = module
 
     @property
@@ -158,6 +174,13 @@ class Weight:
     @property
     def _mask_name(self) -> str:
         return MASK if self._index is None else f"{MASK}_{self._parameter}"
+
+
+def linear_weights(model: nn.Module) -> Iterator[Weight]:
+    """Every linear layer inside of blocks, of a model of any family, with or without adapters (which are left out)."""
+    for name, module in model.named_modules():
+        if is_linear(module) and block_index(name) is not None and ".lora_" not in name:
+            yield Weight(name, module)
 
 
 def stored(module: Any, name: str) -> Tensor:

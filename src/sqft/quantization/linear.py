@@ -93,6 +93,12 @@ class QuantLinear(nn.Module):
         """The weight [O, I], de-quantized."""
         return dequantized(self.packed(), self.in_features, dtype).mT
 
+    def nonzero(self) -> Tensor:
+        """bool [O, I]: where the weight is not zero, by its integers."""
+        grid = self.grid()
+        groups_I = self.g_idx.long()
+        return (self.integers() != grid.zero_OG[:, groups_I]) & (grid.scale_OG != 0)[:, groups_I]
+
     def forward(self, x: Tensor) -> Tensor:
         return quant_linear(x, self.packed(), self.bias)
 

@@ -7,19 +7,23 @@ follows ``.to(device)`` and is not in the state dict); in a folder it is ``masks
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sqft.errors import SqftError
+from sqft.errors import SqftError, UsageError
 from sqft.kernels.torch_ops import pack_mask, unpack_mask
 from sqft.models.tensors import save_tensors
-from sqft.models.weights import MASK, Weight, is_linear
+from sqft.models.weights import MASK, Weight, is_linear, linear_weights
 
-SPARSE_FROM = 0.01  # share of zeros; a dense model has almost none (a de-quantized one 0.03 %)
+SPARSE_FROM = 0.2  # share of zeros from which another tool's float weight counts as pruned
 FILE = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
+
+logger = logging.getLogger(__name__)
 
 
 def set_mask(module: nn.Module, mask_OI: Tensor) -> None:
@@ -37,22 +41,67 @@ def mask_of(module: Any) -> Tensor | None:
     return Weight("", module).mask
 
 
-def weight_of(module: Any) -> Tensor:
-    """The weight [O, I] of a linear layer, de-quantized (float32) where it is packed; without gradient."""
-    return Weight("", module).read()
+def ensure_masks(model: nn.Module, mask: str | None = None) -> list[str]:
+    """Decides which weights of a model are pruned, where no mask says so; afterwards "pruned" means "has a mask".
+
+    A model that has masks keeps those, and its weights without one are dense. In any other, which another tool may have
+    made sparse, a float weight of which at least a fifth is zero, or whose zeros follow an N:M pattern, gets the mask
+    of its zeros. (A dense weight that was rounded has zeros too: 5 % when it comes from GGUF.) A packed weight is
+    dense, since its zeros do not tell: 13 % of a dense INT4 weight's, 60 % at 2 bits; with ``mask`` "zeros" it gets
+    the mask of its zeros. Returns the names of the weights that got a mask. Doing it again changes nothing.
+    """
+    if mask not in (None, "zeros"):
+        raise UsageError(f"mask '{mask}' is not known: 'zeros' takes a packed model's zeros as pruned")
+    if collect_masks(model):
+        return []
+    weights = list(linear_weights(model))
+    found = []
+    for weight in weights:
+        if weight.device.type == "meta" or (weight.packed and mask is None):
+            continue
+        nonzero_OI = weight.nonzero()
+        if weight.packed or _is_sparse(nonzero_OI):
+            weight.set_mask(nonzero_OI)
+            found.append(weight.name)
+    if found:
+        logger.info("the zeros of %d of %d linear weights are taken as pruned", len(found), len(weights))
+    return found
 
 
-def derive_mask(module: nn.Module) -> Tensor:
-    """For a model that other tools made sparse: bool [O, I], True where the weight is not zero."""
-    return weight_of(module) != 0
+def _is_sparse(nonzero_OI: Tensor) -> bool:
+    zeros, total = count_zeros(nonzero_OI), nonzero_OI.numel()
+    if zeros >= SPARSE_FROM * total:
+        return True
+    # N:M with less of it pruned, 7:8 and 15:16. Wider groups could all have a zero by chance.
+    widths = (m for m in (8, 16) if nonzero_OI.shape[1] % m == 0 and zeros * m >= total)
+    return any(not nonzero_OI.view(-1, m).all(1).any() for m in widths)
 
 
-def mask_or_zeros(module: nn.Module) -> Tensor | None:
-    """bool [O, I]: the module's mask or, if another tool pruned it, what its zeros say; None for a dense weight."""
-    mask = mask_of(module)
-    if mask is None and count_zeros(weight := weight_of(module)) >= SPARSE_FROM * weight.numel():
-        mask = weight != 0
-    return mask
+@dataclass
+class ZeroCounts:
+    """Weights, zeros, pruned weights, and ``filled``: pruned weights that are not zero."""
+
+    weights: int = 0
+    zeros: int = 0
+    pruned: int = 0
+    filled: int = 0
+
+    def add(self, weight: Weight, packed_mask: Tensor | None = None) -> None:
+        """Counts a weight; ``packed_mask`` replaces its own."""
+        nonzero_OI = weight.nonzero()
+        self.weights += nonzero_OI.numel()
+        self.zeros += count_zeros(nonzero_OI)
+        packed_mask = weight.packed_mask if packed_mask is None else packed_mask
+        if packed_mask is not None:
+            mask_OI = unpack_mask(packed_mask.to(nonzero_OI.device), nonzero_OI.shape[1])
+            self.pruned += count_zeros(mask_OI)
+            self.filled += int(torch.count_nonzero(nonzero_OI & ~mask_OI))
+
+    def metrics(self) -> dict[str, Any]:
+        """The counts, the share of zeros, and the share of pruned weights that are zero."""
+        kept = (self.pruned - self.filled) / self.pruned if self.pruned else 1.0
+        return {"pruned": self.pruned, "filled": self.filled, "zeros_kept": kept, "zeros": self.zeros,
+                "sparsity": self.zeros / max(1, self.weights), "weights": self.weights}  # fmt: skip
 
 
 def stored_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -64,10 +113,10 @@ def stored_masks(model: nn.Module) -> dict[str, Tensor]:
     """
     stored = {}
     for name, packed in collect_masks(model).items():
-        module: Any = model.get_submodule(name)
+        weight = Weight(name, model.get_submodule(name))
         stored[name] = packed.cpu().contiguous()
-        if hasattr(module, "qweight"):
-            kept_zero = (weight_of(module) == 0) & unpack_mask(packed, module.in_features)
+        if weight.packed:
+            kept_zero = ~weight.nonzero() & unpack_mask(packed, weight.shape[1])
             positions = kept_zero.flatten().nonzero().flatten().to("cpu", torch.int32)
             if positions.numel() * 4 < packed.numel():
                 stored[name] = positions
@@ -101,20 +150,19 @@ def attach_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
         module = modules.get(name)
         if module is None or not is_linear(module):
             raise SqftError(f"there is a mask of '{name}' but no such linear module: masks of another model?")
-        linear: Any = module
-        packed = _from_positions(name, linear, stored) if stored.dtype == torch.int32 else stored
-        if packed.shape != (linear.out_features, -(-linear.in_features // 8)):
+        weight = Weight(name, module)
+        packed = _from_positions(weight, stored) if stored.dtype == torch.int32 else stored
+        if packed.shape != (weight.shape[0], -(-weight.shape[1] // 8)):
             raise SqftError(f"mask of '{name}' {tuple(packed.shape)} does not fit the model: masks of another model?")
-        device = next(iter(linear.state_dict().values())).device
-        linear.register_buffer(MASK, packed.to(device), persistent=False)
+        weight.set_packed_mask(packed.to(weight.device))
 
 
-def _from_positions(name: str, module: Any, positions: Tensor) -> Tensor:
+def _from_positions(weight: Weight, positions: Tensor) -> Tensor:
     """The packed mask of a weight whose pruned positions are its zeros but for these."""
-    mask_OI = (weight_of(module) != 0).contiguous()
+    mask_OI = weight.nonzero().contiguous()
     flat, places = mask_OI.view(-1), positions.long().to(mask_OI.device)
     if places.numel() and (places.min() < 0 or places.max() >= flat.numel() or flat[places].any()):
-        raise SqftError(f"mask of '{name}' does not fit the model's zeros: masks of another model?")
+        raise SqftError(f"mask of '{weight.name}' does not fit the model's zeros: masks of another model?")
     flat[places] = True
     return pack_mask(mask_OI)
 
