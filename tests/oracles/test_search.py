@@ -22,7 +22,7 @@ from sqft.elastic.heuristics import heuristic
 from sqft.searching import stage as search_module
 from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.strategies import ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner, without_password
 
 
 def trials(study) -> list[tuple]:
@@ -227,3 +227,27 @@ def test_the_search_key_is_that_of_what_is_tried() -> None:
     name = search_module._study_name(sqft.SearchConfig(task="arithmetic"), "k")
     assert name == search_module._study_name(sqft.SearchConfig(task="arithmetic", workers=2, pick="knee"), "k")
     assert name != search_module._study_name(sqft.SearchConfig(task="arithmetic", seed=1), "k")
+
+
+def test_a_storages_password_is_neither_written_nor_shown(tmp_path: Path, monkeypatch, sparse: Path) -> None:
+    for url, shown in [
+        ("postgresql://me:S3CRET@host:5432/db", "postgresql://me:***@host:5432/db"),
+        ("postgresql+psycopg2://me:S3@CR:ET'/x@host/db", "postgresql+psycopg2://me:***@host/db"),
+        ("mysql://host/db?user=me&password=S3CRET&x=1", "mysql://host/db?user=me&password=***&x=1"),
+        ("sqlite:///trials.db", "sqlite:///trials.db"),
+        ("journal:a@b:c", "journal:a@b:c"),
+    ]:
+        assert without_password(url) == shown
+    with pytest.raises(sqft.UsageError, match="cannot open storage") as found:
+        open_study("mysqll://me:S3CRET@host/db", "s")
+    assert "S3CRET" not in str(found.value) and "me:***@host" in str(found.value) and found.value.__cause__ is None
+    model, tokenizer = sqft.load(sparse)
+    model = sqft.attach(model, sqft.SqftConfig(search_space=[4, 2]))
+    sqft.save(model, tokenizer, tmp_path / "adapter", parent=sparse)
+    monkeypatch.setattr(search_module, "open_study", lambda url, name: open_study(f"journal:{tmp_path / 'log'}", name))
+    config = sqft.SearchConfig(
+        task="arithmetic", metric="loss", limit=2, evaluations=1, storage="postgresql://me:S3CRET@host/db"
+    )
+    sqft.search(tmp_path / "adapter", config, out=tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").iterdir() if b"S3CRET" in path.read_bytes()]
+    assert "postgresql://me:***@host/db" in (tmp_path / "out" / "search.json").read_text()

@@ -12,6 +12,7 @@ from pico import pico_model, pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import sqft
+from sqft import folders
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.evaluation import held, perplexity, stage
@@ -20,7 +21,6 @@ from sqft.evaluation.generation import generate
 from sqft.evaluation.held import evaluating, unpacked
 from sqft.evaluation.likelihood import completion_loss
 from sqft.models.placement import input_device
-from sqft.searching import evaluator
 
 
 def test_a_completion_loss_is_of_the_whole_text() -> None:
@@ -33,7 +33,9 @@ def test_a_completion_loss_is_of_the_whole_text() -> None:
         logits = model(torch.tensor([ids])).logits[0, :-1]
     tail = len(" the end") + 1
     expected = F.cross_entropy(logits[-tail:], torch.tensor(ids[-tail:]))
-    assert len(ids) > 512 and math.isclose(completion_loss(model, tokenizer, [example], 2), float(expected), rel_tol=1e-5)
+    assert len(ids) > 512 and math.isclose(
+        completion_loss(model, tokenizer, [example], 2), float(expected), rel_tol=1e-5
+    )
     model.config.max_position_embeddings = len(ids) - 1
     with pytest.raises(sqft.SqftError, match=f"has {len(ids)} tokens, but the model takes {len(ids) - 1}"):
         completion_loss(model, tokenizer, [example], 2)
@@ -105,7 +107,9 @@ def adapters(sparse: Path, tokens: torch.Tensor, tmp_path_factory) -> dict[str, 
 def state_of(model) -> tuple:
     """All that an evaluation may not change."""
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    modules = {name: (type(module), module.training, getattr(module, "merged", None)) for name, module in model.named_modules()}
+    modules = {
+        name: (type(module), module.training, getattr(module, "merged", None)) for name, module in model.named_modules()
+    }
     return weights, modules, get_ranks(model)
 
 
@@ -120,7 +124,7 @@ def test_an_error_in_an_evaluation_leaves_the_model_as_it_was(where: str, kind: 
     model, tokenizer = sqft.load(adapters[kind], trainable=True)
     model.train()
     next(model.children()).eval()  # modules in both modes
-    set_ranks(model, {name: 2 for name in get_ranks(model)})
+    set_ranks(model, dict.fromkeys(get_ranks(model), 2))
     before = state_of(model)
     layer = type(next(iter(adapter_layers(model).values())))
     if where == "merge":
@@ -154,8 +158,7 @@ def test_what_was_merged_before_stays_merged(adapters) -> None:
 
 
 def test_an_error_in_a_search_leaves_the_ranks_as_they_were(adapters) -> None:
-    model, _ = sqft.load(adapters["float"])
-    set_ranks(model, {name: 2 for name in get_ranks(model)})
+    model, _ = sqft.load(adapters["float"])  # at the largest; the first to be tried is the median
     before = state_of(model)
     with pytest.raises(Broken):
         sqft.search(model, sqft.SearchConfig(evaluations=3), scorer=broken)
@@ -169,20 +172,20 @@ def test_inputs_go_where_the_embedding_is(tokens) -> None:
     assert input_device(model) == torch.device("meta") and next(iter(model.lm_head.parameters())).device.type == "cpu"
 
 
-def test_folders_are_loaded_on_the_device_that_is_picked(adapters, sparse: Path, tmp_path: Path, monkeypatch) -> None:
-    """The accelerator where there is one."""
+@pytest.mark.parametrize("stage", ["evaluate", "search"])
+def test_a_folder_is_scored_on_the_accelerator_where_there_is_one(
+    stage: str, adapters, tmp_path: Path, monkeypatch
+) -> None:
     given = []
 
-    def load(source, *, dtype="auto", device="cpu"):
-        given.append(torch.device(device))
+    def pick(name: str) -> torch.device:
+        given.append(name)
         raise Broken
 
-    for module in (stage, evaluator.__class__, sqft.searching.stage):
-        if hasattr(module, "load"):
-            monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda:1"))
-            monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(folders, "pick_device", pick)
     with pytest.raises(Broken):
-        sqft.evaluate(sparse, sqft.EvaluateConfig(text="builtin"))
-    with pytest.raises(Broken):
-        sqft.search(adapters["float"], sqft.SearchConfig(task="arithmetic"), out=tmp_path / "out")
-    assert given == [torch.device("cuda:1")] * 2
+        if stage == "evaluate":
+            sqft.evaluate(adapters["float"], sqft.EvaluateConfig(text="builtin"))
+        else:
+            sqft.search(adapters["float"], sqft.SearchConfig(task="arithmetic"), out=tmp_path / "out")
+    assert given == ["auto"]

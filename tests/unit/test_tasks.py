@@ -14,7 +14,7 @@ from sqft.evaluation.scoring import summarize
 from sqft.registry import TASKS
 from sqft.tasks.arithmetic import ArithmeticTask
 from sqft.tasks.base import Example, same_problem, without_duplicates
-from sqft.tasks.lookup import UNIONS, get_task, task_files
+from sqft.tasks.lookup import UNIONS, get_task
 from sqft.tasks.spec import shipped_specs
 from sqft.training.data import load_examples
 
@@ -264,17 +264,6 @@ def test_a_task_files_checked_values_are_used(tmp_path: Path) -> None:
     assert get_task("gsm8k").spec.ignore[0] == ","
 
 
-def test_the_files_of_a_task_string(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.yaml"
-    mine.write_text("base: boolq\nname: mine\n")
-    names = [file.name for file in task_files(f"piqa+{mine}+arithmetic+boolq")]
-    assert names == ["piqa.yaml", "mine.yaml", "boolq.yaml"] and all(
-        file.is_file() for file in task_files("commonsense")
-    )
-    with pytest.raises(sqft.UsageError, match="unknown task 'pika': did you mean 'piqa'"):
-        task_files(f"{mine}+pika")
-
-
 def test_tasks_of_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry point gives a task, a spec, or the path of a YAML file; it does not replace what comes with sqft."""
     (tmp_path / "capitals.yaml").write_text(CUSTOM)
@@ -299,7 +288,7 @@ def test_tasks_of_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         write(tmp_path / "capitals" / "test.jsonl", [{"country": "France", "capital": "Paris"}])
         assert get_task("sums") is given["sums"] and get_task("gsm8k").spec.name == "gsm8k"
         assert get_task("spec", tmp_path).examples("test") == get_task("file", tmp_path).examples("test")
-        assert get_task("sums+spec").name == "sums+spec" and task_files("file") == [tmp_path / "capitals.yaml"]
+        assert get_task("sums+spec").name == "sums+spec"
         with pytest.raises(sqft.UsageError, match="makes its problems itself"):
             get_task("sums", tmp_path)
         with pytest.raises(sqft.UsageError, match="did you mean 'sums'"):

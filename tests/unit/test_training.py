@@ -27,7 +27,9 @@ def adapted(folder: Path) -> tuple:
 def test_bf16_training_of_a_float32_base_leaves_the_models_own_forward(sparse: Path, examples, tokens) -> None:
     """Accelerate's autocast would stay on: what is merged and scored would differ from the weights' own precision."""
     model, tokenizer = adapted(sparse)
-    metrics = sqft.train(model, sqft.TrainConfig(max_steps=3, precision="bfloat16", **OPTIONS), examples, tokenizer=tokenizer)
+    metrics = sqft.train(
+        model, sqft.TrainConfig(max_steps=3, precision="bfloat16", **OPTIONS), examples, tokenizer=tokenizer
+    )
     assert math.isfinite(metrics["loss"])
     assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & vars(model).keys()
     with torch.no_grad():

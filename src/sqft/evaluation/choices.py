@@ -29,7 +29,7 @@ def choose(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Ex
     """One record a problem: prompt, generated (the text of the option chosen), answer, correct, correct_norm, and the
     options' log-likelihoods in nats. ``batch_size`` counts options."""
     pairs = [encode_pair(tokenizer, *option) for example in examples for option in example.options]
-    scores = log_likelihoods(model, pairs, batch_size, quiet)
+    scores = [value for value, _ in likelihoods(model, pairs, batch_size, quiet)]
     records, start = [], 0
     for example in examples:
         mine = scores[start : start + len(example.options)]
@@ -53,8 +53,7 @@ def option_texts(example: Example) -> list[str]:
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], int]:
-    """Tokens of both together, and how many of them are the continuation's; after an empty context at least one token
-    that is not the continuation's (the begin of text)."""
+    """Tokens of both together, one of them or more before the continuation, and how many are the continuation's."""
     stripped = context.rstrip()  # a trailing space belongs to the next word's token
     whole: Any = tokenizer(stripped + context[len(stripped) :] + continuation)["input_ids"]
     start: Any = tokenizer(stripped)["input_ids"]
@@ -69,12 +68,6 @@ def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if token is None:
         raise UsageError("a problem begins with an empty text, and the tokenizer has no token for its begin")
     return token
-
-
-def log_likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: int,
-                    quiet: bool = False) -> list[float]:  # fmt: skip
-    """Sum of the log-probabilities, in nats, of the last n >= 1 tokens of each row (tokens, n)."""
-    return [value for value, _ in likelihoods(model, pairs, batch_size, quiet)]
 
 
 @torch.no_grad()
@@ -131,10 +124,7 @@ def _score(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], i
 def _forward(model: Any, tokens: Tensor, mask: Tensor, cache: Any) -> Any:
     """A forward of the last tokens of ``mask`` after those in ``cache``; of a prefix only the last logits are made."""
     given: dict[str, Any] = {"past_key_values": cache} if cache is not None else {"logits_to_keep": 1}
-    if "position_ids" in inspect.signature(_core(model).forward).parameters:  # others count by the mask
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" in inspect.signature(core.forward).parameters:  # others count by the mask
         given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     return model(input_ids=tokens, attention_mask=mask, use_cache=True, **given)
-
-
-def _core(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -41,7 +41,7 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
     source, live = None, model
     if isinstance(model, (str, Path)):
         source = model
-        live, tokenizer = load(model, dtype=config.dtype)
+        live, tokenizer = load(model, dtype=config.dtype, device=getattr(config, "device", "auto"))
     if tokenizer is None:
         raise UsageError("evaluating a live model needs its tokenizer: pass tokenizer=...")
     assert isinstance(live, nn.Module)

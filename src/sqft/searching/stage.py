@@ -20,7 +20,7 @@ from optuna.study import Study
 from sqft import artifact
 from sqft.config import SearchConfig, to_dict
 from sqft.elastic.groups import Ranks
-from sqft.elastic.handle import set_ranks
+from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
 from sqft.elastic.space import SearchSpace, space_of
 from sqft.errors import SqftError, UsageError
@@ -31,16 +31,7 @@ from sqft.searching.evaluator import Evaluator, Scorer
 from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.plots import plot_pareto, plot_progress
 from sqft.searching.strategies import SEARCHES, ranks_of
-from sqft.searching.study import (
-    EVALUATED,
-    PURPOSE,
-    SCREENED,
-    Search,
-    check_found,
-    left_over,
-    open_study,
-    without_password,
-)
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +64,12 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
                          "a storage")  # fmt: skip
     space = space_of(adapter)
     study = _in_memory()
-    _searcher(study, space, config, records, Evaluator(adapter, tokenizer, config, space, scorer)).run()
+    before = get_ranks(adapter)
+    try:
+        _searcher(study, space, config, records, Evaluator(adapter, tokenizer, config, space, scorer)).run()
+    except BaseException:
+        set_ranks(adapter, before)
+        raise
     chosen = pick(_points(study, space, config, records), config.pick)
     set_ranks(adapter, chosen.ranks)
     return chosen.ranks
@@ -117,7 +113,7 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
     name = _study_name(config, parent)
     work = work_folder(out, config, parent)
     url = config.storage or f"journal:{work / 'journal.log'}"
-    model, tokenizer = load(adapter)
+    model, tokenizer = load(adapter, device=getattr(config, "device", "auto"))
     space, records = space_of(model), read_records(adapter)
     judge = Evaluator(model, tokenizer, config, space)
     study = open_study(url, name)
@@ -141,7 +137,7 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
         write_probe(model, tokenizer, folder)
         tokenizer.save_pretrained(folder)
         artifact.write_manifest(folder, artifact.Manifest(
-            stage="search", config=_shown(config), metrics=metrics, seed=config.seed,
+            stage="search", config=shown(config), metrics=metrics, seed=config.seed,
             key=artifact.stage_key("search", to_dict(config), parent),
             parent=artifact.relative_parent(base, out), parent_key=artifact.folder_key(base),
         ))  # fmt: skip
@@ -174,7 +170,7 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
     transformers.utils.logging.disable_progress_bar()
     try:
         assert config.storage is not None
-        model, tokenizer = load(adapter)
+        model, tokenizer = load(adapter, device=getattr(config, "device", "auto"))
         space = space_of(model)
         judge = Evaluator(model, tokenizer, config, space)
         searcher = _searcher(open_study(config.storage, name), space, config, read_records(adapter), judge)
@@ -209,11 +205,6 @@ def _summary(
     }  # fmt: skip
 
 
-def _shown(config: SearchConfig) -> dict[str, Any]:
-    """The config as it is written: who may read a search may not therefore read its storage."""
-    return to_dict(replace(config, storage=config.storage and without_password(config.storage)))
-
-
 def _write_trials(folder: Path, study: Study, points: list[Evaluated], chosen: Evaluated, metrics: dict[str, Any],
                   config: SearchConfig) -> None:  # fmt: skip
     trials = [
@@ -221,7 +212,7 @@ def _write_trials(folder: Path, study: Study, points: list[Evaluated], chosen: E
         for t in study.get_trials(deepcopy=False)
     ]
     result = {**metrics, "chosen": chosen.to_dict(), "points": [p.to_dict() for p in points], "trials": trials,
-              "front": [p.number for p in pareto_front(points)], "config": _shown(config)}  # fmt: skip
+              "front": [p.number for p in pareto_front(points)], "config": shown(config)}  # fmt: skip
     (folder / TRIALS).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "ranks.yaml").write_text(yaml.safe_dump(chosen.ranks, sort_keys=False), encoding="utf-8")
     score = "validation accuracy" if config.metric == "accuracy" else "validation log-likelihood a token"

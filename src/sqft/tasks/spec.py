@@ -94,37 +94,26 @@ def make_task(spec: TaskSpec, data_dir: str | Path | None, where: str) -> SpecTa
     return SpecTask(spec, data_dir)
 
 
-def spec_file(name: str) -> Path:
-    """The YAML file of a built-in task."""
+def shipped_file(name: str) -> Path:
     return Path(str(resources.files("sqft.tasks") / "specs" / f"{name}.yaml"))
-
-
-def base_of(path: Path) -> Path | None:
-    """The YAML file of the built-in task that a task's file builds on. Raises UsageError for an unknown one."""
-    base = load_yaml(path)[0].get("base")
-    if base is None:
-        return None
-    if base not in shipped_specs():
-        raise UsageError(f"task {path}: unknown base '{base}': {did_you_mean(str(base), shipped_specs())}")
-    return spec_file(str(base))
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The file's values, checked and of their types, over those of its ``base``."""
     values, lines = load_yaml(path)
     maps = {key: values.pop(key) for key in ("splits", "files") if key in values}
-    for key, value in maps.items():
-        if not isinstance(value, dict):
-            raise UsageError(f"{path}:{lines[key,]}: {key} is a mapping, e.g. {key}: {{train: train}}")
-        maps[key] = {str(split): str(name) for split, name in value.items()}
+    if wrong := [key for key, value in maps.items() if not isinstance(value, dict)]:
+        raise UsageError(f"{path}:{lines[wrong[0],]}: {wrong[0]} is a mapping, e.g. {{train: train}}")
     given = from_dict(TaskSpec, values, str(path), {key[0]: line for key, line in lines.items() if len(key) == 1})
-    plain = {key: getattr(given, key) for key in values if key != "base"}
-    # A text is one entry whatever is in it: only flags part lists at commas.
-    lists = {key: [value] if isinstance(value, str) else [str(entry) for entry in value]
-             for key, value in values.items() if isinstance(plain.get(key), list)}  # fmt: skip
-    own = {**plain, **lists, **maps}
-    base = base_of(path)
-    return own if base is None else {**_read(base), "name": path.stem, **own}
+    own = {key: getattr(given, key) for key in values if key != "base"}
+    own |= {key: {str(split): str(name) for split, name in value.items()} for key, value in maps.items()}
+    for key in own.keys() & {"stop", "ignore"}:  # as they are: flags alone part texts at commas
+        own[key] = [values[key]] if isinstance(values[key], str) else [str(text) for text in values[key]]
+    if given.base is None:
+        return own
+    if given.base not in shipped_specs():
+        raise UsageError(f"task {path}: unknown base '{given.base}': {did_you_mean(given.base, shipped_specs())}")
+    return {**_read(shipped_file(given.base)), "name": path.stem, **own}
 
 
 @dataclass(frozen=True)

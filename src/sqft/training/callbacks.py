@@ -21,9 +21,7 @@ class ProgressBar(TrainerCallback):
         self._bar: Any = None
         self._shown: dict[str, str] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Train", unit="step", disable=None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -35,9 +33,7 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.set_postfix(self._shown)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.close()
 
 
@@ -68,9 +64,7 @@ class Guard(TrainerCallback):
     """Ends a training that has diverged before it is saved, and one that is resumed at its end: the Trainer would train
     another step. Before every checkpoint the loss is logged, so that a resumed run's log is a straight one's."""
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             raise Finished
 
