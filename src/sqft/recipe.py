@@ -16,7 +16,7 @@ from sqft.keys import folder_key, stage_key
 from sqft.options import from_dict, load_yaml, to_dict
 from sqft.registry import KINDS
 from sqft.stages import RUN, STAGES
-from sqft.tasks.base import get_task
+from sqft.tasks.lookup import get_task
 
 DEMO_MODEL = "demo-model"
 SECTIONS: dict[str, Any] = {**{name: row.config for name, row in STAGES.items()}, "compare": CompareConfig}

@@ -68,3 +68,6 @@ KINDS = Registry("adapter", "sqft.adapter_kinds", {
     "sparse-peft": "sqft.adapters.kinds:SPARSE_PEFT", "qa-sparse-peft": "sqft.adapters.kinds:QA_SPARSE_PEFT",
     "lora": "sqft.adapters.kinds:LORA", "sqft": "sqft.adapters.kinds:SQFT",
 })  # fmt: skip
+TASKS = Registry("task", "sqft.tasks", {  # a Task, a TaskSpec, or the path of a task's YAML file
+    "arithmetic": "sqft.tasks.arithmetic:ARITHMETIC",
+})  # fmt: skip

@@ -21,7 +21,8 @@ from sqft.evaluation.harness import register_model, run_harness
 from sqft.evaluation.harness_tasks import write_tasks
 from sqft.evaluation.scoring import score
 from sqft.recipe import resolve_model
-from sqft.tasks.base import Task, get_task
+from sqft.tasks.base import Task
+from sqft.tasks.lookup import get_task
 
 pytest.importorskip("lm_eval", reason="needs the harness extra: pip install 'sqft[harness]'")
 

@@ -142,7 +142,7 @@ def test_the_same_tokens_as_trl(tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
     from trl import SFTConfig, SFTTrainer
 
     example = sqft.Example("Q: 2 plus 2?\nA:", " 42")
-    row = tokenize(example, tokenizer, TrainConfig())
+    row = tokenize(example, tokenizer)
     together = tokenizer(example.prompt + example.completion)["input_ids"]
     assert row["input_ids"] == [*together, tokenizer.eos_token_id]
     kept = [label for label in row["labels"] if label != -100]

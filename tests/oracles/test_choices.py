@@ -8,7 +8,7 @@ import pytest
 import torch
 from pico import FAMILIES, pico_model, pico_tokenizer
 
-from sqft.evaluation.choices import choose, encode_pair, log_likelihoods
+from sqft.evaluation.choices import choose, encode_pair, likelihoods
 from sqft.tasks.base import Example
 
 
@@ -28,7 +28,7 @@ def test_log_likelihoods_equal_a_forward_of_each_row(family: str) -> None:
             logits = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
         expected.append(sum(float(logits[t - 1, tokens[t]]) for t in range(len(tokens) - n, len(tokens))))
     for batch_size in (1, 5, 100):
-        found = log_likelihoods(model, pairs, batch_size, quiet=True)
+        found = [value for value, _ in likelihoods(model, pairs, batch_size, quiet=True)]
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
@@ -43,7 +43,7 @@ def test_choose_and_its_lengths() -> None:
     first, second = choose(model, tokenizer, problems, 8, quiet=True)
     scores = first["log_likelihoods"]
     assert scores == pytest.approx(
-        [log_likelihoods(model, [encode_pair(tokenizer, *o)], 1, quiet=True)[0] for o in options], rel=1e-5
+        [likelihoods(model, [encode_pair(tokenizer, *o)], 1, quiet=True)[0][0] for o in options], rel=1e-5
     )
     best = max(range(3), key=lambda i: scores[i])
     normed = max(range(3), key=lambda i: scores[i] / (1, 20, 2)[i])

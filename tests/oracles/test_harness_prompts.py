@@ -12,8 +12,9 @@ from pico import pico_model, pico_tokenizer
 
 from sqft.evaluation.harness import run_harness
 from sqft.evaluation.harness_tasks import documents, main_filter, task_config
-from sqft.tasks.base import Example, get_task
+from sqft.tasks.base import Example
 from sqft.tasks.data import Source
+from sqft.tasks.lookup import get_task
 from sqft.tasks.spec import SpecTask
 
 pytest.importorskip("lm_eval", reason="needs the harness extra: pip install 'sqft[harness]'")

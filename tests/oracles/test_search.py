@@ -20,9 +20,9 @@ from synthetic import BEST, SPACE, make_space, score, searcher
 import sqft
 from sqft.elastic.heuristics import heuristic
 from sqft.searching import stage as search_module
-from sqft.searching.picking import Point, pareto_front, pick
+from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.strategies import ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner, without_password
 
 
 def trials(study) -> list[tuple]:
@@ -153,7 +153,7 @@ POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, m
 @settings(deadline=None)
 @given(POINTS, st.integers(0, 99))
 def test_picks(pairs: list[tuple[int, int]], percent: int) -> None:
-    points = [Point(i, {"g": i}, float(score), float(cost)) for i, (score, cost) in enumerate(pairs)]
+    points = [Evaluated(i, {"g": i}, float(score), float(cost)) for i, (score, cost) in enumerate(pairs)]
     front = pareto_front(points)
     for point in points:
         beaten = any(
@@ -171,7 +171,7 @@ def test_picks(pairs: list[tuple[int, int]], percent: int) -> None:
 
 
 def test_the_knee_is_where_the_front_bends() -> None:
-    points = [Point(i, {}, score, cost) for i, (score, cost) in enumerate([(0, 0), (0.9, 2), (0.95, 6), (1, 10)])]
+    points = [Evaluated(i, {}, score, cost) for i, (score, cost) in enumerate([(0, 0), (0.9, 2), (0.95, 6), (1, 10)])]
     assert pick(points, "knee").number == 1
     for wrong in ("bset", "smallest-within x", "smallest-within 200%"):
         with pytest.raises(sqft.UsageError):
@@ -227,3 +227,27 @@ def test_the_search_key_is_that_of_what_is_tried() -> None:
     name = search_module._study_name(sqft.SearchConfig(task="arithmetic"), "k")
     assert name == search_module._study_name(sqft.SearchConfig(task="arithmetic", workers=2, pick="knee"), "k")
     assert name != search_module._study_name(sqft.SearchConfig(task="arithmetic", seed=1), "k")
+
+
+def test_a_storages_password_is_neither_written_nor_shown(tmp_path: Path, monkeypatch, sparse: Path) -> None:
+    for url, shown in [
+        ("postgresql://me:S3CRET@host:5432/db", "postgresql://me:***@host:5432/db"),
+        ("postgresql+psycopg2://me:S3@CR:ET'/x@host/db", "postgresql+psycopg2://me:***@host/db"),
+        ("mysql://host/db?user=me&password=S3CRET&x=1", "mysql://host/db?user=me&password=***&x=1"),
+        ("sqlite:///trials.db", "sqlite:///trials.db"),
+        ("journal:a@b:c", "journal:a@b:c"),
+    ]:
+        assert without_password(url) == shown
+    with pytest.raises(sqft.UsageError, match="cannot open storage") as found:
+        open_study("mysqll://me:S3CRET@host/db", "s")
+    assert "S3CRET" not in str(found.value) and "me:***@host" in str(found.value) and found.value.__cause__ is None
+    model, tokenizer = sqft.load(sparse)
+    model = sqft.attach(model, sqft.SqftConfig(search_space=[4, 2]))
+    sqft.save(model, tokenizer, tmp_path / "adapter", parent=sparse)
+    monkeypatch.setattr(search_module, "open_study", lambda url, name: open_study(f"journal:{tmp_path / 'log'}", name))
+    config = sqft.SearchConfig(
+        task="arithmetic", metric="loss", limit=2, evaluations=1, storage="postgresql://me:S3CRET@host/db"
+    )
+    sqft.search(tmp_path / "adapter", config, out=tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").iterdir() if b"S3CRET" in path.read_bytes()]
+    assert "postgresql://me:***@host/db" in (tmp_path / "out" / "search.json").read_text()

@@ -21,7 +21,7 @@ from sqft.evaluation.intervals import normal, wilson
 from sqft.evaluation.perplexity import perplexity
 from sqft.evaluation.scoring import score
 from sqft.tasks.arithmetic import ArithmeticTask
-from sqft.training.data import IGNORED, fill_templates, pack, tokenize, tokenize_all
+from sqft.training.data import IGNORED, fill_templates, pack_rows, tokenize, tokenize_all
 
 
 def test_sources(tmp_path: Path) -> None:
@@ -89,12 +89,12 @@ def test_templates() -> None:
 
 def test_loss_on_the_completion_and_the_end_of_text_only() -> None:
     tokenizer = pico_tokenizer()
-    row = tokenize(sqft.Example("ab", " c"), tokenizer, TrainConfig(task="arithmetic"))
+    row = tokenize(sqft.Example("ab", " c"), tokenizer)
     assert tokenizer.decode(row["input_ids"]) == "ab c<eos>"
     assert row["labels"][:2] == [IGNORED] * 2 and row["labels"][2:] == row["input_ids"][2:]
-    every = tokenize(sqft.Example("ab", " c"), tokenizer, TrainConfig(task="arithmetic", completion_only=False))
+    every = tokenize(sqft.Example("ab", " c"), tokenizer, completion_only=False)
     assert every["labels"] == every["input_ids"]
-    short = tokenize(sqft.Example("ab", " c"), tokenizer, TrainConfig(task="arithmetic", max_length=3))
+    (short,) = tokenize_all([sqft.Example("ab", " c")], tokenizer, TrainConfig(task="arithmetic", max_length=3))
     assert len(short["input_ids"]) == len(short["labels"]) == 3
     with pytest.raises(sqft.SqftError, match="no completion fits"):
         tokenize_all([sqft.Example("abcdef", " c")], tokenizer, TrainConfig(task="arithmetic", max_length=3))
@@ -102,7 +102,7 @@ def test_loss_on_the_completion_and_the_end_of_text_only() -> None:
 
 def test_packing_keeps_every_token_in_order() -> None:
     rows = [{"input_ids": list(range(i, i + 5)), "labels": [IGNORED, *range(i + 1, i + 5)]} for i in range(0, 35, 5)]
-    packed = pack(rows, 8)
+    packed = pack_rows(rows, 8)
     assert [len(row["input_ids"]) for row in packed] == [8, 8, 8, 8, 3]
     assert [i for row in packed for i in row["input_ids"]] == list(range(35))
     assert [i for row in packed for i in row["labels"]] == [i for row in rows for i in row["labels"]]

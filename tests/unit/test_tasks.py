@@ -11,8 +11,11 @@ import pytest
 import sqft
 from sqft.config import TrainConfig
 from sqft.evaluation.scoring import summarize
-from sqft.tasks.base import Example, get_task, same_problem, without_duplicates
-from sqft.tasks.spec import UNIONS, shipped_specs
+from sqft.registry import TASKS
+from sqft.tasks.arithmetic import ArithmeticTask
+from sqft.tasks.base import Example, same_problem, without_duplicates
+from sqft.tasks.lookup import UNIONS, get_task
+from sqft.tasks.spec import shipped_specs
 from sqft.training.data import load_examples
 
 ARC = {
@@ -248,3 +251,47 @@ def test_every_shipped_task_is_read() -> None:
     for name in shipped_specs():
         task = get_task(name)
         assert task.name == name and set(task.splits) <= {"train", "validation", "test"}
+
+
+def test_a_task_files_checked_values_are_used(tmp_path: Path) -> None:
+    """A text where a list is asked for is one entry, also with commas in it; a number in quotes is a number."""
+    file = tmp_path / "capitals.yaml"
+    file.write_text(CUSTOM.replace('stop: ["."]', 'stop: "END"\nignore: ","').replace("tokens: 8", 'tokens: "8"'))
+    task = get_task(str(file))
+    assert task.stop == ("END",) and task.spec.ignore == [","] and task.max_new_tokens == 8
+    file.write_text(CUSTOM.replace('stop: ["."]', 'stop: ["a,b", ","]'))
+    assert get_task(str(file)).stop == ("a,b", ",")
+    assert get_task("gsm8k").spec.ignore[0] == ","
+
+
+def test_tasks_of_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry point gives a task, a spec, or the path of a YAML file; it does not replace what comes with sqft."""
+    (tmp_path / "capitals.yaml").write_text(CUSTOM)
+    spec = get_task(str(tmp_path / "capitals.yaml")).spec
+    given = {
+        "sums": ArithmeticTask(seed=1),
+        "spec": spec,
+        "file": str(tmp_path / "capitals.yaml"),
+        "gsm8k": ArithmeticTask(),
+    }
+
+    class Point:
+        def __init__(self, name: str) -> None:
+            self.name, self.value = name, f"somewhere:{name}"
+
+        def load(self) -> object:
+            return given[self.name]
+
+    monkeypatch.setattr("sqft.registry.entry_points", lambda group: [Point(n) for n in given if group == "sqft.tasks"])
+    monkeypatch.delitem(TASKS.__dict__, "_plugins", raising=False)
+    try:
+        write(tmp_path / "capitals" / "test.jsonl", [{"country": "France", "capital": "Paris"}])
+        assert get_task("sums") is given["sums"] and get_task("gsm8k").spec.name == "gsm8k"
+        assert get_task("spec", tmp_path).examples("test") == get_task("file", tmp_path).examples("test")
+        assert get_task("sums+spec").name == "sums+spec"
+        with pytest.raises(sqft.UsageError, match="makes its problems itself"):
+            get_task("sums", tmp_path)
+        with pytest.raises(sqft.UsageError, match="did you mean 'sums'"):
+            get_task("sumz")
+    finally:
+        TASKS.__dict__.pop("_plugins", None)

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sqft.errors import UsageError
+from sqft.models.placement import input_device
 from sqft.tasks.base import Example
+from sqft.training.data import padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +29,7 @@ def choose(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Ex
     """One record a problem: prompt, generated (the text of the option chosen), answer, correct, correct_norm, and the
     options' log-likelihoods in nats. ``batch_size`` counts options."""
     pairs = [encode_pair(tokenizer, *option) for example in examples for option in example.options]
-    scores = log_likelihoods(model, pairs, batch_size, quiet)
+    scores = [value for value, _ in likelihoods(model, pairs, batch_size, quiet)]
     records, start = [], 0
     for example in examples:
         mine = scores[start : start + len(example.options)]
@@ -50,17 +53,21 @@ def option_texts(example: Example) -> list[str]:
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], int]:
-    """Tokens of both together, and how many of them are the continuation's."""
+    """Tokens of both together, one of them or more before the continuation, and how many are the continuation's."""
     stripped = context.rstrip()  # a trailing space belongs to the next word's token
     whole: Any = tokenizer(stripped + context[len(stripped) :] + continuation)["input_ids"]
     start: Any = tokenizer(stripped)["input_ids"]
+    if not start:
+        return [start_token(tokenizer), *whole], len(whole)
     return whole, len(whole) - len(start)
 
 
-def log_likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: int,
-                    quiet: bool = False) -> list[float]:  # fmt: skip
-    """Sum of the log-probabilities, in nats, of the last n >= 1 tokens of each row (tokens, n)."""
-    return [value for value, _ in likelihoods(model, pairs, batch_size, quiet)]
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What stands before a text that nothing stands before, as in lm-eval: begin of text, or else end of text."""
+    token: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if token is None:
+        raise UsageError("a problem begins with an empty text, and the tokenizer has no token for its begin")
+    return token
 
 
 @torch.no_grad()
@@ -93,23 +100,20 @@ def likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: 
 def _score(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], int]]],
            model: Any) -> list[tuple[float, bool]]:  # fmt: skip
     """One batch: the prefixes, padded on the left, and from their cache all continuations, padded on the right."""
-    device = next(model.parameters()).device
-    length = max(map(len, prefixes))
-    tokens = torch.tensor([[0] * (length - len(p)) + list(p) for p in prefixes], device=device)
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prefixes], device=device)
+    device = input_device(model)
+    tokens = padded(prefixes, 0, left=True).to(device)
+    mask = padded([[1] * len(prefix) for prefix in prefixes], 0, left=True).to(device)
     out = _forward(model, tokens, mask, None)
     owner = torch.tensor([g for g, group in enumerate(groups) for _ in group], device=device)
     tails = [whole[-n:] for group in groups for whole, n in group]
     first = out.logits[:, -1].float().log_softmax(-1)
     heads = torch.tensor([tail[0] for tail in tails], device=device)
     values, greedy = first[owner, heads].double(), first.argmax(-1)[owner] == heads
-    longest = max(map(len, tails)) - 1
-    if longest:
+    if max(map(len, tails)) > 1:
         cache = out.past_key_values
         cache.batch_select_indices(owner)
-        inputs = torch.tensor([tail[:-1] + [0] * (longest + 1 - len(tail)) for tail in tails], device=device)
-        targets = torch.tensor([tail[1:] + [0] * (longest + 1 - len(tail)) for tail in tails], device=device)
-        kept = torch.tensor([[1] * (len(tail) - 1) + [0] * (longest + 1 - len(tail)) for tail in tails], device=device)
+        inputs, targets = (padded(part, 0).to(device) for part in ([t[:-1] for t in tails], [t[1:] for t in tails]))
+        kept = padded([[1] * (len(tail) - 1) for tail in tails], 0).to(device)
         logits = _forward(model, inputs, torch.cat([mask[owner], kept], 1), cache).logits
         picked = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
         values += (picked * kept).double().sum(1)
@@ -120,10 +124,7 @@ def _score(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], i
 def _forward(model: Any, tokens: Tensor, mask: Tensor, cache: Any) -> Any:
     """A forward of the last tokens of ``mask`` after those in ``cache``; of a prefix only the last logits are made."""
     given: dict[str, Any] = {"past_key_values": cache} if cache is not None else {"logits_to_keep": 1}
-    if "position_ids" in inspect.signature(_core(model).forward).parameters:  # others count by the mask
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" in inspect.signature(core.forward).parameters:  # others count by the mask
         given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
     return model(input_ids=tokens, attention_mask=mask, use_cache=True, **given)
-
-
-def _core(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

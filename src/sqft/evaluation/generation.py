@@ -9,7 +9,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from sqft.evaluation.choices import start_token
+from sqft.models.placement import input_device
 from sqft.tasks.base import Example, Task
+from sqft.training.data import padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,13 +22,15 @@ if TYPE_CHECKING:
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int,
              stop: tuple[str, ...]) -> list[str]:  # fmt: skip
     """Greedy continuations of a batch of prompts, each cut at the first of the ``stop`` strings."""
-    tokenizer.padding_side = "left"
-    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(next(model.parameters()).device)
+    rows: list[list[int]] = [ids or [start_token(tokenizer)] for ids in tokenizer(prompts)["input_ids"]]  # pyright: ignore
+    fill, device = tokenizer.pad_token_id or 0, input_device(model)
+    tokens_NT, mask_NT = padded(rows, fill, left=True), padded([[1] * len(row) for row in rows], 0, left=True)
     out = model.generate(
-        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+        input_ids=tokens_NT.to(device), attention_mask=mask_NT.to(device), max_new_tokens=max_new_tokens,
+        do_sample=False, pad_token_id=tokenizer.pad_token_id,
         stop_strings=list(stop) or None, tokenizer=tokenizer if stop else None,
     )  # fmt: skip
-    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(out[:, tokens_NT.shape[1] :], skip_special_tokens=True)
     return [cut(text, stop) for text in texts]
 
 

@@ -4,6 +4,7 @@ models. lm-eval is an optional library and is imported where it is used."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import json
 import logging
@@ -84,7 +85,7 @@ def run_harness(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, spli
                 config["process_results"] = scorer(part)
             tasks[name] = ConfigurableTask(config=config)
             tasks[name].set_fewshot_seed(FEWSHOT_SEED)
-        lm = SqftLM(model, tokenizer, batch_size=batch_size)
+        lm = SqftLM(model, copy.deepcopy(tokenizer), batch_size=batch_size)  # lm-eval changes its padding
         results: Any = evaluator.evaluate(lm=lm, task_dict={"tasks": tasks})
     records = []
     for part in parts:

@@ -6,7 +6,6 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.models import huggingface
 
 from sqft import artifact
@@ -14,7 +13,7 @@ from sqft.elastic.handle import set_ranks
 from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
 from sqft.evaluation.choices import likelihoods
-from sqft.evaluation.stage import unpacked
+from sqft.evaluation.held import unpacked
 from sqft.folders import load
 
 _HFLM: Any = huggingface.HFLM  # lm-eval's decorator hides its type
@@ -49,13 +48,11 @@ class SqftLM(_HFLM):
         self._held = contextlib.ExitStack()  # what unpack changed stays so as long as this object lives
         model = pretrained
         if self._source is not None:
-            model, own = load(self._source, dtype=dtype)
+            # lm-eval's command line says cuda:0 where none was asked for, also where there is none.
+            model, own = load(self._source, dtype=dtype, device="auto" if device in (None, "cuda:0") else device)
             tokenizer = tokenizer or own
             if ranks is not None:
                 set_ranks(model, resolve_ranks(model, ranks, self._source))
-            if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
-                device = "cuda" if torch.cuda.is_available() else "cpu"  # lm-eval's command line always says cuda:0
-            model.to(device)
             if unpack:
                 self._held.enter_context(unpacked(model))
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size,

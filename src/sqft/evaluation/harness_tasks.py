@@ -17,8 +17,9 @@ import yaml
 
 from sqft import artifact
 from sqft.errors import UsageError
-from sqft.tasks.base import Example, Task, get_task
-from sqft.tasks.spec import UNIONS, SpecTask
+from sqft.tasks.base import Example, Task
+from sqft.tasks.lookup import get_task, parts_of
+from sqft.tasks.spec import SpecTask
 
 SHOTS = "train"  # few-shot examples come from this split
 STRICT = "strict-match"  # the filter whose match is the task's own
@@ -150,7 +151,7 @@ def write_tasks(name: str, folder: str | Path, *, data_dir: str | Path | None = 
     """
     names, home = [], Path(folder).resolve()
     with artifact.writing(folder, overwrite) as target:
-        for part in UNIONS.get(name, name).split("+"):
+        for part in parts_of(name):
             task = get_task(part, data_dir)
             examples = task.examples(split, limit)
             of_splits = documents(task, examples, split, fewshot)

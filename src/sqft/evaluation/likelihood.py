@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from sqft.config import TrainConfig
+from sqft.errors import SqftError
+from sqft.models.placement import input_device
 from sqft.tasks.base import Example
-from sqft.training.data import IGNORED, tokenize_all
+from sqft.training.data import IGNORED, collate, is_learnt, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,19 +20,24 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def completion_loss(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example],
                     batch_size: int) -> float:  # fmt: skip
-    """Cross-entropy a token of all completions together, in nats."""
-    rows = sorted(tokenize_all(examples, tokenizer, TrainConfig()), key=lambda row: len(row["input_ids"]))
-    device = next(model.parameters()).device
+    """Cross-entropy a token of all completions together, in nats. Nothing is cut: raises SqftError for an example that
+    is longer than the model takes."""
+    rows = sorted(filter(is_learnt, (tokenize(e, tokenizer) for e in examples)), key=lambda row: len(row["input_ids"]))
+    if not rows:
+        raise SqftError("no completion to score: check the task's templates")
+    longest, limit = (
+        len(rows[-1]["input_ids"]),
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    )
+    if limit is not None and longest > limit:
+        raise SqftError(f"an example has {longest} tokens, but the model takes {limit}: choose shorter ones (with a "
+                        "limit, or another task)")  # fmt: skip
+    device = input_device(model)
     total, count = 0.0, 0
     for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        length = max(len(row["input_ids"]) for row in batch)
-        padded = {key: torch.tensor([row[key] + [fill] * (length - len(row[key])) for row in batch], device=device)
-                  for key, fill in (("input_ids", 0), ("labels", IGNORED))}  # fmt: skip
-        attention = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"]))
-                                  for row in batch], device=device)  # fmt: skip
-        logits = model(input_ids=padded["input_ids"], attention_mask=attention, use_cache=False).logits
-        target = padded["labels"][:, 1:]
+        batch = {key: values.to(device) for key, values in collate(rows[start : start + batch_size], 0).items()}
+        target = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits
         kept = target != IGNORED
         total += float(F.cross_entropy(logits[:, :-1][kept].float(), target[kept], reduction="sum"))
         count += int(kept.sum())

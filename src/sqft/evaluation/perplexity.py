@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 
-from sqft.calibration.data import read_texts, token_stream
+from sqft.calibration.data import read_texts, token_stream, with_bos
 from sqft.errors import SqftError
 from sqft.evaluation.intervals import normal
+from sqft.models.placement import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,14 +25,15 @@ def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str
     """exp of the mean negative log-likelihood a token, with a 95 % interval from the windows' means.
 
     The text is one stream of tokens cut into windows of ``length``; each token but a window's first is predicted from
-    those before it in the window. A last window that is not full is left out unless it is the only one.
+    those before it in the window, which begins with the begin-of-text token if the tokenizer puts one before a text. A
+    last window that is not full is left out unless it is the only one.
     """
     stream = token_stream(tokenizer, read_texts(source), enough=max_tokens)[:max_tokens]
     if len(stream) < 2:
         raise SqftError(f"{source} has fewer than 2 tokens")
     length = min(length, len(stream))
-    windows = stream[: len(stream) // length * length].view(-1, length)
-    device = next(model.parameters()).device
+    windows = with_bos(tokenizer, stream[: len(stream) // length * length].view(-1, length))
+    device = input_device(model)
     losses: list[float] = []
     for batch_NT in tqdm(windows.split(batch_size), desc="Perplexity", unit="batch", disable=None):
         batch_NT = batch_NT.to(device)

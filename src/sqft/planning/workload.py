@@ -11,7 +11,8 @@ from sqft.calibration.data import SUFFIXES, read_texts
 from sqft.config import EvaluateConfig, SearchConfig, TrainConfig
 from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_tokenizer, locate
-from sqft.tasks.base import Example, Task, get_task
+from sqft.tasks.base import Example, Task
+from sqft.tasks.lookup import get_task
 from sqft.training.data import load_examples
 
 CHARACTERS = 2.8  # a token, of GSM8K and of arithmetic in SmolLM2's tokenizer; prose has more

@@ -24,7 +24,7 @@ from sqft.reporting.weights import (
     spread,
 )
 from sqft.searching.choose import read_points
-from sqft.searching.picking import Point as Trial
+from sqft.searching.picking import Evaluated as Trial
 from sqft.searching.picking import pareto_front
 
 CURVE_POINTS = 400  # of a training curve; more would not be seen

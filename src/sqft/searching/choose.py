@@ -23,18 +23,18 @@ from sqft.elastic.space import space_of
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
 from sqft.probe import write_probe
-from sqft.searching.picking import PICKS, Point, pick
+from sqft.searching.picking import PICKS, Evaluated, pick
 
 TRIALS = "search.json"  # in the folder that a search writes: every trial, and which was chosen
 
 
-def read_points(folder: str | Path) -> list[Point]:
+def read_points(folder: str | Path) -> list[Evaluated]:
     """The evaluated configurations of a search's folder. Raises UsageError if it is none, SqftError if corrupt."""
     path = Path(folder) / TRIALS
     if not path.is_file():
         raise UsageError(f"{folder} was not written by a search: it has no {TRIALS}")
     try:
-        return [Point(**point) for point in json.loads(path.read_text(encoding="utf-8"))["points"]]
+        return [Evaluated(**point) for point in json.loads(path.read_text(encoding="utf-8"))["points"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SqftError(f"{path} is corrupt ({error}): search again") from None
 

@@ -14,10 +14,12 @@ from sqft.elastic.groups import Ranks
 from sqft.elastic.handle import set_ranks
 from sqft.elastic.space import SearchSpace
 from sqft.errors import SqftError, UsageError
+from sqft.evaluation.held import evaluating, unpacked
 from sqft.evaluation.likelihood import completion_loss
 from sqft.evaluation.scoring import score
-from sqft.evaluation.stage import unpacked
-from sqft.tasks.base import Task, get_task, without_duplicates
+from sqft.models.placement import input_device
+from sqft.tasks.base import Task, without_duplicates
+from sqft.tasks.lookup import get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,13 +73,8 @@ class Evaluator:
 
     def _scored(self, ranks: Ranks, limit: int | None) -> float:
         set_ranks(self.model, ranks)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with unpacked(self.model):
-                return float(self.scorer(self.model)) if self.scorer else self._on(limit)
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), unpacked(self.model):
+            return float(self.scorer(self.model)) if self.scorer else self._on(limit)
 
     def _on(self, limit: int | None) -> float:
         assert self._task is not None and self.tokenizer is not None
@@ -93,7 +90,7 @@ class Evaluator:
         if self.config.cost == "parameters":
             return float(self.space.parameters(ranks))
         set_ranks(self.model, ranks)
-        tokens = torch.zeros(1, LATENCY_TOKENS, dtype=torch.int64, device=next(self.model.parameters()).device)
+        tokens = torch.zeros(1, LATENCY_TOKENS, dtype=torch.int64, device=input_device(self.model))
         seconds = []
         with torch.no_grad():
             for _ in range(LATENCY_ROUNDS):

@@ -13,7 +13,7 @@ PICKS = ("best", "knee", "smallest-within")
 
 
 @dataclass(frozen=True)
-class Point:
+class Evaluated:
     """One evaluated configuration: its score (more is better) and cost (less is better)."""
 
     number: int
@@ -26,16 +26,16 @@ class Point:
         return asdict(self)
 
 
-def pareto_front(points: Sequence[Point]) -> list[Point]:
+def pareto_front(points: Sequence[Evaluated]) -> list[Evaluated]:
     """The points that no other beats in both, by falling cost; of equal ones the first."""
-    front: list[Point] = []
+    front: list[Evaluated] = []
     for point in sorted(points, key=lambda p: (p.cost, -p.score, p.number)):
         if not front or point.score > front[-1].score:
             front.append(point)
     return front[::-1]
 
 
-def pick(points: Sequence[Point], how: str) -> Point:
+def pick(points: Sequence[Evaluated], how: str) -> Evaluated:
     """One point.
 
     'best': the highest score, the cheapest of equals. 'knee': the point of the Pareto front that lies farthest above

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sqft.searching.picking import Point, pareto_front
+from sqft.searching.picking import Evaluated, pareto_front
 
 BLUE, ORANGE, GREY = "#2563a8", "#d1601c", "#8a8f98"
 MARKERS = {"maximal": "^", "minimal": "v"}  # other heuristics: a square
 
 
-def plot_progress(points: Sequence[Point], chosen: Point, score: str, path: Path) -> None:
+def plot_progress(points: Sequence[Evaluated], chosen: Evaluated, score: str, path: Path) -> None:
     """Score of every evaluated configuration in order, and the best so far."""
     figure, axes = _figure()
     order = list(range(1, len(points) + 1))
@@ -24,7 +24,7 @@ def plot_progress(points: Sequence[Point], chosen: Point, score: str, path: Path
     _finish(figure, axes, path)
 
 
-def plot_pareto(points: Sequence[Point], chosen: Point, score: str, cost: str, path: Path) -> None:
+def plot_pareto(points: Sequence[Evaluated], chosen: Evaluated, score: str, cost: str, path: Path) -> None:
     """Score over cost, with the front of those that no other beats in both."""
     figure, axes = _figure()
     front = pareto_front(points)
@@ -47,7 +47,7 @@ def _figure() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _scatter(axes: Any, numbered: Sequence[tuple[int, Point]], chosen: Point, place: Any) -> None:
+def _scatter(axes: Any, numbered: Sequence[tuple[int, Evaluated]], chosen: Evaluated, place: Any) -> None:
     for kind in dict.fromkeys(p.kind for _, p in numbered):
         xs, ys = zip(*(place(i, p) for i, p in numbered if p.kind == kind), strict=True)
         if kind:

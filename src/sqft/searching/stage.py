@@ -20,7 +20,7 @@ from optuna.study import Study
 from sqft import artifact
 from sqft.config import SearchConfig
 from sqft.elastic.groups import Ranks
-from sqft.elastic.handle import set_ranks
+from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
 from sqft.elastic.space import SearchSpace, space_of
 from sqft.errors import SqftError, UsageError
@@ -29,10 +29,10 @@ from sqft.options import to_dict
 from sqft.probe import write_probe
 from sqft.searching.choose import TRIALS, write_sub_adapter
 from sqft.searching.evaluator import Evaluator, Scorer
-from sqft.searching.picking import Point, pareto_front, pick
+from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.plots import plot_pareto, plot_progress
 from sqft.searching.strategies import SEARCHES, ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +53,7 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
     Raises UsageError if the adapter's rank is fixed, or the split that is searched by shares problems with test.
     """
     config = config or SearchConfig()
-    pick([Point(0, {}, 0, 0)], config.pick)  # a wrong one is an error before any work
+    pick([Evaluated(0, {}, 0, 0)], config.pick)  # a wrong one is an error before any work
     if isinstance(adapter, (str, Path)):
         if out is None or scorer is not None:
             raise UsageError("searching an adapter folder needs an output folder, and scores by a task")
@@ -63,7 +63,12 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
                          "a storage")  # fmt: skip
     space = space_of(adapter)
     study = _in_memory()
-    _searcher(study, space, config, records, Evaluator(adapter, tokenizer, config, space, scorer)).run()
+    before = get_ranks(adapter)
+    try:
+        _searcher(study, space, config, records, Evaluator(adapter, tokenizer, config, space, scorer)).run()
+    except BaseException:
+        set_ranks(adapter, before)
+        raise
     chosen = pick(_points(study, space, config, records), config.pick)
     set_ranks(adapter, chosen.ranks)
     return chosen.ranks
@@ -106,7 +111,7 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
     name = _study_name(config, parent)
     work = work_folder(out, config, parent)
     url = config.storage or f"journal:{work / 'journal.log'}"
-    model, tokenizer = load(adapter)
+    model, tokenizer = load(adapter, device=getattr(config, "device", "auto"))
     space, records = space_of(model), read_records(adapter)
     judge = Evaluator(model, tokenizer, config, space)
     study = open_study(url, name)
@@ -163,7 +168,7 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
     transformers.utils.logging.disable_progress_bar()
     try:
         assert config.storage is not None
-        model, tokenizer = load(adapter)
+        model, tokenizer = load(adapter, device=getattr(config, "device", "auto"))
         space = space_of(model)
         judge = Evaluator(model, tokenizer, config, space)
         searcher = _searcher(open_study(config.storage, name), space, config, read_records(adapter), judge)
@@ -175,20 +180,20 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
         sys.exit(1)
 
 
-def _points(study: Study, space: SearchSpace, config: SearchConfig, records: Records) -> list[Point]:
+def _points(study: Study, space: SearchSpace, config: SearchConfig, records: Records) -> list[Evaluated]:
     """The evaluated configurations, with the heuristics named."""
     known = {}
     for name in HEURISTICS:
         if name in ("maximal", "minimal", "median") or name in (config.start, config.strategy):
             known.setdefault(space.encode(heuristic(name, space, records)), name)
-    return [Point(trial.number, ranks_of(trial), trial.values[0], trial.values[1],
+    return [Evaluated(trial.number, ranks_of(trial), trial.values[0], trial.values[1],
                   known.get(space.encode(ranks_of(trial)), ""))
             for trial in study.get_trials(deepcopy=False)
             if trial.values and trial.user_attrs.get(PURPOSE) == EVALUATED]  # fmt: skip
 
 
 def _summary(
-    study: Study, points: list[Point], chosen: Point, space: SearchSpace, config: SearchConfig
+    study: Study, points: list[Evaluated], chosen: Evaluated, space: SearchSpace, config: SearchConfig
 ) -> dict[str, Any]:
     screened = sum(t.user_attrs.get(PURPOSE) == SCREENED for t in study.get_trials(deepcopy=False))
     return {
@@ -198,14 +203,14 @@ def _summary(
     }  # fmt: skip
 
 
-def _write_trials(folder: Path, study: Study, points: list[Point], chosen: Point, metrics: dict[str, Any],
+def _write_trials(folder: Path, study: Study, points: list[Evaluated], chosen: Evaluated, metrics: dict[str, Any],
                   config: SearchConfig) -> None:  # fmt: skip
     trials = [
         {"number": t.number, "ranks": ranks_of(t), "values": t.values, **t.user_attrs}
         for t in study.get_trials(deepcopy=False)
     ]
     result = {**metrics, "chosen": chosen.to_dict(), "points": [p.to_dict() for p in points], "trials": trials,
-              "front": [p.number for p in pareto_front(points)], "config": to_dict(config)}  # fmt: skip
+              "front": [p.number for p in pareto_front(points)], "config": shown(config)}  # fmt: skip
     (folder / TRIALS).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "ranks.yaml").write_text(yaml.safe_dump(chosen.ranks, sort_keys=False), encoding="utf-8")
     score = "validation accuracy" if config.metric == "accuracy" else "validation log-likelihood a token"

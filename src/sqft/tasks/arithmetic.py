@@ -173,6 +173,9 @@ class ArithmeticTask:
         return extract_answer(generated) == example.answer
 
 
+ARITHMETIC = ArithmeticTask()
+
+
 def _stream(seed: int) -> Iterator[Example]:
     """Problems without end, unique even without their names. Raises UsageError when no new ones are found."""
     rng = random.Random(seed)

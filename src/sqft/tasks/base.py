@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
-
-from sqft.errors import UsageError, did_you_mean
 
 SPLITS = ("train", "validation", "test")
 
@@ -49,27 +46,6 @@ class Task(Protocol):
         ...
 
     def is_correct(self, generated: str, example: Example) -> bool: ...
-
-
-def get_task(name: str, data_dir: str | Path | None = None) -> Task:
-    """A task by name ('gsm8k'), by its YAML file, or several as one ('piqa+boolq').
-
-    ``data_dir``: folder with the tasks' data; without it they are read from the hub. Raises UsageError for an unknown
-    name, and for a task that reads no data together with a ``data_dir``.
-    """
-    from sqft.tasks.arithmetic import ArithmeticTask
-    from sqft.tasks.spec import UNIONS, UnionTask, load_spec, shipped_specs
-
-    parts = UNIONS.get(name, name).split("+")
-    if len(parts) > 1:
-        return UnionTask(name, tuple(get_task(part, data_dir) for part in parts))
-    if name == "arithmetic":
-        if data_dir is not None:
-            raise UsageError("task arithmetic makes its problems itself: leave data_dir out")
-        return ArithmeticTask()
-    if name in shipped_specs() or Path(name).is_file():
-        return load_spec(name, data_dir)
-    raise UsageError(f"unknown task '{name}': {did_you_mean(name, ['arithmetic', *UNIONS, *shipped_specs()])}")
 
 
 def same_problem(example: Example) -> tuple[str, ...]:

@@ -22,7 +22,6 @@ from sqft.options import from_dict, load_yaml
 from sqft.tasks.base import SPLITS, Example, Task
 from sqft.tasks.data import Source
 
-UNIONS = {"commonsense": "boolq+piqa+hellaswag+winogrande+arc_easy+arc_challenge+openbookqa"}
 METRICS = ("multiple-choice", "exact-match", "number")
 TOLERANCE = 1e-3  # of two numbers that count as equal, as in LLM-Adapters
 
@@ -66,12 +65,13 @@ def shipped_specs() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")))
 
 
-def load_spec(name: str, data_dir: str | Path | None = None) -> SpecTask:
-    """The task of a built-in name or a YAML file. Raises UsageError naming the file, its line, and the fix."""
-    path = Path(name) if name not in shipped_specs() else Path(str(_shipped(name)))
-    values = _read(path)
-    spec = TaskSpec(**{"name": path.stem, **values})
-    where = f"task {path}: "
+def load_spec(path: Path, data_dir: str | Path | None = None) -> SpecTask:
+    """The task of a YAML file. Raises UsageError naming the file, its line, and the fix."""
+    return make_task(TaskSpec(**{"name": path.stem, **_read(path)}), data_dir, f"task {path}: ")
+
+
+def make_task(spec: TaskSpec, data_dir: str | Path | None, where: str) -> SpecTask:
+    """The task of a checked spec. Raises UsageError, beginning with ``where``."""
     if spec.metric not in METRICS:
         raise UsageError(f"{where}unknown metric '{spec.metric}': {did_you_mean(spec.metric, METRICS)}")
     if spec.pick not in ("first", "last"):
@@ -94,21 +94,26 @@ def load_spec(name: str, data_dir: str | Path | None = None) -> SpecTask:
     return SpecTask(spec, data_dir)
 
 
-def _shipped(name: str) -> Any:
-    return resources.files("sqft.tasks") / "specs" / f"{name}.yaml"
+def shipped_file(name: str) -> Path:
+    return Path(str(resources.files("sqft.tasks") / "specs" / f"{name}.yaml"))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's values over those of its ``base``."""
+    """The file's values, checked and of their types, over those of its ``base``."""
     values, lines = load_yaml(path)
-    plain = {k: v for k, v in values.items() if k not in ("splits", "files")}
-    from_dict(TaskSpec, plain, str(path), {key[0]: line for key, line in lines.items() if len(key) == 1})
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if base not in shipped_specs():
-        raise UsageError(f"task {path}: unknown base '{base}': {did_you_mean(str(base), shipped_specs())}")
-    return {**_read(Path(str(_shipped(base)))), "name": path.stem, **values}
+    maps = {key: values.pop(key) for key in ("splits", "files") if key in values}
+    if wrong := [key for key, value in maps.items() if not isinstance(value, dict)]:
+        raise UsageError(f"{path}:{lines[wrong[0],]}: {wrong[0]} is a mapping, e.g. {{train: train}}")
+    given = from_dict(TaskSpec, values, str(path), {key[0]: line for key, line in lines.items() if len(key) == 1})
+    own = {key: getattr(given, key) for key in values if key != "base"}
+    own |= {key: {str(split): str(name) for split, name in value.items()} for key, value in maps.items()}
+    for key in own.keys() & {"stop", "ignore"}:  # as they are: flags alone part texts at commas
+        own[key] = [values[key]] if isinstance(values[key], str) else [str(text) for text in values[key]]
+    if given.base is None:
+        return own
+    if given.base not in shipped_specs():
+        raise UsageError(f"task {path}: unknown base '{given.base}': {did_you_mean(given.base, shipped_specs())}")
+    return {**_read(shipped_file(given.base)), "name": path.stem, **own}
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ class SpecTask:
         """Whether a generated text gives the example's answer."""
         if self.spec.metric == "multiple-choice":
             return self._plain(generated) == self._plain(example.answer)
-        found = extract(self.spec, generated)
+        found = find_answer(self.spec, generated)
         if self.spec.metric == "number":
             return found is not None and abs(float(found) - float(example.answer.replace(",", ""))) <= TOLERANCE
         return found is not None and self._plain(found) == self._plain(example.answer)
@@ -171,7 +176,7 @@ class SpecTask:
         return text.lower().strip()
 
 
-def extract(spec: TaskSpec, generated: str) -> str | None:
+def find_answer(spec: TaskSpec, generated: str) -> str | None:
     """The answer in a generated text: the first or last match (its first group that matched), or None."""
     text = generated.replace(",", "") if spec.metric == "number" else generated
     pattern, last = (r"-?[0-9]+\.?[0-9]*", True) if spec.metric == "number" else (spec.extract, spec.pick == "last")

@@ -1,13 +1,17 @@
-"""Trainer callbacks: a progress bar on standard error (the Trainer's own writes to standard output), and the time."""
+"""Trainer callbacks: a progress bar on standard error (the Trainer's own writes to standard output), the time, and what
+may not go on."""
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sqft.errors import SqftError
 
 
 class ProgressBar(TrainerCallback):
@@ -17,9 +21,7 @@ class ProgressBar(TrainerCallback):
         self._bar: Any = None
         self._shown: dict[str, str] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Train", unit="step", disable=None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -31,9 +33,7 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.set_postfix(self._shown)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.close()
 
 
@@ -54,3 +54,31 @@ class Stopwatch(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         (folder / self.FILE).write_text(f"{self.seconds:.2f}")
+
+
+class Finished(Exception):
+    """What is resumed was trained to its end already."""
+
+
+class Guard(TrainerCallback):
+    """Ends a training that has diverged before it is saved, and one that is resumed at its end: the Trainer would train
+    another step. Before every checkpoint the loss is logged, so that a resumed run's log is a straight one's."""
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise Finished
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save or control.should_training_stop:
+            control.should_log = True
+            finite = all(bool(p.isfinite().all()) for p in kwargs["model"].parameters() if p.requires_grad)
+            self._check(finite, "the adapter has weights", args, state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for name, value in (kwargs.get("logs") or {}).items():
+            self._check(not name.endswith("loss") or math.isfinite(value), f"{name} is", args, state)
+
+    def _check(self, finite: bool, what: str, args: TrainingArguments, state: TrainerState) -> None:
+        if not finite:
+            raise SqftError(f"training has diverged: at step {state.global_step} {what} not finite; lower the learning "
+                            f"rate (it is {args.learning_rate:g})")  # fmt: skip

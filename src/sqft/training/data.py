@@ -7,15 +7,21 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from sqft.calibration.data import read_records
 from sqft.config import TrainConfig
 from sqft.errors import SqftError, UsageError
-from sqft.tasks.base import Example, Task, get_task, without_duplicates
+from sqft.tasks.base import Example, Task, without_duplicates
+from sqft.tasks.lookup import get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of a token without loss, as in transformers
+
+Row = dict[str, list[int]]  # input_ids and labels of one sequence
 
 
 class TrainingData(NamedTuple):
@@ -82,8 +88,8 @@ def fill_templates(records: Sequence[dict[str, Any]], prompt: str, completion: s
     return [Example(prompt.format(**record), completion.format(**record)) for record in records]
 
 
-def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> dict[str, list[int]]:
-    """``input_ids`` and ``labels`` of prompt + completion + end of text, cut to ``max_length``.
+def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, completion_only: bool = True) -> Row:
+    """``input_ids`` and ``labels`` of prompt + completion + end of text.
 
     Both are tokenized together, as generation will see them: alone, a completion would get another first token from
     tokenizers that put a space before every text (Mistral's, Phi-3's). The prompt is what they have in common.
@@ -95,25 +101,44 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, config: Train
     end: Any = tokenizer.eos_token_id
     if end is not None and ids[-1:] != [end]:
         ids.append(end)
-    labels = [IGNORED] * start + ids[start:] if config.completion_only else list(ids)
-    return {"input_ids": ids[: config.max_length], "labels": labels[: config.max_length]}
+    labels = [IGNORED] * start + ids[start:] if completion_only else list(ids)
+    return {"input_ids": ids, "labels": labels}
 
 
-def tokenize_all(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: TrainConfig
-) -> list[dict[str, list[int]]]:
-    """All examples, or blocks of ``max_length`` when packing. Raises SqftError if no token is left to learn from."""
-    rows = [tokenize(example, tokenizer, config) for example in examples]
+def tokenize_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Row]:
+    """All examples, cut to ``max_length``, or blocks of it when packing. Raises SqftError if no token is left to learn
+    from."""
+    rows = [tokenize(example, tokenizer, config.completion_only) for example in examples]
+    rows = [{key: values[: config.max_length] for key, values in row.items()} for row in rows]
     if config.packing:
-        rows = pack(rows, config.max_length)
-    rows = [row for row in rows if any(label != IGNORED for label in row["labels"])]
+        rows = pack_rows(rows, config.max_length)
+    rows = [row for row in rows if is_learnt(row)]
     if not rows:
         raise SqftError(f"no completion fits into max_length {config.max_length}: raise it, or check the templates")
     return rows
 
 
-def pack(rows: Sequence[dict[str, list[int]]], length: int) -> list[dict[str, list[int]]]:
+def is_learnt(row: Row) -> bool:
+    """Whether a token of the row is predicted and has a loss; the first one is never predicted."""
+    return any(label != IGNORED for label in row["labels"][1:])
+
+
+def pack_rows(rows: Sequence[Row], length: int) -> list[Row]:
     """Concatenates rows and cuts the stream into blocks of ``length`` (the last one may be shorter)."""
     stream = {key: [value for row in rows for value in row[key]] for key in ("input_ids", "labels")}
     starts = range(0, len(stream["input_ids"]), length)
     return [{key: values[i : i + length] for key, values in stream.items()} for i in starts]
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> Tensor:
+    """int64 [N, T]: the rows, filled up to the longest."""
+    longest = max(map(len, rows))
+    gaps = [[fill] * (longest - len(row)) for row in rows]
+    return torch.tensor([[*gap, *row] if left else [*row, *gap] for row, gap in zip(rows, gaps, strict=True)])
+
+
+def collate(rows: Sequence[Row], fill: int) -> dict[str, Tensor]:
+    """A batch, padded on the right, as a model takes it."""
+    ids = [row["input_ids"] for row in rows]
+    return {"input_ids": padded(ids, fill), "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "labels": padded([row["labels"] for row in rows], IGNORED)}  # fmt: skip

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -25,14 +27,15 @@ from sqft.elastic.handle import RECORDS, rank_groups
 from sqft.elastic.scheduler import RankScheduler
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, save
+from sqft.kernels.dispatch import pick_device
 from sqft.kernels.memory import peak_memory
 from sqft.options import to_dict
 from sqft.probe import write_probe
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import KINDS
 from sqft.tasks.base import Example
-from sqft.training.callbacks import ProgressBar, Stopwatch
-from sqft.training.data import TrainingData, load_examples, tokenize_all
+from sqft.training.callbacks import Finished, Guard, ProgressBar, Stopwatch
+from sqft.training.data import TrainingData, collate, load_examples, tokenize_all
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -67,6 +70,7 @@ def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data
     fit the model or data.
     """
     config = config or TrainConfig()
+    training_device(config)
     given = load_examples(config) if data is None else TrainingData(data, eval_data, {})
     if isinstance(model, (str, Path)):
         if out is None:
@@ -120,6 +124,7 @@ def check_kind(base: nn.Module, kind: Kind, source: str) -> None:
 def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, data: TrainingData,
                  work: Path, checkpoints: bool = True) -> Trainer:  # fmt: skip
     """A Hugging Face Trainer with this config; ``work`` takes event files and, unless switched off, checkpoints."""
+    device = training_device(config)
     rows = tokenize_all(data.examples, tokenizer, config)
     eval_rows = tokenize_all(data.evaluation, tokenizer, config) if data.evaluation else None
     steps_an_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation))
@@ -141,25 +146,26 @@ def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: T
         train_sampling_strategy="group_by_length" if group else "random",
         bf16=config.precision == "bfloat16",
         fp16=config.precision == "float16",
-        eval_strategy="no" if eval_rows is None else "steps" if config.eval_steps else "epoch",
-        eval_steps=config.eval_steps or None,
+        # Not "epoch": that evaluates after the checkpoint, and a run resumed from it would not have this evaluation.
+        eval_strategy="no" if eval_rows is None else "steps",
+        eval_steps=config.eval_steps or steps_an_epoch,
         save_strategy="steps" if checkpoints else "no",
         save_steps=config.save_steps,
         save_total_limit=2,
         logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
         report_to=[],
         seed=config.seed,
         remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
     )
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True, return_tensors="pt")
-    tokenizer.padding_side = "right"
-    callbacks = []
+    callbacks: list[Any] = [Guard()]
     if rank_groups(model):
         callbacks.append(RankScheduler(config.rank_strategy, config.rank_every == "micro-batch", config.seed))
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, data_collator=collator,  # pyright: ignore
-        callbacks=callbacks,
+        model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks,  # pyright: ignore
+        data_collator=partial(collate, fill=tokenizer.pad_token_id or 0),
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -167,6 +173,14 @@ def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: T
     if config.tensorboard:
         trainer.add_callback(_tensorboard(work / "logs"))
     return trainer
+
+
+def training_device(config: TrainConfig) -> torch.device:
+    """Raises UsageError for one that is not there, or that does not go with the config's precision."""
+    device = pick_device(getattr(config, "device", "auto"))
+    if config.precision == "float16" and device.type == "cpu":
+        raise UsageError("precision float16 needs an accelerator: on a CPU train in bfloat16 or float32")
+    return device
 
 
 def _tensorboard(folder: Path) -> TensorBoardCallback:
@@ -180,18 +194,45 @@ def _tensorboard(folder: Path) -> TensorBoardCallback:
 def _run(trainer: Trainer, model: nn.Module, checkpoint: Path | None) -> dict[str, Any]:
     watch = Stopwatch(checkpoint)
     trainer.add_callback(watch)
-    with peak_memory() as peak:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with peak_memory() as peak, _forward_kept(model):
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Finished:
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     model.eval()
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return {
-        "loss": result.training_loss,
+        "loss": mean_loss(trainer.state.log_history),
         "eval_loss": evaluations[-1] if evaluations else None,
         "steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_bytes": peak.bytes,
         "seconds": round(watch.seconds, 2),
     }
+
+
+@contextlib.contextmanager
+def _forward_kept(model: nn.Module) -> Iterator[None]:
+    """Takes off what Accelerate puts around the forward (autocast, float32 logits) and leaves there: a merge and scores
+    are in the weights' own precision."""
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: value for name, value in vars(model).items() if name in names}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
+
+
+def mean_loss(log: Sequence[dict[str, Any]]) -> float:
+    """Of all steps of a whole run, those before an interruption included: an entry is the mean since the one before."""
+    total, last = 0.0, 0
+    for entry in log:
+        if "loss" in entry:  # a sum is a float32
+            total += torch.tensor(entry["loss"] * (entry["step"] - last), dtype=torch.float32).item()
+            last = entry["step"]
+    return total / last
 
 
 def last_checkpoint(work: Path) -> Path | None:
@@ -210,7 +251,8 @@ def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: PreTrainedTokeniz
     """Adds the trainer's log, one JSON object a line, record of ranks and probe to the folder of event files."""
     folder.mkdir(parents=True, exist_ok=True)
     write_probe(model, tokenizer, folder)
-    lines = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+    entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]  # not of a whole run
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
     (folder / "training_log.jsonl").write_text(lines)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RankScheduler):
