@@ -112,12 +112,8 @@ def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "
     inputs = [source, base, *_folders(config)]
     path = None if out is None else check_output(out, overwrite, inputs)
     started = time.perf_counter()
-    manifest = Manifest(
-        name,
-        recorded(config) | {k: recorded(v) if dataclasses.is_dataclass(v) else v for k, v in (given or {}).items()},
-        seed=getattr(config, "seed", None),
-        key=key,
-    )
+    others = {k: recorded(v) if dataclasses.is_dataclass(v) else v for k, v in (given or {}).items()}
+    manifest = Manifest(name, recorded(config) | others, seed=getattr(config, "seed", None), key=key)
     if path is not None and source:
         manifest.parent, manifest.parent_key = relative_parent(source, path), folder_key(source)
     if path is not None and base:
@@ -141,19 +137,6 @@ def _folders(config: Any) -> list[str]:
     """The folders that a config's options name."""
     specs = dataclasses.fields(config) if config is not None else ()
     return [getattr(config, spec.name) or "" for spec in specs if spec.metadata.get("kind") == "folder"]
-
-
-@contextlib.contextmanager
-def writing(out: str | Path, overwrite: bool = False) -> Iterator[Path]:  # TODO goes when the last caller has moved
-    target = Writing(Manifest(""), check_output(out, overwrite))
-    try:
-        yield target.folder
-        os.chmod(target.folder, 0o755)
-        replace_folder(target.folder, Path(out))
-    except OSError as error:
-        raise SqftError(f"cannot write {out}: {error.strerror or error}; nothing was changed") from error
-    finally:
-        target.discard()
 
 
 def is_main_process() -> bool:
@@ -210,15 +193,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
     manifest.files = {file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
                       for file in files}  # fmt: skip
-    if not manifest.key and manifest.config:  # TODO goes when the last caller has moved
-        from sqft.stages import STAGES
-
-        row, given = STAGES.get(manifest.stage), dict(manifest.config)
-        if row:
-            known = {k: given.pop(k) for k in list(given) if k in row.config.__dataclass_fields__}
-            if isinstance(known.get("ranks"), dict) or str(known.get("calibration", "")).startswith("tokens:"):
-                given |= {k: known.pop(k) for k in ("ranks", "calibration") if k in known}
-            manifest.key = stage_key(manifest.stage, row.config(**known), manifest.parent_key, given)
     manifest.key = manifest.key or contents_key({name: entry["sha256"] for name, entry in manifest.files.items()})
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,39 +78,33 @@ def base_of(adapter: str | Path) -> str:
     manifest = artifact.check_files(folder) if artifact.is_stage(folder) else None
     if manifest is None or manifest.parent is None:  # written by PEFT or Trainer, or from a live model
         return _adapter_config(folder)["base_model_name_or_path"]
-    base = artifact.resolve_parent(folder, manifest.parent)
+    named, key = (manifest.base, manifest.base_key) if manifest.base else (manifest.parent, manifest.parent_key)
+    base = artifact.resolve_parent(folder, named)
     if not Path(base).exists() and base.startswith("."):
         raise SqftError(f"the base model of {folder} is gone: its manifest names {base}")
-    if artifact.folder_key(base) != manifest.parent_key:
+    if artifact.folder_key(base) != key:
         raise SqftError(
             f"{base} is not the model that {folder} was trained on (it has changed since): train again, or restore it"
         )
     return base
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, *, stage: str = "save",
-         config: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None, parent: str | Path = "",
-         seed: int | None = None, key: str = "", extra: Path | None = None,
-         overwrite: bool = False) -> None:  # fmt: skip
-    """Writes a live model (or a ``PeftModel``'s adapter), its tokenizer, masks and manifest as one stage folder.
+def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, *, overwrite: bool = False) -> None:
+    """Writes a live model (or a ``PeftModel``'s adapter), its tokenizer, masks and manifest as one stage folder, which
+    its contents identify. Raises UsageError or SqftError if it cannot be written."""
+    with artifact.stage("save", None, out, overwrite=overwrite) as made:
+        write_files(model, tokenizer, made.folder)
 
-    ``key`` identifies the result; without it the contents do. The files of the folder ``extra`` go along.
-    """
-    with artifact.writing(out, overwrite) as folder:
-        if packed_layers(model) and not getattr(model, "peft_config", None):
-            save_packed(model, tokenizer, folder, MAX_SHARD_BYTES)
-        else:
-            away = any(parameter.device.type == "meta" for parameter in model.parameters())  # accelerate has it
-            state = {"state_dict": dict(stored_state(model))} if away else {}
-            model.save_pretrained(folder, **state)  # pyright: ignore[reportCallIssue]
-        tokenizer.save_pretrained(folder)
-        masks = {} if (folder / ADAPTER_CONFIG).is_file() else stored_masks(model)
-        if masks:
-            save_masks(masks, folder)
-        if extra is not None and extra.is_dir():
-            shutil.copytree(extra, folder, dirs_exist_ok=True)
-        artifact.write_manifest(folder, artifact.Manifest(
-            stage=stage, key=key or artifact.folder_key(folder), config=config or {}, metrics=metrics or {}, seed=seed,
-            parent=artifact.relative_parent(parent, out) if parent else None,
-            parent_key=artifact.folder_key(parent) if parent else "",
-        ))  # fmt: skip
+
+def write_files(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What ``save`` writes, into a folder that is there."""
+    if packed_layers(model) and not getattr(model, "peft_config", None):
+        save_packed(model, tokenizer, folder, MAX_SHARD_BYTES)
+    else:
+        away = any(parameter.device.type == "meta" for parameter in model.parameters())  # accelerate has it
+        state = {"state_dict": dict(stored_state(model))} if away else {}
+        model.save_pretrained(folder, **state)
+    tokenizer.save_pretrained(folder)
+    masks = {} if (folder / ADAPTER_CONFIG).is_file() else stored_masks(model)
+    if masks:
+        save_masks(masks, folder)

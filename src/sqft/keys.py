@@ -37,8 +37,8 @@ def stage_key(stage: str, config: Any, parent_key: str, given: Mapping[str, Any]
 
 
 def _identity(config: Any) -> dict[str, Any]:
-    if config is None or isinstance(config, dict):  # TODO dicts go when the last caller has moved
-        return config or {}
+    if config is None:
+        return {}
     kinds = {spec.name: spec.metadata.get("kind", "plain") for spec in dataclasses.fields(config)}
     values = dataclasses.asdict(config)
     return {name: _NAMED[kind](values[name]) for name, kind in kinds.items() if kind in _NAMED}

@@ -103,8 +103,9 @@ def recorded(config: Any) -> dict[str, Any]:
 
 
 def without_password(text: str) -> str:
-    """'postgresql://me:secret@host/db' -> 'postgresql://me:***@host/db'."""
-    return re.sub(r"(://[^:/@\s]*):[^/\s]*@", r"\1:***@", text)
+    """'postgresql://me:secret@host/db' -> 'postgresql://me:***@host/db'; also of '?password=secret'."""
+    text = re.sub(r"(?<=://)([^:/@\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"(?i)(?<=[?&])(\w*(?:password|passwd|pwd)=)[^&\s]*", r"\1***", text)
 
 
 def stage_name(cls: type) -> str:

@@ -150,7 +150,8 @@ def write_tasks(name: str, folder: str | Path, *, data_dir: str | Path | None = 
     Raises UsageError.
     """
     names, home = [], Path(folder).resolve()
-    with artifact.writing(folder, overwrite) as target:
+    given = {"task": name, "split": split, "limit": limit, "fewshot": fewshot}
+    with artifact.stage("tasks", None, folder, given=given, overwrite=overwrite) as made:
         for part in parts_of(name):
             task = get_task(part, data_dir)
             examples = task.examples(split, limit)
@@ -160,14 +161,11 @@ def write_tasks(name: str, folder: str | Path, *, data_dir: str | Path | None = 
             files = {of: f"{config['task']}.{of}.jsonl" for of in of_splits}
             for of, records in of_splits.items():
                 lines = (json.dumps({**record, "task": found}, ensure_ascii=False) + "\n" for record in records)
-                (target / files[of]).write_text("".join(lines), encoding="utf-8")
+                (made.folder / files[of]).write_text("".join(lines), encoding="utf-8")
             data = {"data_files": {of: str(home / file) for of, file in files.items()}}
             text = yaml.safe_dump({**config, "dataset_path": "json", "dataset_kwargs": data}, sort_keys=False)
             text = text.replace(f"process_results: {_SCORER}", f"process_results: !function {_SCORER}")
-            (target / f"{config['task']}.yaml").write_text(text, encoding="utf-8")
+            (made.folder / f"{config['task']}.yaml").write_text(text, encoding="utf-8")
             names.append(config["task"])
-        artifact.write_manifest(target, artifact.Manifest(
-            stage="tasks", config={"task": name, "split": split, "limit": limit, "fewshot": fewshot},
-            metrics={"lm_eval_tasks": ",".join(names)},
-        ))  # fmt: skip
+        made.metrics["lm_eval_tasks"] = ",".join(names)
     return names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from sqft.evaluation.held import at_ranks, evaluating, unpacked
 from sqft.evaluation.perplexity import perplexity
 from sqft.evaluation.scoring import score
 from sqft.folders import load
-from sqft.options import to_dict
+from sqft.tasks.base import Task
 from sqft.tasks.lookup import get_task
 
 if TYPE_CHECKING:
@@ -37,52 +36,42 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
     task = get_task(config.task, config.data_dir) if config.task else None
     if task is not None:
         task.examples(config.split, 1)  # an unknown split is an error before any work
-    if out is not None:
-        artifact.check_output(out, overwrite)
-    source, live = None, model
-    if isinstance(model, (str, Path)):
-        source = model
-        live, tokenizer = load(model, dtype=config.dtype, device=getattr(config, "device", "auto"))
-    if tokenizer is None:
-        raise UsageError("evaluating a live model needs its tokenizer: pass tokenizer=...")
-    assert isinstance(live, nn.Module)
-    started = time.perf_counter()
+    source = model if isinstance(model, (str, Path)) else ""
+    with artifact.stage("evaluate", config, out, source, overwrite=overwrite) as made:
+        live: Any = model
+        if isinstance(model, (str, Path)):
+            live, tokenizer = load(model, dtype=config.dtype, device=config.device)
+        if tokenizer is None:
+            raise UsageError("evaluating a live model needs its tokenizer: pass tokenizer=...")
+        metrics, files = _scores(live, tokenizer, task, config, source)
+        made.metrics.update(metrics)
+        for name, text in files.items() if out is not None else ():
+            (made.folder / name).write_text(text, encoding="utf-8")
+    return made.metrics
+
+
+def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None, config: EvaluateConfig,
+            source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    """Metrics, and the texts of the files that go with them."""
     metrics: dict[str, Any] = {"ranks": config.ranks} if config.ranks else {}
-    records: list[dict[str, Any]] = []
-    harness: dict[str, Any] = {}
+    files: dict[str, str] = {}
     with contextlib.ExitStack() as held:
-        held.enter_context(evaluating(live))
+        held.enter_context(evaluating(model))
         if config.ranks:
-            held.enter_context(at_ranks(live, config.ranks, source))
+            held.enter_context(at_ranks(model, config.ranks, source))
         if config.unpack:
-            held.enter_context(unpacked(live))
+            held.enter_context(unpacked(model))
         if task is not None:
             if config.engine == "lm-eval":
-                scores, records, harness = run_harness(live, tokenizer, task, config.split, config.limit,
+                scores, records, harness = run_harness(model, tokenizer, task, config.split, config.limit,
                                                        config.fewshot, config.batch_size)  # fmt: skip
+                files["results.json"] = json.dumps(harness, indent=2, ensure_ascii=False) + "\n"
             else:
-                scores, records = score(live, tokenizer, task, config.split, config.limit, config.batch_size)
+                scores, records = score(model, tokenizer, task, config.split, config.limit, config.batch_size)
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            files["predictions.jsonl"] = "".join(lines)
             metrics.update(task=task.name, split=config.split, **scores)
         if config.text:
             batch = max(1, config.batch_size // 8)  # logits of whole windows are held, not of one token
-            metrics.update(perplexity(live, tokenizer, config.text, config.length, config.max_tokens, batch))
-    metrics["seconds"] = round(time.perf_counter() - started, 2)
-    if out is not None:
-        _write(Path(out), source, config, metrics, records, harness, overwrite)
-    return metrics
-
-
-def _write(out: Path, source: str | Path | None, config: EvaluateConfig, metrics: dict[str, Any],
-           records: list[dict[str, Any]], harness: dict[str, Any], overwrite: bool) -> None:  # fmt: skip
-    with artifact.writing(out, overwrite) as folder:
-        if records:
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
-        if harness:
-            text = json.dumps(harness, indent=2, ensure_ascii=False)
-            (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-        artifact.write_manifest(folder, artifact.Manifest(
-            stage="evaluate", config=to_dict(config), metrics=metrics,
-            parent=artifact.relative_parent(source, out) if source else None,
-            parent_key=artifact.folder_key(source) if source else "",
-        ))  # fmt: skip
+            metrics.update(perplexity(model, tokenizer, config.text, config.length, config.max_tokens, batch))
+    return metrics, files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +11,21 @@ from sqft.folders import base_of, is_adapter, load
 from sqft.formats.checkpoint import packed_layers
 from sqft.measuring.size import serving_bytes
 from sqft.measuring.speed import decode_speed
-from sqft.options import to_dict
 
 
 def measure(model: str | Path, config: MeasureConfig | None = None, *, out: str | Path | None = None,
             overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Bytes on disk (without masks), decode tokens a second and precision of a folder of any stage."""
     config = config or MeasureConfig()
-    if out is not None:
-        artifact.check_output(out, overwrite)
-    started = time.perf_counter()
-    live, _ = load(model)
-    parts = [str(model), base_of(model)] if is_adapter(model) else [str(model)]
-    metrics = {
-        "size": sum(serving_bytes(part) for part in parts if Path(part).exists()),
-        "decode_tokens_per_second": round(decode_speed(live, config.tokens, config.rounds), 3),
-        "precision": precision(live),
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    if out is not None:
-        with artifact.writing(out, overwrite) as folder:
-            artifact.write_manifest(folder, artifact.Manifest(
-                stage="measure", config=to_dict(config), metrics=metrics, parent=artifact.relative_parent(model, out),
-                parent_key=artifact.folder_key(model),
-            ))  # fmt: skip
-    return metrics
+    with artifact.stage("measure", config, out, model, overwrite=overwrite) as made:
+        live, _ = load(model, device=config.device)
+        parts = [str(model), base_of(model)] if is_adapter(model) else [str(model)]
+        made.metrics.update(
+            size=sum(serving_bytes(part) for part in parts if Path(part).exists()),
+            decode_tokens_per_second=round(decode_speed(live, config.tokens, config.rounds), 3),
+            precision=precision(live),
+        )
+    return made.metrics
 
 
 def precision(model: Any) -> str:

@@ -49,35 +49,25 @@ def extract(adapter: str | Path, choice: str | ExtractConfig, out: str | Path, *
 
     A sub-adapter of plain LoRA is plain LoRA and loads in PEFT. Returns its ranks and cost. Raises UsageError.
     """
-    choice = choice.choice if isinstance(choice, ExtractConfig) else choice
-    artifact.check_output(out, overwrite)
+    config = choice if isinstance(choice, ExtractConfig) else ExtractConfig(choice)
     folder = Path(adapter)
     if not is_adapter(folder):
         raise UsageError(f"{folder} is not an adapter folder: give what 'sqft train' or 'sqft search' wrote")
     ranks: Ranks | None = None
-    if choice.split()[:1] and choice.split()[0] in PICKS:
-        ranks = pick(read_points(folder), choice).ranks
+    if config.choice.split()[:1] and config.choice.split()[0] in PICKS:
+        ranks = pick(read_points(folder), config.choice).ranks
     if (folder / TRIALS).is_file():
-        folder = Path(artifact.resolve_parent(folder, artifact.read_manifest(folder).metrics["super_adapter"]))
+        folder = Path(artifact.resolve_parent(folder, artifact.read_manifest(folder).parent or ""))
         if not is_adapter(folder):
             raise SqftError(f"the super-adapter of {adapter} is gone: its manifest names {folder}")
-    model, tokenizer = load(folder)
-    ranks = ranks or resolve_ranks(model, choice, folder)
-    space = space_of(model)
-    metrics = {"ranks": ranks, **space.cost(ranks), "super_adapter": artifact.relative_parent(folder, out)}
-    config = {"choice": choice}
-    options = ExtractConfig(choice)
-    with artifact.writing(out, overwrite) as target:
-        write_sub_adapter(model, ranks, target)
-        write_probe(model, tokenizer, target)
-        tokenizer.save_pretrained(target)
-        base = base_of(folder)
-        artifact.write_manifest(target, artifact.Manifest(
-            stage="extract", config=config, metrics=metrics, parent=artifact.relative_parent(base, out),
-            parent_key=artifact.folder_key(base),
-            key=artifact.stage_key("extract", options, artifact.folder_key(folder), {"ranks": ranks}),
-        ))  # fmt: skip
-    return metrics
+    with artifact.stage("extract", config, out, folder, base=base_of(folder), overwrite=overwrite) as made:
+        model, tokenizer = load(folder)
+        ranks = ranks or resolve_ranks(model, config.choice, folder)
+        made.metrics.update(ranks=ranks, **space_of(model).cost(ranks))
+        write_sub_adapter(model, ranks, made.folder)
+        write_probe(model, tokenizer, made.folder)
+        tokenizer.save_pretrained(made.folder)
+    return made.metrics
 
 
 def write_sub_adapter(model: Any, ranks: Ranks, folder: Path) -> None:

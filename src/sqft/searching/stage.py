@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +24,14 @@ from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
 from sqft.elastic.space import SearchSpace, space_of
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
-from sqft.options import to_dict
+from sqft.options import recorded
 from sqft.probe import write_probe
 from sqft.searching.choose import TRIALS, write_sub_adapter
 from sqft.searching.evaluator import Evaluator, Scorer
 from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.plots import plot_pareto, plot_progress
 from sqft.searching.strategies import SEARCHES, ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study, shown
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,45 +102,34 @@ def work_folder(out: Path, config: SearchConfig, key: str) -> Path:
 
 
 def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bool) -> dict[str, Any]:
-    artifact.check_output(out, overwrite)
-    if not is_adapter(adapter):
-        raise UsageError(f"{adapter} is not an adapter folder: give the folder that 'sqft train' wrote")
-    started = time.perf_counter()
-    parent = artifact.folder_key(adapter)
-    name = _study_name(config, parent)
-    work = work_folder(out, config, parent)
-    url = config.storage or f"journal:{work / 'journal.log'}"
-    model, tokenizer = load(adapter, device=getattr(config, "device", "auto"))
-    space, records = space_of(model), read_records(adapter)
-    judge = Evaluator(model, tokenizer, config, space)
-    study = open_study(url, name)
-    left = left_over(study)
-    searcher = _searcher(study, space, config, records, judge)
-    if config.workers > 1 and searcher.evaluations > 1:
-        _share(adapter, replace(config, storage=url), name, left)
-    else:
-        searcher.run(left)
-    check_found(study)
-    points = _points(study, space, config, records)
-    chosen = pick(points, config.pick)
-    metrics = {
-        **_summary(study, points, chosen, space, config), **space.cost(chosen.ranks),
-        "super_adapter": artifact.relative_parent(adapter, out), "seconds": round(time.perf_counter() - started, 2),
-    }  # fmt: skip
-    base = base_of(adapter)
-    with artifact.writing(out, overwrite) as folder:
-        _write_trials(folder, study, points, chosen, metrics, config)
-        write_sub_adapter(model, chosen.ranks, folder)
-        write_probe(model, tokenizer, folder)
-        tokenizer.save_pretrained(folder)
-        artifact.write_manifest(folder, artifact.Manifest(
-            stage="search", config=to_dict(config), metrics=metrics, seed=config.seed,
-            key=artifact.stage_key("search", config, parent),
-            parent=artifact.relative_parent(base, out), parent_key=artifact.folder_key(base),
-        ))  # fmt: skip
+    base = base_of(adapter) if is_adapter(adapter) else ""
+    with artifact.stage("search", config, out, adapter, base=base, overwrite=overwrite) as made:
+        if not base:
+            raise UsageError(f"{adapter} is not an adapter folder: give the folder that 'sqft train' wrote")
+        name = _study_name(config, made.manifest.parent_key)
+        work = work_folder(out, config, made.manifest.parent_key)
+        url = config.storage or f"journal:{work / 'journal.log'}"
+        model, tokenizer = load(adapter, device=config.device)
+        space, records = space_of(model), read_records(adapter)
+        judge = Evaluator(model, tokenizer, config, space)
+        study = open_study(url, name)
+        left = left_over(study)
+        searcher = _searcher(study, space, config, records, judge)
+        if config.workers > 1 and searcher.evaluations > 1:
+            _share(adapter, replace(config, storage=url), name, left)
+        else:
+            searcher.run(left)
+        check_found(study)
+        points = _points(study, space, config, records)
+        chosen = pick(points, config.pick)
+        made.metrics.update(_summary(study, points, chosen, space, config), **space.cost(chosen.ranks))
+        _write_trials(made.folder, study, points, chosen, made.metrics, config)
+        write_sub_adapter(model, chosen.ranks, made.folder)
+        write_probe(model, tokenizer, made.folder)
+        tokenizer.save_pretrained(made.folder)
     for stale in out.absolute().parent.glob(f".{out.name}.searching-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    return metrics
+    return made.metrics
 
 
 def _share(adapter: Path, config: SearchConfig, name: str, left: list[int]) -> None:
@@ -168,7 +156,7 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
     transformers.utils.logging.disable_progress_bar()
     try:
         assert config.storage is not None
-        model, tokenizer = load(adapter, device=getattr(config, "device", "auto"))
+        model, tokenizer = load(adapter, device=config.device)
         space = space_of(model)
         judge = Evaluator(model, tokenizer, config, space)
         searcher = _searcher(open_study(config.storage, name), space, config, read_records(adapter), judge)
@@ -210,7 +198,7 @@ def _write_trials(folder: Path, study: Study, points: list[Evaluated], chosen: E
         for t in study.get_trials(deepcopy=False)
     ]
     result = {**metrics, "chosen": chosen.to_dict(), "points": [p.to_dict() for p in points], "trials": trials,
-              "front": [p.number for p in pareto_front(points)], "config": shown(config)}  # fmt: skip
+              "front": [p.number for p in pareto_front(points)], "config": recorded(config)}  # fmt: skip
     (folder / TRIALS).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "ranks.yaml").write_text(yaml.safe_dump(chosen.ranks, sort_keys=False), encoding="utf-8")
     score = "validation accuracy" if config.metric == "accuracy" else "validation log-likelihood a token"

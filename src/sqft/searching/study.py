@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm.auto import tqdm
 
-from sqft.config import SearchConfig, to_dict
 from sqft.elastic.groups import Ranks
 from sqft.elastic.space import SearchSpace
 from sqft.errors import SqftError, UsageError
+from sqft.options import without_password
 from sqft.searching.strategies import PATIENCE, Exhausted, is_whole, ranks_of, sampler
 
 # What a trial notes besides its ranks and values.
@@ -72,17 +71,6 @@ def open_storage(url: str) -> BaseStorage:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"cannot open storage '{without_password(url)}' ({without_password(reason)}): write "
                          "journal:PATH or sqlite:///PATH") from None  # fmt: skip
-
-
-def without_password(text: str) -> str:
-    """A storage's URL with *** in the place of its passwords, to be shown and written."""
-    text = re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", text)
-    return re.sub(r"(?i)(?<=[?&])(\w*(?:password|passwd|pwd)=)[^&]*", r"\1***", text)
-
-
-def shown(config: SearchConfig) -> dict[str, Any]:
-    """The config as it is written: who may read a search may not therefore read its storage."""
-    return to_dict(replace(config, storage=config.storage and without_password(config.storage)))
 
 
 def open_study(url: str, name: str) -> Study:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import shutil
@@ -26,10 +27,9 @@ from sqft.config import TrainConfig
 from sqft.elastic.handle import RECORDS, rank_groups
 from sqft.elastic.scheduler import RankScheduler
 from sqft.errors import UsageError
-from sqft.folders import is_adapter, load, save
+from sqft.folders import is_adapter, load, write_files
 from sqft.kernels.dispatch import pick_device
 from sqft.kernels.memory import peak_memory
-from sqft.options import to_dict
 from sqft.probe import write_probe
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import KINDS
@@ -71,37 +71,43 @@ def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data
     """
     config = config or TrainConfig()
     training_device(config)
-    given = load_examples(config) if data is None else TrainingData(data, eval_data, {})
+    examples = load_examples(config) if data is None else TrainingData(data, eval_data, {})
     if isinstance(model, (str, Path)):
         if out is None:
             raise UsageError("training a model folder needs an output folder")
-        return _train_folder(str(model), config, given, Path(out), overwrite)
+        given = {} if data is None else {"examples": _digest([*data, *eval_data])}
+        return _train_folder(str(model), config, examples, given, Path(out), overwrite)
     if tokenizer is None or out is not None:
         raise UsageError("a live model is trained in place with its tokenizer, and written with sqft.save")
     with tempfile.TemporaryDirectory() as work:  # Trainer makes a folder even if it writes nothing
-        trainer = make_trainer(model, tokenizer, config, given, Path(work), checkpoints=False)
-        return _run(trainer, model, None) | given.notes
+        trainer = make_trainer(model, tokenizer, config, examples, Path(work), checkpoints=False)
+        return _run(trainer, model, None) | examples.notes
 
 
-def _train_folder(source: str, config: TrainConfig, data: TrainingData, out: Path, overwrite: bool) -> dict[str, Any]:
-    artifact.check_output(out, overwrite)
-    if is_adapter(source):
-        raise UsageError(f"{source} is an adapter: give the sparse model that it belongs to")
-    parent_key = artifact.folder_key(source)
-    key = artifact.stage_key("train", config, parent_key)
-    base, tokenizer = load(source)
-    check_kind(base, KINDS[config.adapter], source)
-    set_seed(config.seed)
-    model = attach(base, adapter_config(config))
-    work = work_folder(out, key)
-    trainer = make_trainer(model, tokenizer, config, data, work)
-    metrics = _run(trainer, model, last_checkpoint(work)) | data.notes
-    logs = _write_logs(trainer, model, tokenizer, work / "logs")
-    save(model, tokenizer, out, stage="train", config=to_dict(config), metrics=metrics, parent=source,
-         seed=config.seed, key=key, overwrite=overwrite, extra=logs)  # fmt: skip
+def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: dict[str, Any], out: Path,
+                  overwrite: bool) -> dict[str, Any]:  # fmt: skip
+    with artifact.stage("train", config, out, source, given=given, overwrite=overwrite) as made:
+        if is_adapter(source):
+            raise UsageError(f"{source} is an adapter: give the sparse model that it belongs to")
+        base, tokenizer = load(source)
+        check_kind(base, KINDS[config.adapter], source)
+        set_seed(config.seed)
+        model = attach(base, adapter_config(config))
+        work = work_folder(out, made.key)
+        trainer = make_trainer(model, tokenizer, config, data, work)
+        made.metrics.update(_run(trainer, model, last_checkpoint(work)) | data.notes)
+        write_files(model, tokenizer, made.folder)
+        if config.tensorboard:
+            shutil.copytree(work / "logs", made.folder, dirs_exist_ok=True)
+        _write_logs(trainer, model, tokenizer, made.folder)
     for stale in out.absolute().parent.glob(f".{out.name}.training-*"):
         shutil.rmtree(stale, ignore_errors=True)
-    return metrics
+    return made.metrics
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """What examples that were given from Python are, as part of the result's key."""
+    return hashlib.sha256(repr([*examples]).encode()).hexdigest()
 
 
 def work_folder(out: Path, key: str) -> Path:
