@@ -58,3 +58,11 @@ KINDS = Registry("adapter", "sqft.adapter_kinds", {
     "sparse-peft": "sqft.adapters.kinds:SPARSE_PEFT", "qa-sparse-peft": "sqft.adapters.kinds:QA_SPARSE_PEFT",
     "lora": "sqft.adapters.kinds:LORA", "sqft": "sqft.adapters.kinds:SQFT",
 })  # fmt: skip
+KERNELS = Registry("kernel", "sqft.kernels", {  # "operator", or "operator.device" for one type of device
+    "masked_weight": "sqft.kernels.reference:masked_weight",
+    "masked_gradients": "sqft.kernels.reference:masked_gradients",
+    "dequantized": "sqft.kernels.reference:dequantized",
+    "quant_aware_weight": "sqft.kernels.reference:quant_aware_weight",
+    "quant_aware_gradients": "sqft.kernels.reference:quant_aware_gradients",
+    "product": "torch.nn.functional:linear", "product.cpu": "sqft.kernels.dispatch:cpu_product",
+})  # fmt: skip

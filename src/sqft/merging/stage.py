@@ -25,8 +25,8 @@ from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError, VerificationError
 from sqft.folders import is_adapter, load
 from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_packed
-from sqft.kernels.quant_ops import Packed, dequantized
-from sqft.kernels.torch_ops import pack_mask, unpack_mask
+from sqft.kernels.ops import dequantized
+from sqft.kernels.packed import Packed, pack_mask, unpack_mask
 from sqft.models.dense import load_dense, save_settings
 from sqft.models.discover import describe, weight_of
 from sqft.models.tensors import write_model
@@ -183,7 +183,7 @@ def expected_integers(model: Any) -> dict[str, Packed]:
         for path, layer in layers.items():
             packed, linear = layer.merged_packed(name), layer.get_base_layer()
             weight = dequantized(packed, linear.in_features, torch.float32)
-            if not torch.equal(weight.mT, layer.effective_weight(name)):
+            if not torch.equal(weight, layer.effective_weight(name)):
                 raise VerificationError(f"the integers of {path} do not mean the weight that training multiplies with: "
                                         "nothing was written; this is a bug in sqft, please report it")  # fmt: skip
             found[path] = packed

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sqft.errors import SqftError
-from sqft.kernels.torch_ops import accumulation_dtype
+from sqft.kernels.dispatch import accumulation_dtype
 from sqft.quantization.grid import Grid, GridSpec, fit
 from sqft.quantization.rtn import Quantized
 

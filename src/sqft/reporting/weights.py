@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sqft.errors import SqftError
 from sqft.formats.checkpoint import FORMATS
-from sqft.kernels.torch_ops import unpack_mask
+from sqft.kernels.packed import unpack_mask
 from sqft.quantization.linear import QuantLinear
 from sqft.sparsity.masks import FILE
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sqft.errors import SqftError
-from sqft.kernels.torch_ops import pack_mask, unpack_mask
+from sqft.kernels.packed import pack_mask, unpack_mask
 from sqft.models.discover import is_linear, weight_of
 from sqft.models.tensors import save_tensors
 
