@@ -148,8 +148,7 @@ def _(x, bias, base, packed, adapter, bits, scale, p, seed, training):
 def linear_backward_op(dy: Tensor, x: Tensor, base: Tensor | None, packed: Sequence[Tensor],
                        adapter: Sequence[Tensor], bits: int, scale: float, p: float, seed: Tensor,
                        need_x: bool) -> list[Tensor]:  # fmt: skip
-    """The gradient of x, if need be, then those of what ``adapter`` lists but the mask. Without an adapter only x's
-    width is asked for."""
+    """The gradient of x, if need be, then those of ``adapter``'s but the mask. Without an adapter x may be empty."""
     x_TI, dy_TO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     grid, adapted = _unflatten(base, packed, adapter, bits, scale)
     with _no_autocast(x.device):
