@@ -17,8 +17,9 @@ from common import alternate, check, write_results
 
 import sqft
 from sqft.formats.checkpoint import packed_layers
-from sqft.kernels.quant_ops import Adapter, quant_aware_linear
-from sqft.kernels.torch_ops import pack_mask, sparse_linear
+from sqft.kernels.ops import linear
+from sqft.kernels.packed import pack_mask
+from sqft.kernels.reference import Adapter
 from sqft.quantization.grid import GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.rtn import rtn
@@ -35,8 +36,8 @@ def layer_case(outputs: int, inputs: int, tokens: int, rounds: int) -> dict[str,
     x, dy = torch.randn(tokens, inputs).requires_grad_(), torch.randn(tokens, outputs)
     a, b = torch.randn(32, inputs).requires_grad_(), (torch.randn(outputs, 32) * 0.01).requires_grad_()
     forms = {
-        "sparse_peft": lambda: sparse_linear(x, w, None, a, b, bits, 2.0),
-        "qa_sparse_peft": lambda: quant_aware_linear(x, packed, None, Adapter(a, b, bits, 2.0)),
+        "sparse_peft": lambda: linear(x, None, None, Adapter(a, b, bits, 2.0, w), training=True),
+        "qa_sparse_peft": lambda: linear(x, None, packed, Adapter(a, b, bits, 2.0), training=True),
     }
     seconds = alternate({name: lambda f=form: f().backward(dy) for name, form in forms.items()}, rounds)
     known = (x, a, b, layer.qweight, layer.qzeros, layer.scales)

@@ -29,7 +29,9 @@ from torch import Tensor, nn
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.kernels import dispatch
-from sqft.kernels.torch_ops import pack_mask, sparse_linear
+from sqft.kernels.ops import linear
+from sqft.kernels.packed import pack_mask
+from sqft.kernels.reference import Adapter
 from sqft.recipe import resolve_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,7 +62,7 @@ def layer_case(size: int, tokens: int, dtype: str, dropout: float, rounds: int) 
     forms = {
         "lora": lambda: lora_linear(x, w, a, b, 2.0, dropout),
         "naive": lambda: naive_linear(x, w, a, b, 2.0, dropout),
-        "sparse_peft": lambda: sparse_linear(x, w, None, a, b, packed, 2.0, dropout),
+        "sparse_peft": lambda: linear(x, None, None, Adapter(a, b, packed, 2.0, w), dropout, True),
     }
     seconds = alternate({name: lambda f=form: f().backward(dy) for name, form in forms.items()}, rounds)
     saved = {name: saved_bytes(form, (x, w, a, b)) for name, form in forms.items()}

@@ -71,3 +71,11 @@ KINDS = Registry("adapter", "sqft.adapter_kinds", {
 TASKS = Registry("task", "sqft.tasks", {  # a Task, a TaskSpec, or the path of a task's YAML file
     "arithmetic": "sqft.tasks.arithmetic:ARITHMETIC",
 })  # fmt: skip
+KERNELS = Registry("kernel", "sqft.kernels", {  # "operator", or "operator.device" for one type of device
+    "masked_weight": "sqft.kernels.reference:masked_weight",
+    "masked_gradients": "sqft.kernels.reference:masked_gradients",
+    "dequantized": "sqft.kernels.reference:dequantized",
+    "quant_aware_weight": "sqft.kernels.reference:quant_aware_weight",
+    "quant_aware_gradients": "sqft.kernels.reference:quant_aware_gradients",
+    "product": "torch.nn.functional:linear", "product.cpu": "sqft.kernels.dispatch:cpu_product",
+})  # fmt: skip

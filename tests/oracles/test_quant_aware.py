@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sqft.formats import gptq as gptq_format
 from sqft.formats.settings import Settings
-from sqft.kernels.quant_ops import Adapter, Packed, dequantized, merged, quant_aware_linear, quant_aware_weight
-from sqft.kernels.torch_ops import drop, pack_mask
+from sqft.kernels.ops import dequantized, drop, linear, merge_packed, quant_aware_weight
+from sqft.kernels.packed import Packed, pack_mask
+from sqft.kernels.reference import Adapter, scale_limits
 from sqft.quantization.grid import Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.method import Quantized
@@ -21,6 +22,11 @@ from sqft.quantization.rtn import rtn
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "qa_sparsepeft.npz"
 CASES = ["qa_g128_sym", "qa_g32_sym", "qa_g32_asym", "qa_g32_sym_dequantbase", "qa_g32_sym_fp16scales"]
+
+
+def quant_aware_linear(x: Tensor, packed: Packed, bias: Tensor | None, adapter: Adapter, dropout: float = 0.0,
+                       training: bool = True) -> Tensor:  # fmt: skip
+    return linear(x, bias, packed, adapter, dropout, training)
 
 
 def official(case: str) -> tuple[dict[str, Tensor], Packed, Adapter]:
@@ -46,8 +52,8 @@ def test_equals_the_official_numbers(case: str) -> None:
     torch.testing.assert_close(y, t["y"], rtol=2e-5, atol=2e-5)
     (y * t["G"]).sum().backward()
     torch.testing.assert_close(x.grad, t["grad_x"], rtol=2e-5, atol=2e-4)
-    torch.testing.assert_close(quant_aware_weight(packed, adapter, torch.float32), t["dequantize_weight"])
-    assert torch.equal(merged(packed, adapter).qweight, t["qweight_merged"])
+    torch.testing.assert_close(quant_aware_weight(packed, adapter, torch.float32).mT, t["dequantize_weight"])
+    assert torch.equal(merge_packed(packed, adapter).qweight, t["qweight_merged"])
     tolerance = 2e-3 if "fp16scales" in case else 2e-5
     torch.testing.assert_close(y, t["y_merged_quantlinear"], rtol=tolerance, atol=tolerance)
     base = QuantLinear(128, 64, 4, 128 // packed.scales.shape[0])
@@ -64,7 +70,7 @@ def test_gradients_are_the_official_ones_but_for_clamped_weights(case: str) -> N
     g = (dy.mT @ x) * mask
     torch.testing.assert_close(2 * t["B"].mT @ g, t["grad_A"], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(2 * g @ t["A"].mT, t["grad_B"], rtol=1e-4, atol=1e-3)
-    w = (t["base_weight"] if adapter.base is not None else dequantized(packed, 128, torch.float32).mT) + 2 * (
+    w = (t["base_weight"] if adapter.base is not None else dequantized(packed, 128, torch.float32)) + 2 * (
         t["B"] @ t["A"]
     ) * mask
     grid = layer_of(packed).grid()
@@ -139,10 +145,10 @@ def test_equals_the_naive_version(bits: int, symmetric: bool, scrambled: bool) -
     for mine, his in [(y, expected), *((m.grad, n.grad) for m, n in zip(adapter, doubles, strict=True))]:
         torch.testing.assert_close(mine.double(), his, rtol=1e-4, atol=2e-4)
     # The integers that merging stores mean the very weight that was multiplied with, and keep the zeros.
-    packed = merged(layer.packed(), Adapter(a, b, pack_mask(mask), 0.5))
+    packed = merge_packed(layer.packed(), Adapter(a, b, pack_mask(mask), 0.5))
     weight = dequantized(packed, 64, torch.float32)
     assert torch.equal(weight, quant_aware_weight(layer.packed(), Adapter(a, b, pack_mask(mask), 0.5), torch.float32))
-    assert not weight.mT[~mask].any() and not torch.equal(packed.qweight, layer.qweight)
+    assert not weight[~mask].any() and not torch.equal(packed.qweight, layer.qweight)
     assert torch.equal(packed.qzeros, layer.qzeros) and torch.equal(packed.scales, layer.scales)
 
 
@@ -167,7 +173,7 @@ def test_learnt_scales(scrambled: bool) -> None:
     expected.backward(dy.double())
     torch.testing.assert_close(y.double(), expected.detach(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(new.grad.double(), theirs.grad, rtol=1e-3, atol=2e-3)
-    stored = merged(layer.packed(), Adapter(a, b, pack_mask(mask), 0.5, None, new.detach()))
+    stored = merge_packed(layer.packed(), Adapter(a, b, pack_mask(mask), 0.5, None, new.detach()))
     assert torch.equal(stored.scales.float(), new.detach())
 
 
@@ -209,8 +215,8 @@ def test_evaluation_is_the_merged_layer_bit_for_bit(dtype: torch.dtype) -> None:
     bias = torch.randn(96).to(dtype)
     adapter = Adapter(a, b, pack_mask(mask), 0.5)
     y = quant_aware_linear(x, layer.packed(), bias, adapter, 0.3, training=False)
-    w_IO = dequantized(merged(layer.packed(), adapter), 64, dtype)
-    assert torch.equal(y, F.linear(x, w_IO.mT, bias))
+    w_OI = dequantized(merge_packed(layer.packed(), adapter), 64, dtype)
+    assert torch.equal(y, F.linear(x, w_OI, bias))
 
 
 def test_gradient_checkpointing_and_compile() -> None:
@@ -235,3 +241,45 @@ def test_gradient_checkpointing_and_compile() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(eager.square().sum(), (x, a, b)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert f(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("pushed", [-0.01, 0.0, -1e30, 1e30])
+@pytest.mark.parametrize("scrambled", [False, True])
+def test_learnt_scales_have_a_floor(pushed: float, scrambled: bool) -> None:
+    """Scales that training pushed to zero, below, or out of float16 stand for the nearest limit, everywhere alike."""
+    x, layer, a, b, mask = problem(4, scrambled=scrambled)
+    new = layer.scales.float()
+    new[:, ::2] = pushed
+    new.requires_grad_()
+    adapter = Adapter(a, b, pack_mask(mask), 0.5, None, new)
+    low, high = scale_limits(layer.packed())
+    assert (low > 0).all() and (high <= torch.finfo(torch.float16).max).all()
+    y = quant_aware_linear(x, layer.packed(), None, adapter)
+    limited = adapter._replace(new_scales=torch.where(new < low, low, torch.where(new > high, high, new)).detach())
+    assert torch.isfinite(y).all() and torch.equal(y, quant_aware_linear(x, layer.packed(), None, limited))
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(9)))
+    assert torch.isfinite(new.grad).all() and new.grad[:, 1::2].all()
+    # Descent leads back inside, never further out.
+    assert (new.grad[:, ::2] * (1 if pushed > 0 else -1) >= 0).all() and new.grad[:, ::2].any()
+    merged = merge_packed(layer.packed(), adapter)
+    assert (merged.scales > 0).all() and torch.isfinite(merged.scales).all()
+    weight = quant_aware_weight(layer.packed(), adapter, torch.float32)
+    assert torch.equal(dequantized(merged, 64, torch.float32), weight) and not weight[~mask].any()
+
+
+def test_training_at_a_huge_rate_keeps_learnt_scales_finite() -> None:
+    x, layer, a, b, mask = problem(4)
+    new = layer.scales.float().requires_grad_()
+    optimizer = torch.optim.AdamW([new], lr=1.0)
+    adapter = Adapter(a, b, pack_mask(mask), 0.5, None, new)
+    least = []
+    for _ in range(20):
+        loss = quant_aware_linear(x, layer.packed(), None, adapter).square().mean()
+        assert torch.isfinite(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        least.append(new.detach().min())
+    assert torch.isfinite(new).all() and min(least) < 0  # the parameters did cross zero
+    merged = merge_packed(layer.packed(), adapter)
+    assert (merged.scales > 0).all() and torch.isfinite(merged.scales).all()

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sqft.kernels import dispatch
-from sqft.kernels.torch_ops import drop, masked_weight, pack_mask, sparse_linear, unpack_mask
+from sqft.kernels.ops import drop, linear, masked_weight
+from sqft.kernels.packed import pack_mask, unpack_mask
+from sqft.kernels.reference import Adapter
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "sparsepeft.npz"
 ALL = ["mkl", "onednn"] if hasattr(torch.ops.mkldnn, "_linear_pointwise") else ["mkl"]
@@ -24,6 +26,11 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     dispatch.use_onednn.cache_clear()
     yield request.param
     dispatch.use_onednn.cache_clear()
+
+
+def sparse_linear(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: Tensor, scale: float,
+                  dropout: float = 0.0, training: bool = True) -> Tensor:  # fmt: skip
+    return linear(x, bias, None, Adapter(a, b, mask, scale, w), dropout, training)
 
 
 def layer(dtype: torch.dtype, out: int = 24, inputs: int = 19, rank: int = 4, tokens: tuple = (3, 5), seed: int = 0):
@@ -45,7 +52,7 @@ def test_equals_the_official_numbers(precision: str, product: str) -> None:
     (y * t["G"]).sum().backward()
     tolerance = {"f32": 2e-5, "f64": 1e-13}[precision]
     for ours, name in [(y, "y"), (x.grad, "grad_x"), (a.grad, "grad_A"), (b.grad, "grad_B"),
-                       (masked_weight(t["W"], a, b, 2.0, mask, t["W"].dtype), "W_merged")]:  # fmt: skip
+                       (masked_weight(Adapter(a, b, mask, 2.0, t["W"]), t["W"].dtype), "W_merged")]:  # fmt: skip
         torch.testing.assert_close(ours, t[name], rtol=tolerance, atol=tolerance)
 
 
@@ -97,7 +104,7 @@ def test_dropout_leaves_the_base_path_alone_and_keeps_the_mean() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_evaluation_is_the_merged_layer_bit_for_bit(dtype: torch.dtype) -> None:
     x, w, bias, a, b, mask = layer(dtype, out=300, inputs=203)
-    merged = masked_weight(w, a, b, 0.5, pack_mask(mask), dtype)
+    merged = masked_weight(Adapter(a, b, pack_mask(mask), 0.5, w), dtype)
     assert merged.dtype == dtype
     assert not merged[~mask].any()
     y = sparse_linear(x, w, bias, a, b, pack_mask(mask), 0.5, dropout=0.3, training=False)

@@ -7,6 +7,7 @@ import torch
 
 import sqft
 from sqft.kernels.dispatch import pick_device
+from sqft.kernels.memory import peak_memory
 
 
 @pytest.fixture
@@ -33,3 +34,18 @@ def test_a_device_that_is_not_there_is_refused_by_name(name: str, two_xpus: None
         sqft.UsageError, match=rf"no device '{name}' here: choose from auto, cpu, meta, xpu, xpu:0, xpu:1"
     ):
         pick_device(name)
+
+
+def test_peak_memory_is_the_accelerators_where_it_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise NotImplementedError("this accelerator does not count")
+
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda: 123)
+    with peak_memory() as peak:
+        pass
+    assert peak.bytes == 123
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", refuse)
+    with peak_memory() as peak:
+        pass
+    assert peak.bytes != 123

@@ -11,7 +11,7 @@ from torch import Tensor
 from sqft.errors import SqftError
 from sqft.formats import compressed_tensors, gptq
 from sqft.formats.settings import Settings
-from sqft.kernels.packing import unpack
+from sqft.kernels.packed import unpack_words
 from sqft.quantization.grid import Grid
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.method import Quantized
@@ -83,7 +83,7 @@ def test_version_1_subtracts_from_whole_words(bits: int) -> None:
 
 def test_version_1_shifts_each_field_at_3_bits() -> None:
     layer = random_layer(3)
-    stored = unpack(gptq.encode(layer, "gptq")["qzeros"].mT, layer.out_features, 3).mT
+    stored = unpack_words(gptq.encode(layer, "gptq")["qzeros"].mT, layer.out_features, 3).mT
     assert torch.equal((stored + 1) % 8, layer.packed().zeros_GO())
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sqft
-from sqft.kernels.packing import pack, unpack, word_count
+from sqft.kernels.packed import pack_words, unpack_words, word_count
 from sqft.quantization.grid import GridSpec, fit
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.rtn import rtn
@@ -68,9 +68,9 @@ def test_searched_ranges_are_not_worse(bits: int, symmetric: bool, seed: int) ->
 @given(st.sampled_from(BITS), st.integers(1, 150), st.integers(1, 9), st.integers(0, 10**6))
 def test_packing_round_trips_also_ragged_widths(bits: int, count: int, columns: int, seed: int) -> None:
     q = torch.randint(2**bits, (count, columns), generator=torch.Generator().manual_seed(seed))
-    words = pack(q, bits)
+    words = pack_words(q, bits)
     assert words.dtype == torch.int32 and words.shape == (word_count(count, bits), columns)
-    assert torch.equal(unpack(words, count, bits), q.int())
+    assert torch.equal(unpack_words(words, count, bits), q.int())
     # The layout: a stream of bits, the lowest first.
     stream = [sum(int(v) << (bits * k) for k, v in enumerate(q[:, c])) for c in range(columns)]
     for c, value in enumerate(stream):

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from sqft.adapters.lora import ElasticLora
 from sqft.adapters.sparse import MaskedLoraLinear
 from sqft.errors import SqftError, UsageError
-from sqft.kernels.quant_ops import Adapter, Packed, merged, quant_aware_linear, quant_aware_weight
+from sqft.kernels.ops import linear, merge_packed, quant_aware_weight
+from sqft.kernels.packed import Packed
+from sqft.kernels.reference import Adapter
 from sqft.quantization.linear import QuantLinear
 
 FLOAT_BASE = "sqft_float_base"  # buffer on a QuantLinear: the un-quantized sparse weight
@@ -64,16 +66,16 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
         return Adapter(a, b, self.mask, self.scaling[name], base, cast("Tensor | None", new_scales))
 
     def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
-        linear = self._linear
-        return quant_aware_linear(x, linear.packed(), linear.bias, self._adapter(adapter), dropout, self.training)
+        packed, bias = self._linear.packed(), self._linear.bias
+        return linear(x, bias, packed, self._adapter(adapter), dropout, self.training)
 
     def effective_weight(self, adapter: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """[O, I]: the fake-quantized weight that training multiplies with."""
-        return quant_aware_weight(self._linear.packed(), self._adapter(adapter), dtype).mT
+        return quant_aware_weight(self._linear.packed(), self._adapter(adapter), dtype)
 
     def merged_packed(self, adapter: str) -> Packed:
         """The adapted weight as integers on the grid, packed: they mean ``effective_weight``."""
-        return merged(self._linear.packed(), self._adapter(adapter))
+        return merge_packed(self._linear.packed(), self._adapter(adapter))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging changes of the de-quantized weight, float32 [O, I]."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from sqft.adapters.lora import factors
 from sqft.errors import SqftError
-from sqft.kernels.torch_ops import masked_weight, sparse_linear
+from sqft.kernels.ops import linear, masked_weight
+from sqft.kernels.reference import Adapter
 from sqft.sparsity.masks import packed_mask, set_mask
 
 
@@ -78,22 +79,19 @@ class SparseLoraLinear(MaskedLoraLinear):
         return cast(nn.Linear, self.get_base_layer())
 
     def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
-        linear = self._linear
-        a, b = self._factors(adapter)
-        return sparse_linear(
-            x, linear.weight, linear.bias, a, b, self.mask, self.scaling[adapter], dropout, training=self.training
-        )
+        return linear(x, self._linear.bias, None, self._adapter(adapter), dropout, self.training)
+
+    def _adapter(self, name: str, sign: float = 1.0) -> Adapter:
+        return Adapter(*self._factors(name), self.mask, sign * self.scaling[name], self._linear.weight)
 
     def merged_weight(self, adapter: str, sign: float = 1.0) -> Tensor:
         """The weight [O, I] that training multiplies with, bit for bit, in the base's dtype."""
-        weight = self._linear.weight
-        a, b = self._factors(adapter)
-        return masked_weight(weight, a, b, sign * self.scaling[adapter], self.mask, weight.dtype)
+        return masked_weight(self._adapter(adapter, sign), self._linear.weight.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The masked adapter alone, [O, I]."""
-        a, b = self._factors(adapter)
-        return masked_weight(None, a, b, self.scaling[adapter], self.mask, a.dtype)
+        alone = self._adapter(adapter)._replace(base=None)
+        return masked_weight(alone, alone.a_RI.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in check_adapters_to_merge(self, adapter_names):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sqft.calibration.statistics import widest
 from sqft.errors import SqftError
-from sqft.kernels.torch_ops import accumulation_dtype
+from sqft.kernels.dispatch import accumulation_dtype
 
 BLOCK = 128  # columns whose corrections to the rest are applied at once (lazy batch updates)
 LARGEST_DAMPING = 10.0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sqft.errors import SqftError
 from sqft.formats.settings import Format, Settings, check_groups, expect, group_columns, need, take
-from sqft.kernels.packing import pack, word_count
+from sqft.kernels.packed import pack_words, word_count
 from sqft.quantization.linear import QuantLinear
 
 VERSION = "pack-quantized"
@@ -48,7 +48,7 @@ def decode(module: str, tensors: Mapping[str, Tensor], settings: Settings) -> Qu
     expect(module, "weight_packed", packed, (outputs, word_count(inputs, bits)), True)
     expect(module, "weight_scale", scale, (outputs, groups), False)
     if settings.symmetric:
-        qzeros = pack(torch.full((outputs, groups), 2 ** (bits - 1)), bits)
+        qzeros = pack_words(torch.full((outputs, groups), 2 ** (bits - 1)), bits)
     else:
         qzeros = take(tensors, "weight_zero_point", module, 2)
         expect(module, "weight_zero_point", qzeros, (word_count(outputs, bits), groups), True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sqft.errors import SqftError
 from sqft.formats.settings import Format, Settings, check_groups, expect, group_columns, need, take
-from sqft.kernels.packing import pack, unpack, word_count
+from sqft.kernels.packed import pack_words, unpack_words, word_count
 from sqft.quantization.linear import QuantLinear
 
 VERSIONS = ("gptq", "gptq_v2")
@@ -56,8 +56,8 @@ def decode(module: str, tensors: Mapping[str, Tensor], settings: Settings) -> Qu
 def _shift(qzeros: Tensor, bits: int, outputs: int, by: int) -> Tensor:
     """Adds ``by`` (1 or -1) to all zero points, by whole words or, at 3 bits, by field."""
     if bits == 3:
-        fields = (unpack(qzeros.mT, outputs, bits) + by) & (2**bits - 1)
-        return pack(fields, bits).mT.contiguous()
+        fields = (unpack_words(qzeros.mT, outputs, bits) + by) & (2**bits - 1)
+        return pack_words(fields, bits).mT.contiguous()
     ones = sum(1 << shift for shift in range(0, 32, bits))
     words = (qzeros.long() + by * ones) & 0xFFFFFFFF
     return (words - ((words >> 31) << 32)).to(torch.int32)

@@ -1,17 +1,29 @@
-"""Picks the device, and the implementation of a product by device, dtype and processor. The only reader of the
-environment."""
+"""Where things are computed and by what: the device, an operator's implementation for it, sizes of chunks. The only
+reader of the environment.
+
+An operator is a row of ``registry.KERNELS``: its name, with the reference in plain torch. A row ``name.device`` (as in
+``masked_weight.cuda``) is an implementation for a type of device: it has the same arguments and results, no autograd
+and no autocast. Packages add rows by entry points in the group ``sqft.kernels``.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sqft.errors import UsageError
+from sqft.registry import KERNELS
+
+# Weight elements a chunk: on a CPU 2 MiB of float32, which stay in the cache; elsewhere few launches matter more.
+CHUNK_ELEMENTS = {"cpu": 1 << 19}
+LARGE_CHUNK = 1 << 26
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -29,6 +41,14 @@ def pick_device(name: str = "auto") -> torch.device:
     if name not in kinds:
         raise UsageError(f"there is no device '{name}' here: choose from auto, {', '.join(kinds)}")
     return torch.device(name)
+
+
+@functools.cache
+def kernel(op: str, device_type: str) -> Callable[..., Any]:
+    """The implementation of an operator for a type of device: its own if there is one, else the reference.
+    Raises SqftError for a package's implementation that does not load."""
+    name = f"{op}.{device_type}"
+    return KERNELS[name if name in KERNELS else op]
 
 
 @functools.cache
@@ -54,13 +74,29 @@ def _processor_vendor() -> str:
         return ""
 
 
-def product(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """``x w^T + bias`` -> [T, O], for tensors of one dtype and any strides, by the fastest library. No autograd."""
-    if x_TI.dtype == torch.float32 and x_TI.device.type == "cpu" and use_onednn():
+def cpu_product(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """``product`` by MKL or oneDNN, whichever is faster."""
+    if x_TI.dtype == torch.float32 and use_onednn():
         if not (w_OI.is_contiguous() or w_OI.mT.is_contiguous()):  # a slice: oneDNN's reference code, 1000 times slower
             w_OI = w_OI.contiguous()
         return torch.ops.mkldnn._linear_pointwise(x_TI, w_OI, bias_O, "none", [], "")
     return F.linear(x_TI, w_OI, bias_O)
+
+
+def product(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``x w^T + bias`` -> [T, O], for tensors of one dtype and any strides, by the fastest library. No autograd."""
+    return kernel("product", x_TI.device.type)(x_TI, w_OI, bias_O)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Adapters and masked products of half-precision weights are computed in float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
+    """Slices of a weight's rows that are built one after the other."""
+    step = max(1, CHUNK_ELEMENTS.get(device.type, LARGE_CHUNK) // columns)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def release_memory() -> None:

@@ -14,8 +14,8 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """``bytes`` of the accelerator if there is one, else resident bytes of this process (with the interpreter and what
-    was loaded before); None where the system does not tell."""
+    """``bytes`` of the accelerator if there is one that counts them, else resident bytes of this process (with the
+    interpreter and what was loaded before); None where the system does not tell."""
 
     bytes: int | None = None
 
@@ -25,22 +25,16 @@ def peak_memory() -> Iterator[Peak]:
     """Measures from here to the end of the block."""
     release_memory()  # what earlier work left is not this work's
     peak = Peak()
-    accelerator = torch.accelerator.is_available()
-    with contextlib.suppress(RuntimeError):  # none, or one that does not count
+    with contextlib.suppress(RuntimeError):  # there is no accelerator, or it does not count
         torch.accelerator.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # not Linux, or not allowed
         _RESET.write_text("5")  # the kernel's highest resident size starts anew
     try:
         yield peak
     finally:
-        peak.bytes = _highest_allocated() if accelerator else _highest_resident()
-
-
-def _highest_allocated() -> int | None:
-    try:
-        return torch.accelerator.max_memory_allocated()
-    except RuntimeError:  # not every accelerator counts
-        return None
+        peak.bytes = _highest_resident()
+        with contextlib.suppress(RuntimeError):
+            peak.bytes = torch.accelerator.max_memory_allocated()
 
 
 def _highest_resident() -> int | None:

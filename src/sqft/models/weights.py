@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sqft.errors import SqftError
-from sqft.kernels.torch_ops import pack_mask, unpack_mask
+from sqft.kernels.packed import pack_mask, unpack_mask
 
 MASK = "sqft_mask"  # non-persistent buffer of the module: follows .to(device), is not in the state dict
 

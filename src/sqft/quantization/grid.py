@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sqft.errors import UsageError
-from sqft.kernels.torch_ops import row_chunks
+from sqft.kernels.dispatch import row_chunks
 
 GROUP_SIZES = (32, 64, 128, -1)
 SMALLEST_SCALE = 2.0**-24  # of float16

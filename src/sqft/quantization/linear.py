@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sqft.kernels.packing import pack, word_count
-from sqft.kernels.quant_ops import Packed, dequantized, integers, quant_linear
+from sqft.kernels.ops import dequantized, linear
+from sqft.kernels.packed import Packed, pack_words, word_count
 from sqft.quantization.grid import Grid
 from sqft.quantization.method import Quantized
 
@@ -54,8 +54,8 @@ class QuantLinear(nn.Module):
         rows, columns = q_OI.shape
         layer = cls(columns, rows, grid.bits, group_size, device=q_OI.device)
         layer.symmetric = symmetric
-        layer.qweight = pack(q_OI.mT, grid.bits)
-        layer.qzeros = pack(grid.zero_OG, grid.bits).mT.contiguous()
+        layer.qweight = pack_words(q_OI.mT, grid.bits)
+        layer.qzeros = pack_words(grid.zero_OG, grid.bits).mT.contiguous()
         layer.scales = grid.scale_OG.mT.contiguous()
         if grid.group_I is not None:
             layer.g_idx = grid.group_I.to(torch.int32)
@@ -87,11 +87,11 @@ class QuantLinear(nn.Module):
 
     def integers(self) -> Tensor:
         """uint8 [O, I]."""
-        return integers(self.packed(), self.in_features)
+        return self.packed().integers(self.in_features)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I], de-quantized."""
-        return dequantized(self.packed(), self.in_features, dtype).mT
+        return dequantized(self.packed(), self.in_features, dtype)
 
     def nonzero(self) -> Tensor:
         """bool [O, I]: where the weight is not zero, by its integers."""
@@ -100,7 +100,7 @@ class QuantLinear(nn.Module):
         return (self.integers() != grid.zero_OG[:, groups_I]) & (grid.scale_OG != 0)[:, groups_I]
 
     def forward(self, x: Tensor) -> Tensor:
-        return quant_linear(x, self.packed(), self.bias)
+        return linear(x, self.bias, self.packed())
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self._contiguous = None

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sqft.errors import SqftError
-from sqft.kernels.torch_ops import unpack_mask
+from sqft.kernels.packed import unpack_mask
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import FORMATS
 from sqft.sparsity.masks import FILE

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sqft.errors import SqftError, UsageError
-from sqft.kernels.torch_ops import pack_mask, unpack_mask
+from sqft.kernels.packed import pack_mask, unpack_mask
 from sqft.models.tensors import save_tensors
 from sqft.models.weights import MASK, Weight, is_linear, linear_weights
 
