@@ -91,10 +91,6 @@ class Weight:
         return stored(self.module, "qweight" if self.packed else self._parameter).device
 
     @property
-    def requires_grad(self) -> bool:
-        return not self.packed and getattr(self.module, self._parameter).requires_grad
-
-    @property
     def bias(self) -> Tensor | None:
         """The layer's bias [O], without gradient."""
         has = self._index is None and getattr(self.module, "bias", None) is not None
