@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pico import pico_model, pico_tokenizer
 from torch import Tensor
 
+import sqft
 from sqft.errors import SqftError
 from sqft.formats import compressed_tensors, gptq
-from sqft.formats.settings import Settings
+from sqft.formats.checkpoint import mark_packed
+from sqft.formats.settings import Format, Settings
 from sqft.kernels.packed import unpack_words
+from sqft.models.reader import SafetensorsReader
 from sqft.quantization.grid import Grid
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.method import Quantized
+from sqft.registry import FORMATS
 
 BITS = (2, 3, 4, 8)
 CODERS = [(gptq, "gptq"), (gptq, "gptq_v2"), (compressed_tensors, compressed_tensors.VERSION)]
@@ -211,3 +217,23 @@ def test_act_order_is_said_only_of_scattered_groups() -> None:
         assert gptq.make_config(layers, [], "gptq_v2")["desc_act"] is scrambled
         config = compressed_tensors.make_config(layers, [], "pack-quantized")
         assert config["config_groups"]["group_0"]["weights"]["actorder"] == ("group" if scrambled else None)
+
+
+MINE = Format(
+    "words", ("mine",),
+    encode=lambda layer, version: {"words": layer.qweight, **{k: v for k, v in layer.state_dict().items() if k != "qweight"}},
+    decode=lambda name, tensors, settings: gptq.decode(name, {"qweight": tensors["words"], **tensors}, settings),
+    read_config=lambda config: gptq.read_config({**config, "checkpoint_format": "gptq_v2"}),
+    make_config=lambda layers, floats, version: {**gptq.make_config(layers, floats, "gptq_v2"), "quant_method": "mine"},
+)  # fmt: skip
+
+
+def test_a_format_from_outside_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS._entries, "mine", f"{__name__}:MINE")
+    model = pico_model()
+    sqft.quantize(model, sqft.QuantizeConfig(method="rtn", group_size=32))
+    mark_packed(model, "mine")
+    sqft.save(model, pico_tokenizer(), tmp_path / "m")
+    assert "model.layers.0.mlp.up_proj.words" in SafetensorsReader(tmp_path / "m").layout
+    state = sqft.load(tmp_path / "m")[0].state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

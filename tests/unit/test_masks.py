@@ -145,5 +145,10 @@ def test_load_puts_everything_on_the_device(tmp_path: Path) -> None:
     for folder in (dense, tmp_path / "packed"):
         model, _ = sqft.load(folder, device="meta")
         assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}, folder
+    adapted = sqft.attach(model, sqft.SqftConfig(r=4, quantization_aware=True))
+    assert {layer.mask.device.type for layer in adapter_layers(adapted).values()} == {"meta"}
+    dense_int = packed(4).to("meta")  # whose masks, of ones, are made now
+    adapted = sqft.attach(dense_int, sqft.SqftConfig(r=4, sparse_adapter=False, quantization_aware=True))
+    assert {layer.mask.device.type for layer in adapter_layers(adapted).values()} == {"meta"}
     with pytest.raises(sqft.UsageError, match="no device 'tpu'"):
         sqft.load(dense, device="tpu")

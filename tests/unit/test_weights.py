@@ -10,13 +10,15 @@ import torch
 from peft import LoraConfig
 from pico import pico_model, pico_tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import sqft
 from sqft.models.discover import describe
+from sqft.models.tables import Family
 from sqft.models.weights import Weight, block_index, is_linear, linear_weights
 from sqft.quantization.linear import QuantLinear
+from sqft.registry import FAMILIES
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -51,7 +53,7 @@ def test_a_weight_reads_as_outputs_by_inputs(kind: str) -> None:
     weight, layer = weight_of(kind)
     assert weight.shape == (4, 6) and not weight.packed and weight.dtype == torch.float32
     torch.testing.assert_close(X @ weight.read().mT, layer(X))
-    assert not weight.read().requires_grad and weight.requires_grad
+    assert not weight.read().requires_grad
 
 
 @KINDS
@@ -100,7 +102,7 @@ def test_a_packed_weight_is_counted_by_its_integers() -> None:
     sqft.quantize(model, sqft.QuantizeConfig(bits=4, method="rtn", group_size=32))
     weight = next(describe(model).weights())
     layer = weight.module
-    assert weight.packed and isinstance(layer, QuantLinear) and not weight.requires_grad
+    assert weight.packed and isinstance(layer, QuantLinear)
     layer.scales[0, 2] = 0  # as a foreign checkpoint may have
     assert torch.equal(weight.nonzero(), weight.read() != 0) and not weight.nonzero()[2].any()
     with pytest.raises(sqft.SqftError, match="is packed"):
@@ -170,3 +172,30 @@ def test_an_offloaded_model_is_pruned_quantized_and_saved(how: str, tmp_path: Pa
     sqft.save(model, pico_tokenizer(), tmp_path / "packed")
     found = sqft.load(tmp_path / "packed")[0].state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+GPT2 = Family("gpt2", "transformer.h", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), ("c_attn",))
+
+
+def test_a_family_with_transposed_weights_is_pruned_quantized_and_loaded(
+    tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row from outside; Wanda's mask is that of the same weight in an ``nn.Linear``."""
+    monkeypatch.setitem(FAMILIES._entries, "gpt2", f"{__name__}:GPT2")
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=260, n_positions=512)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    first = next(describe(model).weights())
+    w_OI, norm_I = first.read().clone(), torch.zeros(32)
+    with torch.no_grad():
+        x = model.transformer.h[0].ln_1(model.transformer.wte(tokens) + model.transformer.wpe.weight[: tokens.shape[1]])
+        norm_I = x.double().flatten(0, 1).square().sum(0).sqrt()
+    sqft.sparsify(model, sqft.SparsifyConfig(), tokens)
+    kept = (w_OI.double().abs() * norm_I).argsort(1)[:, 16:]
+    assert torch.equal(first.mask, torch.zeros(96, 32, dtype=torch.bool).scatter(1, kept, True))
+    sqft.quantize(model, sqft.QuantizeConfig(group_size=32), tokens)
+    assert all(weight.packed and not (weight.nonzero() & ~weight.mask).any() for weight in describe(model).weights())
+    sqft.save(model, pico_tokenizer(), tmp_path / "m")
+    loaded, _ = sqft.load(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(model(tokens[:2]).logits, loaded(tokens[:2]).logits)

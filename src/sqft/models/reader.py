@@ -34,11 +34,11 @@ class SafetensorsReader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._streams: dict[str, Any] = {}  # by tensor
-        self.layout: dict[str, Tensor] = {}
-        for file in _weight_files(self.folder):
-            self._open(file)
+        self.layout: Mapping[str, Tensor] = {
+            name: tensor for file in _weight_files(self.folder) for name, tensor in self._open(file)
+        }
 
-    def _open(self, file: Path) -> None:
+    def _open(self, file: Path) -> Iterator[tuple[str, Tensor]]:
         from safetensors import SafetensorError, safe_open
 
         if not file.is_file():
@@ -49,7 +49,7 @@ class SafetensorsReader:
                 part = stream.get_slice(name)
                 dtype = TORCH_DTYPES.get(part.get_dtype()) or stream.get_tensor(name).dtype
                 self._streams[name] = stream
-                self.layout[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+                yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
         except (SafetensorError, OSError) as error:
             raise SqftError(f"{file} is corrupt or truncated ({error}): fetch or write the model again") from None
 

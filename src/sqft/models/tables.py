@@ -25,7 +25,7 @@ class Family:
     fused: dict[str, str] = field(default_factory=dict)
 
 
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")  # they share a rank, where ranks are elastic
+ATTENTION_INPUTS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # they share a rank, where ranks are elastic
 _LLAMA_LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
@@ -35,7 +35,7 @@ PHI3 = Family(
     "phi3", "model.layers",
     linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     targets=("qkv_proj", "gate_up_proj", "down_proj"),
-    fused=dict.fromkeys(ATTENTION_INPUTS, "qkv_proj") | dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+    fused=dict.fromkeys(ATTENTION_INPUTS, "qkv_proj") | {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"},
 )  # fmt: skip
 OPT = Family(
     "opt", "model.decoder.layers",

@@ -91,10 +91,6 @@ class Weight:
         return stored(self.module, "qweight" if self.packed else self._parameter).device
 
     @property
-    def requires_grad(self) -> bool:
-        return not self.packed and getattr(self.module, self._parameter).requires_grad
-
-    @property
     def bias(self) -> Tensor | None:
         """The layer's bias [O], without gradient."""
         has = self._index is None and getattr(self.module, "bias", None) is not None
@@ -122,8 +118,8 @@ class Weight:
         return cast(Any, self.module).nonzero() if self.packed else self.read() != 0
 
     def write(self, w_OI: Tensor) -> None:
-        """Takes the values of ``w_OI`` in a new tensor (the old one may be a mapped file), of the dtype, the device and
-        the ``requires_grad`` of the old one. Raises SqftError for a packed weight or another shape."""
+        """Puts ``w_OI`` in the place of the old tensor, which stays as it is (it may be a mapped file), with the old
+        one's dtype, device and ``requires_grad``. Raises SqftError for a packed weight or another shape."""
         if self.packed:
             raise SqftError(f"{self.name} is packed: its values cannot be written, replace its module")
         if tuple(w_OI.shape) != self.shape:
@@ -163,11 +159,12 @@ class Weight:
         return None if packed is None else unpack_mask(packed, self.shape[1])
 
     def set_mask(self, mask_OI: Tensor) -> None:
-        """Remembers bool [O, I] on the module, one bit a weight."""
+        """Remembers bool [O, I] on the module, one bit a weight, where the weight lies."""
         self.set_packed_mask(pack_mask(mask_OI))
 
     def set_packed_mask(self, packed: Tensor) -> None:
         """The same of uint8 [O, ceil(I / 8)]."""
+        packed = packed.to(self.device)
         if self._index is not None:
             masks, has = getattr(self.module, self._mask_name, None), self._mask_name + "_of"
             if masks is None:

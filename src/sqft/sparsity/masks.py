@@ -154,7 +154,7 @@ def attach_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
         packed = _from_positions(weight, stored) if stored.dtype == torch.int32 else stored
         if packed.shape != (weight.shape[0], -(-weight.shape[1] // 8)):
             raise SqftError(f"mask of '{name}' {tuple(packed.shape)} does not fit the model: masks of another model?")
-        weight.set_packed_mask(packed.to(weight.device))
+        weight.set_packed_mask(packed)
 
 
 def _from_positions(weight: Weight, positions: Tensor) -> Tensor:
