@@ -8,6 +8,7 @@ other, bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sqft.compressing.passes import Pass, Prune, Quantize
 from sqft.compressing.sinks import Folder, InPlace, Sink
-from sqft.config import QuantizeConfig, SparsifyConfig
+from sqft.config import QuantizeConfig, SparsifyConfig, to_dict
 from sqft.errors import UsageError
 from sqft.models.discover import describe
 
@@ -51,15 +52,10 @@ def quantize(model: PreTrainedModel | str | Path, config: QuantizeConfig | None 
     """Quantizes the linear weights of the decoder blocks; pruned weights stay exactly zero.
 
     Args:
-        model: a live float model (its ``nn.Linear`` become ``QuantLinear``, in place) or a folder or hub name (then
-            ``out`` is needed, and the model is read, quantized and written block by block).
-        calibration: int64 [N, T] token blocks, or a source as in ``config.calibration``, which it replaces.
+        model: a float model; of a live one, ``QuantLinear`` layers take the linear ones' places.
         first: prune in the same walk, with this config (its calibration is its own, unless ``calibration`` is given).
-        tokenizer: needed for a live model with a calibration source.
-        out: folder to write to; ``overwrite`` replaces an earlier stage folder there.
 
-    Returns the metrics: bits, zeros kept, sparsity, seconds. Raises UsageError for options that do not fit the model
-    (a group size that does not divide a width, before any work), SqftError otherwise.
+    Else as ``sparsify``. Returns the metrics: bits, zeros kept, sparsity, seconds.
     """
     passes = [*([Prune(first)] if first else []), Quantize(config or QuantizeConfig())]
     return compress(model, passes, calibration, tokenizer=tokenizer, out=out, overwrite=overwrite)
@@ -79,7 +75,7 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     if isinstance(model, (str, Path)):
         if out is None:
             raise UsageError(f"{last.stage} of a folder needs an output folder")
-        sink = Folder(str(model), Path(out), overwrite, _settings(passes, calibration))
+        sink = Folder(str(model), Path(out), overwrite, _given(passes, calibration))
         model, tokenizer = sink.load(last.config.dtype)
     elif out is not None:
         raise UsageError("a live model is changed in place: write it with sqft.save(model, tokenizer, folder)")
@@ -97,9 +93,12 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     return sink.receive(finished, model, last, metrics)
 
 
-def _settings(passes: Sequence[Pass], calibration: Tensor | str | None) -> dict[str, Any]:
-    """The manifest's config: of the last pass, with that of the pass before it under 'first'."""
-    settings: dict[str, Any] = {}
-    for each in passes:
-        settings = each.identity(calibration) | ({"first": settings} if settings else {})
-    return settings
+def _given(passes: Sequence[Pass], calibration: Tensor | str | None) -> dict[str, Any]:
+    """What the manifest has besides the last pass's config: another calibration, and the pass before it as 'first'."""
+    if isinstance(calibration, Tensor):
+        calibration = "tokens:" + hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
+    own = {} if calibration is None else {"calibration": calibration}
+    first: dict[str, Any] = {}
+    for each in passes[:-1]:
+        first = {"first": to_dict(each.config) | own | first}
+    return own | first
