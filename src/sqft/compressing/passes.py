@@ -6,6 +6,7 @@ through the model's blocks. Methods see tensors alone: this is where they meet m
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from sqft.calibration.data import token_blocks
 from sqft.calibration.statistics import Gradient, Hessian, gradients
 from sqft.calibration.walker import walk
-from sqft.config import QuantizeConfig, SparsifyConfig
+from sqft.config import QuantizeConfig, SparsifyConfig, to_dict
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.dispatch import pick_device
 from sqft.models.discover import Architecture, Block, match_modules
@@ -69,6 +70,15 @@ class Pass(ABC):
     @abstractmethod
     def metrics(self, model: nn.Module) -> dict[str, Any]:
         """The numbers of all blocks."""
+
+    def identity(self, calibration: Tensor | str | None) -> dict[str, Any]:
+        """The config as it goes into the manifest, with the calibration that was really used."""
+        values = to_dict(self.config)
+        if isinstance(calibration, str):
+            values["calibration"] = calibration
+        elif calibration is not None:
+            values["calibration"] = "tokens:" + hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
+        return values
 
     def prepare(self, model: nn.Module, architecture: Architecture, calibration: Tensor | str | None,
                 tokenizer: PreTrainedTokenizerBase | None) -> None:  # fmt: skip

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sqft import artifact
 from sqft.compressing.passes import Pass
-from sqft.config import to_dict
 from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantization_config, write_quantize_config
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Block
@@ -21,11 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-Metrics = Callable[[], dict[str, Any]]
-
-
 class Sink(Protocol):
-    def receive(self, blocks: Iterable[Block], model: Any, last: Pass, metrics: Metrics) -> dict[str, Any]:
+    def receive(self, blocks: Iterable[Block], model: Any, last: Pass,
+                metrics: Callable[[], dict[str, Any]]) -> dict[str, Any]:  # fmt: skip
         """Takes the blocks as the ``last`` pass finishes them; returns the metrics, taken when all are finished."""
         ...
 
@@ -33,7 +30,8 @@ class Sink(Protocol):
 class InPlace:
     """The live model itself."""
 
-    def receive(self, blocks: Iterable[Block], model: Any, last: Pass, metrics: Metrics) -> dict[str, Any]:
+    def receive(self, blocks: Iterable[Block], model: Any, last: Pass,
+                metrics: Callable[[], dict[str, Any]]) -> dict[str, Any]:  # fmt: skip
         for _ in blocks:
             pass
         if last.layers:
@@ -44,11 +42,10 @@ class InPlace:
 class Folder:
     """A stage folder: each block is written and dropped before the next one is touched."""
 
-    def __init__(self, source: str, out: Path, overwrite: bool, given: dict[str, Any]) -> None:
-        """``given``: what the manifest has besides the last pass's config. Raises UsageError if ``out`` cannot be
-        written."""
+    def __init__(self, source: str, out: Path, overwrite: bool, settings: dict[str, Any]) -> None:
+        """``settings`` is the manifest's config. Raises UsageError if ``out`` cannot be written."""
         artifact.check_output(out, overwrite)
-        self.source, self.out, self.overwrite, self.given = source, out, overwrite, given
+        self.source, self.out, self.overwrite, self.settings = source, out, overwrite, settings
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
     def load(self, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -60,7 +57,8 @@ class Folder:
         self.tokenizer = load_tokenizer(self.source)
         return model, self.tokenizer
 
-    def receive(self, blocks: Iterable[Block], model: Any, last: Pass, metrics: Metrics) -> dict[str, Any]:
+    def receive(self, blocks: Iterable[Block], model: Any, last: Pass,
+                metrics: Callable[[], dict[str, Any]]) -> dict[str, Any]:  # fmt: skip
         assert self.tokenizer is not None
         masks: dict[str, Tensor] = {}
         with artifact.writing(self.out, self.overwrite) as folder:
@@ -82,7 +80,7 @@ class Folder:
                 save_masks(masks, folder)
             numbers = metrics()
             artifact.write_manifest(folder, artifact.Manifest(
-                stage=last.stage, config=to_dict(last.config) | self.given, seed=last.config.seed, metrics=numbers,
+                stage=last.stage, config=self.settings, seed=last.config.seed, metrics=numbers,
                 parent=artifact.relative_parent(self.source, self.out), parent_key=artifact.folder_key(self.source),
             ))  # fmt: skip
         return numbers

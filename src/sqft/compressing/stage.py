@@ -8,7 +8,6 @@ other, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from sqft.compressing.passes import Pass, Prune, Quantize
 from sqft.compressing.sinks import Folder, InPlace, Sink
-from sqft.config import QuantizeConfig, SparsifyConfig, to_dict
+from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import UsageError
 from sqft.models.discover import describe
 
@@ -52,10 +51,15 @@ def quantize(model: PreTrainedModel | str | Path, config: QuantizeConfig | None 
     """Quantizes the linear weights of the decoder blocks; pruned weights stay exactly zero.
 
     Args:
-        model: a float model; of a live one, ``QuantLinear`` layers take the linear ones' places.
+        model: a live float model (its ``nn.Linear`` become ``QuantLinear``, in place) or a folder or hub name (then
+            ``out`` is needed, and the model is read, quantized and written block by block).
+        calibration: int64 [N, T] token blocks, or a source as in ``config.calibration``, which it replaces.
         first: prune in the same walk, with this config (its calibration is its own, unless ``calibration`` is given).
+        tokenizer: needed for a live model with a calibration source.
+        out: folder to write to; ``overwrite`` replaces an earlier stage folder there.
 
-    Else as ``sparsify``. Returns the metrics: bits, zeros kept, sparsity, seconds.
+    Returns the metrics: bits, zeros kept, sparsity, seconds. Raises UsageError for options that do not fit the model
+    (a group size that does not divide a width, before any work), SqftError otherwise.
     """
     passes = [*([Prune(first)] if first else []), Quantize(config or QuantizeConfig())]
     return compress(model, passes, calibration, tokenizer=tokenizer, out=out, overwrite=overwrite)
@@ -75,7 +79,7 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     if isinstance(model, (str, Path)):
         if out is None:
             raise UsageError(f"{last.stage} of a folder needs an output folder")
-        sink = Folder(str(model), Path(out), overwrite, _given(passes, calibration))
+        sink = Folder(str(model), Path(out), overwrite, _settings(passes, calibration))
         model, tokenizer = sink.load(last.config.dtype)
     elif out is not None:
         raise UsageError("a live model is changed in place: write it with sqft.save(model, tokenizer, folder)")
@@ -93,12 +97,9 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     return sink.receive(finished, model, last, metrics)
 
 
-def _given(passes: Sequence[Pass], calibration: Tensor | str | None) -> dict[str, Any]:
-    """What the manifest has besides the last pass's config: another calibration, and the pass before it as 'first'."""
-    if isinstance(calibration, Tensor):
-        calibration = "tokens:" + hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
-    own = {} if calibration is None else {"calibration": calibration}
-    first: dict[str, Any] = {}
-    for each in passes[:-1]:
-        first = {"first": to_dict(each.config) | own | first}
-    return own | first
+def _settings(passes: Sequence[Pass], calibration: Tensor | str | None) -> dict[str, Any]:
+    """The manifest's config: of the last pass, with that of the pass before it under 'first'."""
+    settings: dict[str, Any] = {}
+    for each in passes:
+        settings = each.identity(calibration) | ({"first": settings} if settings else {})
+    return settings
