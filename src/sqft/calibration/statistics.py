@@ -7,7 +7,7 @@ calibration tokens batch by batch and then asked for its value; a ``Gradient`` i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +20,6 @@ from sqft.models.weights import Weight
 STRIP = 256  # rows of a Hessian that are computed at once
 
 
-class Statistic(Protocol):
-    """Of a layer's inputs."""
-
-    def __init__(self, name: str) -> None: ...
-
-    def update(self, x: Tensor) -> None:
-        """Adds tokens; x: [..., I]."""
-        ...
-
-    def value(self) -> Tensor:
-        """What the method gets. Raises SqftError if an input was infinite or not a number."""
-        ...
-
-
 def widest(device: torch.device) -> torch.dtype:
     """The widest float that a device computes with: float64, but for Apple's."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -43,8 +29,7 @@ class ColumnNorms:
     """L2 norm of every input feature over all tokens seen, summed in float64."""
 
     def __init__(self, name: str = "a layer") -> None:
-        self._name = name
-        self._sum_I: Tensor | None = None
+        self._name, self._sum_I = name, None
 
     def update(self, x: Tensor) -> None:
         """Adds tokens; x: [..., I]."""
@@ -65,8 +50,7 @@ class Hessian:
     """
 
     def __init__(self, name: str = "a layer") -> None:
-        self._name = name
-        self._sum_II: Tensor | None = None
+        self._name, self._sum_II = name, None
 
     def update(self, x: Tensor) -> None:
         """Adds tokens; x: [..., I]."""
@@ -88,12 +72,10 @@ class Hessian:
 class Gradient:
     """Squared gradients of the model's loss with respect to a weight, summed over the calibration blocks."""
 
-    def __init__(self, name: str, shape: tuple[int, int], device: torch.device) -> None:
-        self._name = name
-        self._sum_OI = torch.zeros(shape, device=device)
+    def __init__(self, weight: Weight) -> None:
+        self._name, self._sum_OI = weight.name, torch.zeros(weight.shape, device=weight.device)
 
     def update(self, gradient_OI: Tensor) -> None:
-        """Adds one block's."""
         self._sum_OI += gradient_OI.float().square()
 
     def value(self) -> Tensor:
@@ -111,7 +93,7 @@ def gradients(model: Any, weights: Sequence[Weight], tokens_NT: Tensor) -> dict[
     if any(parameter.device.type == "meta" for parameter in parameters.values()):
         raise SqftError("gradients need all of the model in memory: load it without off-loading")
     before = [parameter.requires_grad for parameter in parameters.values()]
-    found = {weight.name: Gradient(weight.name, weight.shape, weight.device) for weight in weights}
+    found = {weight.name: Gradient(weight) for weight in weights}
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import greenlet
@@ -19,27 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sqft.calibration.statistics import Statistic
 from sqft.kernels.dispatch import product, release_memory
 from sqft.models.discover import Architecture, Block
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Change = Callable[[Block, dict[str, Statistic]], None]
+NewStatistic = Callable[[str], Any]
+Change = Callable[[Block, dict[str, Any]], None]
 
 
 @dataclass
 class Calls:
-    """What flows between blocks: hidden states per batch, and how every block is called besides them, per batch.
-
-    What is equal for all batches (masks and positions, mostly) is held once.
-    """
+    """What flows between blocks: hidden states per batch, and how every block is called besides them."""
 
     hidden: list[Tensor]
-    arguments: list[list[Arguments]]
+    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]  # per block and batch; what is equal is held once
     returns_tuple: bool
 
 
-def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: type[Statistic],
+def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: NewStatistic,
          change: Change, progress: str, device: torch.device, sequential: bool = False,
          fast: bool = False) -> Iterator[Block]:  # fmt: skip
     """Lets ``change(block, statistics)`` change one block after the other; yields each when the walk is done with it.
@@ -49,7 +46,8 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
 
     Args:
         tokens: int64 [N, T] calibration blocks, or None: then no forward is run and ``statistics`` is empty.
-        new_statistic: makes an empty statistic; layers that share an input tensor share one.
+        new_statistic: makes an empty statistic of a layer's inputs, by the layer's name; layers that share an input
+            tensor share one.
         change: ``statistics`` maps weights' full names to their statistics. It may replace the block's weights.
         progress: what the progress bar says.
         device: where a block that lies on the CPU is computed and changed; it goes back there afterwards. A block that
@@ -94,10 +92,9 @@ def _places(module: nn.Module, device: torch.device) -> tuple[torch.device | Non
 @contextlib.contextmanager
 def _fast_products(block: Block) -> Iterator[None]:
     """Lets the block's linear layers multiply by the fastest library: these passes are most of the work."""
+    modules = (weight.module for weight in block.weights.values())
     chosen: list[Any] = [
-        weight.module
-        for weight in block.weights.values()
-        if isinstance(weight.module, nn.Linear) and "forward" not in vars(weight.module)
+        module for module in modules if isinstance(module, nn.Linear) and "forward" not in vars(module)
     ]
 
     def forward(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -115,14 +112,14 @@ def _fast_products(block: Block) -> Iterator[None]:
             del linear.forward
 
 
-def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | None, new_statistic: type[Statistic],
+def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | None, new_statistic: NewStatistic,
                change: Change) -> None:  # fmt: skip
     """Changes a block group after group in one pass over the batches.
 
     Each batch's forward is a greenlet, which stops when it comes to a group and hands over the group's input. When the
     inputs of all batches are seen the group is changed, and the forwards go on with what it gives now.
     """
-    with observing(block, _Nothing) as sharing:
+    with observing(block, lambda name: SimpleNamespace(update=lambda x: None)) as sharing:
         replay(block.module, index, calls, device, batches=range(1))
     groups: dict[int, list[str]] = {}
     for name, shared in sharing.items():
@@ -162,17 +159,6 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | No
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Nothing:
-    def __init__(self, name: str) -> None:
-        pass
-
-    def update(self, x: Tensor) -> None:
-        pass
-
-    def value(self) -> Tensor:
-        raise NotImplementedError
 
 
 class _Stop(Exception):
@@ -250,7 +236,7 @@ def _returns_tuple(architecture: Architecture, token: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def observing(block: Block, new_statistic: type[Statistic]) -> Iterator[dict[str, Any]]:
+def observing(block: Block, new_statistic: NewStatistic) -> Iterator[dict[str, Any]]:
     """Feeds the inputs of the block's linear layers to statistics while the block runs.
 
     Layers that are called with the very same tensor (q, k and v) share one statistic, which is updated once.

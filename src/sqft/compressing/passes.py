@@ -83,9 +83,9 @@ class Pass(ABC):
 
     def blocks(self, architecture: Architecture) -> Iterator[Block]:
         """Changes block after block; yields each when it is finished."""
-        for block in walk(architecture, self._tokens, self.config.batch_size, self.method.needs, self.change,
-                          self.title, self._device, self.sequential,
-                          fast=self.method.needs is Hessian):  # fmt: skip
+        needs, size = self.method.needs, self.config.batch_size
+        for block in walk(architecture, self._tokens, size, needs, self.change, self.title, self._device,
+                          self.sequential, fast=needs is Hessian):  # fmt: skip
             unseen = [name for name in block.weights if name in self._chosen and name not in self._done]
             if unseen:
                 raise SqftError(f"no calibration token reached {unseen[0]}: take more samples, or exclude it")
@@ -94,7 +94,7 @@ class Pass(ABC):
 
     def _groups(self, block: Block, statistics: Mapping[str, Any]) -> Iterator[tuple[list[Weight], list[Tensor]]]:
         """The weights to change now, those that share an input together, and the statistic's value for the method."""
-        known = statistics or {name: self._gradients.get(name) for name in block.weights}
+        known = statistics if self._tokens is not None else {name: self._gradients.get(name) for name in block.weights}
         groups: dict[int | str, list[Weight]] = {}
         for name, statistic in known.items():
             if name in self._chosen:
@@ -154,8 +154,7 @@ class Prune(Pass):
 
     def finish(self, block: Block) -> None:
         for name, weight in block.weights.items():
-            w_OI = weight.read()
-            self._counts[name] = count_zeros(w_OI), w_OI.numel()
+            self._counts[name] = count_zeros(w_OI := weight.read()), w_OI.numel()
 
     def metrics(self, model: nn.Module) -> dict[str, Any]:
         zeros, weights = (sum(values) for values in zip(*self._counts.values(), strict=True))
@@ -215,24 +214,20 @@ class Quantize(Pass):
                   value: list[Tensor]) -> list[Quantized]:  # fmt: skip
         """Quantizes weights that share an input (q, k and v) as one: rows do not depend on each other."""
         w_OI = _beside(torch.cat([weight.read() for weight in weights]), value)
-        mask_OI = None
-        if any(mask is not None for mask in masks):
-            parts = (torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask
-                     for weight, mask in zip(weights, masks, strict=True))  # fmt: skip
-            mask_OI = torch.cat([part.to(w_OI.device) for part in parts])
+        whole = (torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask
+                 for weight, mask in zip(weights, masks, strict=True))  # fmt: skip
+        mask_OI = None if all(m is None for m in masks) else torch.cat([m.to(w_OI.device) for m in whole])
         q_OI, grid = self.method(w_OI, *value, mask_OI, self._spec, act_order=self.config.act_order)
         rows = [weight.shape[0] for weight in weights]
         pieces = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), strict=True)
         return [Quantized(q, Grid(self._spec.bits, scale, zero)) for q, scale, zero in pieces]
 
     def _count(self, layer: QuantLinear, zero_OI: Tensor, mask_OI: Tensor | None) -> None:
-        pruned = None if mask_OI is None else ~mask_OI.to(zero_OI.device)
-        self._totals.update(
-            weights=zero_OI.numel(), zeros=int(zero_OI.sum()),
-            pruned=0 if pruned is None else int(pruned.sum()),
-            filled=0 if pruned is None else int((pruned & ~zero_OI).sum()),
-            bits=8 * sum(t.numel() * t.element_size() for t in (layer.qweight, layer.qzeros, layer.scales)),
-        )  # fmt: skip
+        size = sum(t.numel() * t.element_size() for t in (layer.qweight, layer.qzeros, layer.scales))
+        self._totals.update(weights=zero_OI.numel(), zeros=int(zero_OI.sum()), bits=8 * size)
+        if mask_OI is not None:
+            pruned_OI = ~mask_OI.to(zero_OI.device)
+            self._totals.update(pruned=int(pruned_OI.sum()), filled=int((pruned_OI & ~zero_OI).sum()))
 
     def finish(self, block: Block) -> None:
         for name, weight in block.weights.items():
@@ -240,14 +235,14 @@ class Quantize(Pass):
                 weight.replace(self._packed.pop(name).to(weight.device))
 
     def metrics(self, model: nn.Module) -> dict[str, Any]:
-        weights, zeros, pruned, filled, bits = (
-            self._totals[name] for name in ("weights", "zeros", "pruned", "filled", "bits")
-        )
+        total = self._totals
         others = sum(p.numel() for n, p in model.named_parameters() if "qweight" not in n)
         return {
-            "bits": self.config.bits, "bits_per_weight": bits / weights, "sparsity": zeros / weights, "zeros": zeros,
-            "weights": weights, "pruned": pruned, "filled": filled,
-            "zeros_kept": (pruned - filled) / pruned if pruned else 1.0, "parameters": weights + others,
+            "bits": self.config.bits, "bits_per_weight": total["bits"] / total["weights"],
+            "sparsity": total["zeros"] / total["weights"],
+            **{name: total[name] for name in ("zeros", "weights", "pruned", "filled")},
+            "zeros_kept": (total["pruned"] - total["filled"]) / total["pruned"] if total["pruned"] else 1.0,
+            "parameters": total["weights"] + others,
         }  # fmt: skip
 
 

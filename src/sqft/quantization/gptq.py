@@ -52,7 +52,8 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
     importance_I = h_II.diagonal()  # a column's error counts in the output by the square of its input
     static = act_order or size == inputs
     if static:
-        _set(scale_GO, zero_GO, fit(w_IO.mT, spec, importance_I))
+        grid = fit(w_IO.mT, spec, importance_I)
+        scale_GO, zero_GO = (v.mT.to(w_IO.dtype).contiguous() for v in (grid.scale_OG, grid.zero_OG))
     order = h_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inputs)
     u_II = inverse_factor(h_II[order[:, None], order], DAMPING).to(w_IO.dtype)
     w_IO = w_IO[order]
@@ -61,8 +62,8 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
     def choose(j: int) -> Tensor:
         column, group = columns[j], columns[j] // size
         if not static and j % size == 0:
-            here = slice(group, group + 1)
-            _set(scale_GO[here], zero_GO[here], fit(w_IO[j : j + size].mT, spec, importance_I[j : j + size]))
+            grid = fit(w_IO[j : j + size].mT, spec, importance_I[j : j + size])
+            scale_GO[group], zero_GO[group] = grid.scale_OG[:, 0], grid.zero_OG[:, 0]
         scale, zero = scale_GO[group], zero_GO[group]
         q = (w_IO[j] / scale).round_().add_(zero).clamp_(0, spec.largest)
         if mask_IO is not None:
@@ -74,10 +75,5 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
 
     # A group never straddles two steps.
     sweep(w_IO, u_II, choose, BLOCK if static or BLOCK % size == 0 else size)
-    grid = Grid(spec.bits, scale_GO.mT.half(), zero_GO.mT.to(torch.uint8))
-    return Quantized(q_IO.mT.contiguous().to(torch.uint8), grid)
-
-
-def _set(scale_GO: Tensor, zero_GO: Tensor, grid: Grid) -> None:
-    scale_GO.copy_(grid.scale_OG.mT)
-    zero_GO.copy_(grid.zero_OG.mT)
+    found = Grid(spec.bits, scale_GO.mT.half(), zero_GO.mT.to(torch.uint8))
+    return Quantized(q_IO.mT.contiguous().to(torch.uint8), found)

@@ -1,4 +1,4 @@
-"""What a pruning criterion is: a function on tensors that says which statistic it needs.
+"""What a method is: a function on tensors that says which statistic it needs. Here, a pruning criterion.
 
 Shape letters: O output features, I input features.
 """
@@ -20,21 +20,22 @@ class Pruned(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sparsifier:
-    """A registered criterion: ``(w_OI, pattern) -> Pruned`` or, if it needs a statistic, ``(w_OI, value, pattern)``.
+class Method:
+    """A function, the statistic of ``calibration/statistics.py`` that it ``needs`` (or None), whose ``value()`` is then
+    its second argument, and the ``paper`` that it is from."""
 
-    ``needs``: None, or ``ColumnNorms``, ``Hessian`` or ``Gradient`` of ``sqft.calibration.statistics``, whose
-    ``value()`` it gets. A weight that is 0.0 was pruned before: whatever the criterion says, it stays so.
-    """
+    function: Callable[..., Any]
+    needs: Any = None
+    paper: str = ""
 
-    function: Callable[..., Pruned]
-    needs: Any
-    paper: str
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.function(*arguments, **options)
 
-    def __call__(self, *arguments: Any) -> Pruned:
-        return self.function(*arguments)
+
+class Sparsifier(Method):
+    """``(w_OI, pattern) -> Pruned``, or ``(w_OI, value, pattern)``."""
 
 
 def sparsifier(needs: Any = None, paper: str = "") -> Callable[[Callable[..., Pruned]], Sparsifier]:
-    """Makes a function a sparsifier; ``paper`` is its source."""
+    """Makes a function a ``Sparsifier``."""
     return lambda function: Sparsifier(function, needs, paper)
