@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sqft.compressing.stage import quantize as quantize
     from sqft.compressing.stage import sparsify as sparsify
     from sqft.config import EvaluateConfig as EvaluateConfig
+    from sqft.config import ExportConfig as ExportConfig
     from sqft.config import ExtractConfig as ExtractConfig
     from sqft.config import MeasureConfig as MeasureConfig
     from sqft.config import MergeConfig as MergeConfig
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from sqft.errors import UsageError as UsageError
     from sqft.errors import VerificationError as VerificationError
     from sqft.evaluation.stage import evaluate as evaluate
+    from sqft.exporters.stage import export as export
     from sqft.folders import load as load
     from sqft.folders import save as save
     from sqft.measuring.stage import measure as measure

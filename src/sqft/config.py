@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqft.errors import UsageError
 from sqft.options import check_positive, option
-from sqft.registry import KINDS
+from sqft.registry import EXPORTERS, FORMATS, KINDS, OneOf
 
 TASK = "a built-in task (gsm8k, say), several (piqa+boolq), or a task's YAML file"
 DATA_DIR = "folder with the tasks' data; default: from the hub"
@@ -63,7 +63,7 @@ class QuantizeConfig(OnDevice):
     true_sequential: bool = option(True, "quantize o after q,k,v with the inputs that these then give, and so on")
     exclude: list[str] = option(help="module patterns that stay float, e.g. 'model.layers.0.*'", factory=list)
     format: str = option("auto", "of the checkpoint; auto: gptq (v1 if symmetric, else v2)",
-                         ("auto", "gptq", "gptq_v2", "compressed-tensors"))  # fmt: skip
+                         OneOf(("auto", "gptq_v2"), FORMATS))  # fmt: skip
     calibration: str = option("builtin", "text for activations: 'builtin', a .txt/.jsonl file or a datasets name",
                               kind="text")  # fmt: skip
     samples: int = option(128, "number of calibration blocks")
@@ -93,6 +93,7 @@ class TrainConfig(OnDevice):
     base: str | None = option(None, "qa-sparse-peft: folder of the sparse model before quantization (in a recipe: "
                               "sparsify), to add the adapter to instead of what the integers mean",
                               kind="folder")  # fmt: skip
+    mask: str | None = option(None, "zeros: take the zeros of a packed model that has no masks as pruned", ("zeros",))
     learn_scales: bool = option(False, "qa-sparse-peft: train the grid's scales too")
     task: str | None = option(None, TASK, kind="task")
     data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
@@ -244,6 +245,13 @@ class MeasureConfig(OnDevice):
 
     def __post_init__(self) -> None:
         check_positive(self, "tokens", "rounds")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model as another tool wants it."""
+
+    to: str = option("huggingface", "for which tool", EXPORTERS)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ point in its group: ``[project.entry-points."sqft.sparsifiers"] mine = "my_packa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -46,6 +46,16 @@ class Registry:
             return point.load()
         except Exception as error:  # another package's import: anything may happen
             raise SqftError(f"{self.kind} '{name}' ({point.value}) does not load: {error}") from error
+
+
+class OneOf:
+    """Several groups of names as the choices of one option."""
+
+    def __init__(self, *groups: Iterable[str]) -> None:
+        self._groups = groups
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(name for group in self._groups for name in group))
 
 
 SPARSIFIERS = Registry("sparsity method", "sqft.sparsifiers", {

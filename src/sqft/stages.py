@@ -73,6 +73,8 @@ ROWS = (
     Stage("measure", config.MeasureConfig, "sqft.measuring.stage:measure",
           "bytes on disk and decode speed of what would be served", "numbers",
           "folder of any stage, or an adapter, which is served with its base", of_run=False),
+    Stage("export", config.ExportConfig, "sqft.exporters.stage:export",
+          "write a model as another tool wants it, verified", "model", "folder of a model", of_run=False),
 )  # fmt: skip
 STAGES = {row.name: row for row in ROWS}
 RUN = tuple(row.name for row in ROWS if row.of_run)  # the stages of a run that make a model or adapter, in order

@@ -12,11 +12,14 @@ from pico import pico_folder, pico_model, pico_tokenizer
 from safetensors.torch import load_file
 
 import sqft
+from sqft import artifact
 from sqft.cli import main
+from sqft.config import ExportConfig
 from sqft.errors import SqftError, UsageError, VerificationError
 from sqft.exporters.huggingface import HuggingFace
 from sqft.exporters.stage import export
 from sqft.models.reader import SafetensorsReader
+from sqft.options import from_dict
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def stage(tmp_path: Path) -> Path:
 
 def test_export_is_the_folder_bit_for_bit_without_sqfts_own_files(stage: Path, tmp_path: Path) -> None:
     (stage / "modeling_evil.py").write_text("raise SystemExit\n")
-    metrics = export(stage, tmp_path / "out")
+    metrics = export(stage, out=tmp_path / "out")
     one, other = (load_file(folder / "model.safetensors") for folder in (stage, tmp_path / "out"))
     assert metrics["tensors"] == len(one) and one.keys() == other.keys()
     for name, tensor in one.items():
@@ -41,7 +44,8 @@ def test_export_is_the_folder_bit_for_bit_without_sqfts_own_files(stage: Path, t
     left = {file.relative_to(stage).as_posix() for file in stage.rglob("*") if file.is_file()} - {
         file.relative_to(tmp_path / "out").as_posix() for file in (tmp_path / "out").rglob("*")
     }
-    assert left == {"sqft.json", "masks/masks.safetensors", "modeling_evil.py"}
+    assert left == {"masks/masks.safetensors", "modeling_evil.py"}
+    assert artifact.read_manifest(tmp_path / "out").stage == "export"
     loaded, tokenizer = sqft.load(tmp_path / "out")
     assert tokenizer("a")["input_ids"] and type(loaded).__name__ == "LlamaForCausalLM"
 
@@ -49,7 +53,7 @@ def test_export_is_the_folder_bit_for_bit_without_sqfts_own_files(stage: Path, t
 def test_export_of_shards_is_one_file(tmp_path: Path) -> None:
     pico_model().save_pretrained(tmp_path / "m", max_shard_size="20KB")
     assert len(SafetensorsReader(tmp_path / "m").layout) == 20
-    export(tmp_path / "m", tmp_path / "out")
+    export(tmp_path / "m", out=tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
     state = pico_model().state_dict()
     assert all(torch.equal(t, state[name]) for name, t in load_file(tmp_path / "out" / "model.safetensors").items())
@@ -57,16 +61,16 @@ def test_export_of_shards_is_one_file(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_is_refused(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="unknown exporter 'hugingface': did you mean 'huggingface'"):
-        export(stage, out, "hugingface")
+    with pytest.raises(UsageError, match="unknown to 'hugingface': did you mean 'huggingface'"):
+        from_dict(ExportConfig, {"to": "hugingface"})
     with pytest.raises(UsageError, match="already holds something"):
-        export(stage, stage)
+        export(stage, out=stage)
     with pytest.raises(SqftError, match="is not a folder"):
-        export("owner/name", out)
+        export("owner/name", out=out)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(SqftError, match="merge it first"):
-        export(tmp_path / "adapter", out)
+        export(tmp_path / "adapter", out=out)
 
     def wrong(self: HuggingFace, reader: SafetensorsReader, out: Path) -> None:
         tensors = {name: torch.zeros_like(reader.get(name)) for name in reader.layout}
@@ -74,7 +78,7 @@ def test_what_cannot_be_exported_is_refused(stage: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(HuggingFace, "write", wrong)
     with pytest.raises(VerificationError, match="was not written bit for bit"):
-        export(stage, out)
+        export(stage, out=out)
     assert not out.exists()
 
 

@@ -102,9 +102,9 @@ def _walk(model: Any, passes: Sequence[Pass], tokens: Tensor | None, tokenizer: 
           sink: Sink) -> dict[str, Any]:  # fmt: skip
     """One walk over a model's blocks; returns the last pass's metrics."""
     architecture = describe(model)
-    ensure_masks(model)
     for each in passes:
         each.plan(architecture)
+    ensure_masks(model)
     for each in passes:
         each.prepare(model, architecture, tokens, tokenizer)
     walks = [each.blocks(architecture) for each in passes]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, Protocol
 
 from sqft import artifact
+from sqft.config import ExportConfig
 from sqft.errors import SqftError
 from sqft.models.reader import Reader, SafetensorsReader
 from sqft.registry import EXPORTERS
@@ -28,24 +28,24 @@ class Exporter(Protocol):
         ...
 
 
-def export(folder: str | Path, out: str | Path, exporter: str = "huggingface") -> dict[str, Any]:
-    """Writes a model folder (not an adapter's) for another tool into a new folder; what fails its check is not written.
+def export(folder: str | Path, config: ExportConfig | None = None, *, out: str | Path,
+           overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Writes a model folder (not an adapter's) as another tool wants it; what fails its check is not written.
 
     Returns the metrics. Raises UsageError for an unknown exporter or an output that holds something, SqftError for a
     folder that cannot be read or exported, VerificationError if what was written is not the model.
     """
-    target: Exporter = EXPORTERS[exporter]()
-    artifact.check_output(out)
-    started = time.perf_counter()
-    if not Path(folder).is_dir():
-        raise SqftError(f"{folder} is not a folder: only a model on this disk is exported")
-    if (Path(folder) / "adapter_config.json").is_file():
-        raise SqftError(f"{folder} is an adapter: merge it first (sqft merge), and export the merged model")
-    if artifact.is_stage(folder):
-        artifact.check_files(folder)
-    reader = SafetensorsReader(folder)
-    target.check(reader)
-    with artifact.writing(out) as temporary:
-        target.write(reader, temporary)
-        metrics = target.verify(reader, temporary)
-    return metrics | {"seconds": round(time.perf_counter() - started, 2)}
+    config = config or ExportConfig()
+    target: Exporter = EXPORTERS[config.to]()
+    with artifact.stage("export", config, out, folder, overwrite=overwrite) as made:
+        if not Path(folder).is_dir():
+            raise SqftError(f"{folder} is not a folder: only a model on this disk is exported")
+        if (Path(folder) / "adapter_config.json").is_file():
+            raise SqftError(f"{folder} is an adapter: merge it first (sqft merge), and export the merged model")
+        if artifact.is_stage(folder):
+            artifact.check_files(folder)
+        reader = SafetensorsReader(folder)
+        target.check(reader)
+        target.write(reader, made.folder)
+        made.metrics.update(target.verify(reader, made.folder))
+    return made.metrics

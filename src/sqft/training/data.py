@@ -130,6 +130,12 @@ def pack_rows(rows: Sequence[Row], length: int) -> list[Row]:
     return [{key: values[i : i + length] for key, values in stream.items()} for i in starts]
 
 
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up; what it is does not matter where it is masked."""
+    token: Any = tokenizer.pad_token_id
+    return token or 0
+
+
 def padded(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> Tensor:
     """int64 [N, T]: the rows, filled up to the longest."""
     longest = max(map(len, rows))

@@ -35,7 +35,7 @@ from sqft.quantization.linear import QuantLinear
 from sqft.registry import KINDS
 from sqft.tasks.base import Example
 from sqft.training.callbacks import Finished, Guard, ProgressBar, Stopwatch
-from sqft.training.data import TrainingData, collate, load_examples, tokenize_all
+from sqft.training.data import TrainingData, collate, load_examples, padding, tokenize_all
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -89,7 +89,7 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
     with artifact.stage("train", config, out, source, given=given, overwrite=overwrite) as made:
         if is_adapter(source):
             raise UsageError(f"{source} is an adapter: give the sparse model that it belongs to")
-        base, tokenizer = load(source)
+        base, tokenizer = load(source, mask=config.mask)
         check_kind(base, KINDS[config.adapter], source)
         set_seed(config.seed)
         model = attach(base, adapter_config(config))
@@ -171,7 +171,7 @@ def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: T
         callbacks.append(RankScheduler(config.rank_strategy, config.rank_every == "micro-batch", config.seed))
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks,  # pyright: ignore
-        data_collator=partial(collate, fill=tokenizer.pad_token_id or 0),
+        data_collator=partial(collate, fill=padding(tokenizer)),
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
