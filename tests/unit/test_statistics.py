@@ -89,8 +89,7 @@ def test_a_plugin_that_is_not_decorated_is_an_error(monkeypatch) -> None:
 
 def test_patterns() -> None:
     assert Pattern.parse("32:64") == Pattern(None, 32, 64) and str(Pattern.parse("32:64")) == "32:64"
-    assert Pattern.parse("0.5") == Pattern(0.5) and str(Pattern(0.5)) == "0.5"
-    for text in ("4:2", "2:", "half", "1.5", "0", "nan"):
+    for text in ("4:2", "2:", "0:4", "half"):
         with pytest.raises(sqft.UsageError, match=text):
             Pattern.parse(text)
     with pytest.raises(sqft.UsageError, match=r"pattern 3:5 does not divide the inputs of up_proj \[8, 16\]"):

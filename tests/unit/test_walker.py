@@ -14,7 +14,6 @@ import sqft
 from sqft.calibration.statistics import ColumnNorms
 from sqft.calibration.walker import Calls, _in_groups, capture, walk
 from sqft.models.discover import Architecture, Block, describe
-from sqft.models.tables import FAMILIES
 from sqft.models.weights import Weight
 
 
@@ -119,7 +118,7 @@ def test_each_batch_is_replayed_with_its_own_arguments() -> None:
     model = Backbone()
     weights = [Weight(f"layers.{i}.linear", layer.linear, layer) for i, layer in enumerate(model.layers)]
     blocks = tuple(Block(f"layers.{i}", layer, {weights[i].name: weights[i]}) for i, layer in enumerate(model.layers))
-    architecture = Architecture(FAMILIES[0], model, blocks)
+    architecture = Architecture(describe(pico_model()).family, model, blocks)
     tokens = torch.randint(10, (6, 5))
     expected = copy.deepcopy(model)
     inputs: dict[int, Tensor] = {}

@@ -295,12 +295,11 @@ def _mapped(value: Any, change: Callable[[Tensor, Any], Tensor], other: Any = No
     """
     if isinstance(value, Tensor):
         return change(value, other)
-    if isinstance(value, dict):
-        others = other if isinstance(other, dict) else {}
-        new = {k: _mapped(v, change, others.get(k)) for k, v in value.items()}
-        return value if all(new[k] is v for k, v in value.items()) else new
-    if isinstance(value, (tuple, list)):
-        others = other if isinstance(other, (tuple, list)) and len(other) == len(value) else [None] * len(value)
-        items = [_mapped(v, change, o) for v, o in zip(value, others, strict=True)]
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
-    return value
+    if not isinstance(value, (dict, tuple, list)):
+        return value
+    old, others = (v if isinstance(v, dict) else dict(enumerate(v)) if isinstance(v, (tuple, list)) else {}
+                   for v in (value, other))  # fmt: skip
+    new = {k: _mapped(v, change, others.get(k)) for k, v in old.items()}
+    if all(new[k] is v for k, v in old.items()):
+        return value
+    return new if isinstance(value, dict) else type(value)(new.values())

@@ -25,16 +25,8 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Of 'N:M', or of a ratio, '0.5'. Raises UsageError for anything else."""
-        if ":" in text:
-            return cls(None, *parse_pattern(text))
-        try:
-            ratio = float(text)
-        except ValueError:
-            ratio = 0.0
-        if not 0 < ratio < 1:
-            raise UsageError(f"'{text}' is neither N:M, e.g. 2:4, nor a share between 0 and 1, e.g. 0.5")
-        return cls(ratio)
+        """Of 'N:M'. Raises UsageError for anything else."""
+        return cls(None, *parse_pattern(text))
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.group}" if self.ratio is None else f"{self.ratio:g}"
