@@ -15,20 +15,45 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from sqft.adapters.lora import factors
+from sqft.adapters.kinds import SPARSE_PEFT
+from sqft.adapters.lora import check_adapter, factors
 from sqft.errors import SqftError
 from sqft.kernels.torch_ops import masked_weight, sparse_linear
-from sqft.sparsity.masks import derive_mask, packed_mask, set_mask
+from sqft.sparsity.masks import mask_or_zeros, packed_mask, set_mask
+
+
+def give_mask(linear: Any, sparse: bool, name: str = "") -> None:
+    """Sees to it that a base layer has a mask: its own, or what its zeros say, or, unless ``sparse`` (a dense INT
+    model), one by which every weight may change. Raises SqftError for a dense weight that should be sparse."""
+    if packed_mask(linear) is not None:
+        return
+    mask = mask_or_zeros(linear) if sparse else None
+    if sparse and mask is None:
+        raise SqftError(
+            f"{name or 'this weight'} is not sparse and has no mask, so a masked adapter on it would be a dense one: "
+            "leave it out, sparsify the model first, or use plain LoRA (sparse_adapter=False)"
+        )
+    set_mask(linear, everything(linear) if mask is None else mask)
+
+
+def everything(linear: Any) -> Tensor:
+    """The mask of a dense layer, bool [O, I], where its weight lies."""
+    device = linear.qweight.device if hasattr(linear, "qweight") else linear.weight.device
+    return torch.ones(linear.out_features, linear.in_features, dtype=torch.bool, device=device)
 
 
 class MaskedLoraLinear(LoraLinear):
-    """What all masked adapters share: one adapter at a time, on a base layer with a mask."""
+    """What all masked adapters share: one adapter at a time, on a base layer with a mask.
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, **kwargs)
-        linear: Any = self.get_base_layer()
-        if packed_mask(linear) is None:
-            set_mask(linear, derive_mask(linear))
+    A kind of its own gives ``_adapted`` and ``merged_weight``; ``mask``, ``factors(self, adapter)`` and
+    ``self.scaling[adapter]`` are what it computes with.
+    """
+
+    kind = SPARSE_PEFT
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
+        check_adapter(self, config)
+        give_mask(self.get_base_layer(), config.sparse_adapter, self.kwargs.get("target_name", ""))
 
     @property
     def mask(self) -> Tensor:
@@ -36,10 +61,6 @@ class MaskedLoraLinear(LoraLinear):
         packed = packed_mask(self.get_base_layer())
         assert packed is not None
         return packed
-
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A [r, I] and B [O, r] of the active rank."""
-        return factors(self, adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)
@@ -55,45 +76,13 @@ class MaskedLoraLinear(LoraLinear):
         return self._adapted(x, active[0], getattr(self.lora_dropout[active[0]], "p", 0.0))
 
     def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
+        """The layer's output with one active adapter; ``dropout`` acts on the adapter's input only."""
         raise NotImplementedError
 
-    def __repr__(self) -> str:
-        return super().__repr__().replace("lora.", "sqft.", 1)
-
-
-class SparseLoraLinear(MaskedLoraLinear):
-    """SparsePEFT on a ``torch.nn.Linear``; it takes the base layer's mask, or derives it from zeros."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        linear = base_layer.get_base_layer() if isinstance(base_layer, LoraLinear) else base_layer
-        if type(linear) is not nn.Linear:
-            raise SqftError(
-                f"{type(linear).__name__} cannot carry a masked float adapter, only torch.nn.Linear can; on an INT "
-                "model use quantization-aware adapters (--adapter qa-sparse-peft, quantization_aware=True)"
-            )
-        super().__init__(base_layer, adapter_name, **kwargs)
-
-    @property
-    def _linear(self) -> nn.Linear:
-        return cast(nn.Linear, self.get_base_layer())
-
-    def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
-        linear = self._linear
-        a, b = self._factors(adapter)
-        return sparse_linear(
-            x, linear.weight, linear.bias, a, b, self.mask, self.scaling[adapter], dropout, training=self.training
-        )
-
     def merged_weight(self, adapter: str, sign: float = 1.0) -> Tensor:
-        """The weight [O, I] that training multiplies with, bit for bit, in the base's dtype."""
-        weight = self._linear.weight
-        a, b = self._factors(adapter)
-        return masked_weight(weight, a, b, sign * self.scaling[adapter], self.mask, weight.dtype)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The masked adapter alone, [O, I]."""
-        a, b = self._factors(adapter)
-        return masked_weight(None, a, b, self.scaling[adapter], self.mask, a.dtype)
+        """The weight [O, I] that ``_adapted`` multiplies with in evaluation, bit for bit, in the base's dtype; with
+        ``sign`` -1 the base's weight less the adapter."""
+        raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in check_adapters_to_merge(self, adapter_names):
@@ -111,3 +100,36 @@ class SparseLoraLinear(MaskedLoraLinear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             self.get_base_layer().weight.data = self.merged_weight(self.merged_adapters.pop(), sign=-1.0)
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("lora.", "sqft.", 1)
+
+
+class SparseLoraLinear(MaskedLoraLinear):
+    """SparsePEFT on a ``torch.nn.Linear``.
+
+    In evaluation, and in training without dropout, it multiplies with the merged weight, bit for bit, in any precision.
+    With dropout (training) the adapter has a product of its own, ``x W^T + drop(x) (s M o (B A))^T``: the sum of two
+    rounded products, in half precision near the merged weight's but not equal to it.
+    """
+
+    @property
+    def _linear(self) -> nn.Linear:
+        return cast(nn.Linear, self.get_base_layer())
+
+    def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
+        linear = self._linear
+        a, b = factors(self, adapter)
+        return sparse_linear(
+            x, linear.weight, linear.bias, a, b, self.mask, self.scaling[adapter], dropout, training=self.training
+        )
+
+    def merged_weight(self, adapter: str, sign: float = 1.0) -> Tensor:
+        weight = self._linear.weight
+        a, b = factors(self, adapter)
+        return masked_weight(weight, a, b, sign * self.scaling[adapter], self.mask, weight.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The masked adapter alone, [O, I]."""
+        a, b = factors(self, adapter)
+        return masked_weight(None, a, b, self.scaling[adapter], self.mask, a.dtype)

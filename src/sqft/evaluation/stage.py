@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sqft import artifact
+from sqft.adapters.kinds import layer_kind
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
-from sqft.adapters.sparse import SparseLoraLinear
 from sqft.config import EvaluateConfig, to_dict
 from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.elastic.heuristics import resolve_ranks
@@ -100,7 +100,7 @@ def unpacked(model: Any) -> Iterator[None]:
     weights: dict[Any, Any] = {}
     if merge:
         weights = {layer: layer.get_base_layer().weight.data for layer in adapter_layers(model).values()
-                   if isinstance(layer, SparseLoraLinear)}  # fmt: skip
+                   if not layer_kind(layer).packed}  # fmt: skip
         model.merge_adapter()
     layers = unpack_model(model)
     try:

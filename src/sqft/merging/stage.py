@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sqft import artifact
+from sqft.adapters.groups import Ranks
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked, is_quant_aware, merged_weight
 from sqft.config import MergeConfig, parse_size, to_dict
-from sqft.elastic.groups import Ranks
 from sqft.elastic.handle import set_ranks
 from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError, VerificationError

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
+from sqft.adapters.groups import make_groups
 from sqft.calibration.data import SUFFIXES, read_records
 from sqft.compressing.quantize import plan as quantize_plan
 from sqft.compressing.quantize import template
 from sqft.compressing.sparsify import accelerator, make_plan
 from sqft.config import to_dict
-from sqft.elastic.groups import make_groups
 from sqft.errors import SqftError
 from sqft.formats.checkpoint import is_packed, plan_tensors
 from sqft.models.dense import DTYPES, locate

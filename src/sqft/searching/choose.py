@@ -8,17 +8,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
 
 from sqft import artifact
+from sqft.adapters.groups import Ranks
 from sqft.adapters.lora import active_rank
-from sqft.adapters.peft_bridge import active_adapter, adapter_layers
-from sqft.elastic.groups import Ranks
-from sqft.elastic.handle import set_ranks
+from sqft.elastic.handle import Elastic
 from sqft.elastic.heuristics import resolve_ranks
-from sqft.elastic.space import space_of
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
 from sqft.probe import write_probe
@@ -60,7 +56,7 @@ def extract(adapter: str | Path, choice: str, out: str | Path, *, overwrite: boo
             raise SqftError(f"the super-adapter of {adapter} is gone: its manifest names {folder}")
     model, tokenizer = load(folder)
     ranks = ranks or resolve_ranks(model, choice, folder)
-    space = space_of(model)
+    space = Elastic(model).space
     metrics = {"ranks": ranks, **space.cost(ranks), "super_adapter": artifact.relative_parent(folder, out)}
     config = {"choice": choice}
     with artifact.writing(out, overwrite) as target:
@@ -80,17 +76,9 @@ def write_sub_adapter(model: Any, ranks: Ranks, folder: Path) -> None:
     """Writes a super-adapter's weights cut to ``ranks``, with a config that has no search space but a rank and an alpha
     for each module (``rank_pattern``, ``alpha_pattern``), so that every module keeps its scaling, alpha / R. The ranks
     stay set."""
-    set_ranks(model, ranks)
-    name = active_adapter(model)
-    layers: dict[str, Any] = dict(adapter_layers(model))
-    state: dict[str, Tensor] = {}
-    for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
-        path, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if kind.startswith("A."):
-            tensor = tensor[: active_rank(layers[path], name)]
-        elif kind.startswith("B."):
-            tensor = tensor[:, : active_rank(layers[path], name)]
-        state[key] = tensor.detach().contiguous()
+    elastic = Elastic(model)
+    elastic.set(ranks)
+    name, layers, state = elastic.adapter, elastic.layers, elastic.slice(ranks)
     config = copy.deepcopy(model.peft_config[name])
     config.search_space = config.rank_groups = None
     config.rank_pattern = {path: active_rank(layer, name) for path, layer in layers.items()}
