@@ -126,10 +126,9 @@ def _make_layer(base: nn.Module, adapter_name: str, config: Any, **kwargs: Any) 
     if kind == LORA and not packed and not getattr(config, "search_space", None):
         return None
     if packed != kind.packed or not (packed or type(base) is nn.Linear):
-        what, base_is = kwargs.get("target_name") or "a target", "an INT weight" if packed else type(base).__name__
-        fitting = ", ".join(name for name in KINDS if KINDS[name].packed == packed)
-        hint = "quantize the model first (sqft quantize), " if kind.packed else ""
-        raise SqftError(f"{what} is {base_is}, and adapters of kind {kind.name} are for "
-                        f"{'INT weights' if kind.packed else 'torch.nn.Linear'}: {hint}leave it out, or use another kind "
-                        f"({fitting})")  # fmt: skip
+        what, wanted = kwargs.get("target_name") or "a target", "INT weights" if kind.packed else "torch.nn.Linear"
+        hint = "quantize the model first (sqft quantize)" if kind.packed else "leave it out"
+        if packed:
+            hint += f", or use another kind ({', '.join(name for name in KINDS if KINDS[name].packed)})"
+        raise SqftError(f"{what} is a {type(base).__name__} and adapters of kind {kind.name} are for {wanted}: {hint}")
     return kind.layer_class()(base, adapter_name, config=config, **kwargs)

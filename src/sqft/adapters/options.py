@@ -19,12 +19,8 @@ _REWRITE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _WHY = {
     "use_dora": "its magnitudes scale the whole weight, not the masked product",
     "lora_bias": "the bias of B is outside the masked product",
-    "kasa_config": "it cuts singular values off the base, which fills its zeros",
     "alora_invocation_tokens": "it acts on some tokens only, so there is no weight to merge",
     "arrow_config": "it routes each token to other adapters, so there is no weight to merge",
-    "fan_in_fan_out": "the layers multiply with weights [O, I]",
-    "target_parameters": "the layers are put on modules",
-    "layer_replication": "the copies would share one base weight and one mask",
     "use_qalora": "use quantization_aware=True",
 }
 
@@ -54,8 +50,8 @@ def rewrites_base(config: LoraConfig) -> str:
 def check_initialisation(config: LoraConfig) -> None:
     """Raises UsageError for an option by which the zeros of a sparse base would be filled."""
     if option := rewrites_base(config):
-        raise UsageError(f"{option} rewrites the base's weights: zeros of a sparse model are filled, those of an INT one "
-                         "leave its grid; use True, False or 'gaussian'")  # fmt: skip
+        raise UsageError(f"{option} rewrites the base's weights, which fills the zeros of a sparse model and leaves "
+                         "the grid of an INT one: use True, False or 'gaussian'")  # fmt: skip
 
 
 def _default(option: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -19,12 +19,11 @@ from sqft.adapters.groups import make_groups
 from sqft.adapters.kinds import layer_kind
 from sqft.adapters.options import check_initialisation, rewrites_base
 from sqft.adapters.quant_aware import FLOAT_BASE
-from sqft.adapters.sparse import everything
+from sqft.adapters.sparse import give_mask
 from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_dense
 from sqft.models.discover import Architecture, describe, is_linear, resolve_targets
-from sqft.quantization.linear import QuantLinear
-from sqft.sparsity.masks import mask_or_zeros, packed_mask, set_mask
+from sqft.sparsity.masks import mask_or_zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,23 +91,12 @@ def _give_masks(modules: Mapping[str, Any]) -> None:
 
     Raises SqftError if all are dense: a masked adapter on them would be an unmasked one.
     """
-    masks = {name: mask_or_zeros(module) for name, module in modules.items()}
-    if modules and all(mask is None for mask in masks.values()):
-        packed = any(isinstance(module, QuantLinear) for module in modules.values())
-        raise SqftError(
-            "this model is not sparse: its target modules have no masks. "
-            + (
-                "If the zeros of this INT model are pruned weights, load it with mask='zeros'; adapters of a dense one "
-                "have sparse_adapter=False"
-                if packed
-                else "Sparsify it first (and save it, if adapters on it are to be loaded again), or use plain LoRA "
-                "(--adapter lora, or sparse_adapter=False)"
-            )
-        )
-    for name, module in modules.items():
-        if packed_mask(module) is None:
-            mask = masks[name]
-            set_mask(module, everything(module) if mask is None else mask)
+    if modules and all(mask_or_zeros(module) is None for module in modules.values()):
+        raise SqftError("this model is not sparse: its target modules have no masks. Sparsify it first (and save it, "
+                        "if adapters on it are to be loaded again), load an INT one whose zeros are pruned weights "
+                        "with mask='zeros', or use plain LoRA (--adapter lora, sparse_adapter=False)")  # fmt: skip
+    for module in modules.values():
+        give_mask(module, sparse=mask_or_zeros(module) is not None)
 
 
 def _set_float_bases(modules: Mapping[str, Any], config: SqftConfig) -> None:
@@ -137,16 +125,16 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
         config.inference_mode = not trainable
         if isinstance(config, LoraConfig):
             _prepare_bases(model, _targeted(model, config), config)
-        # What PeftModel.from_pretrained does; it only warns of what is missing, and not at all of what is too much.
-        peft_model: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        loaded = peft_model(model, config)
-        found = loaded.load_adapter(str(folder), "default", is_trainable=trainable)
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+        # It only warns of weights that are missing, and says nothing of those that are too many.
+        found = set_peft_model_state_dict(loaded, load_peft_weights(str(folder), device="cpu"))
     except (SqftError, UsageError):
         raise
     except Exception as error:  # PEFT raises many kinds; each means adapter and model do not fit, or a corrupt file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: {reason}") from error
-    for what, keys in (("lacks", found.missing_keys), ("has beside its base", found.unexpected_keys)):
+    missing = [key for key in found.missing_keys if ".lora_" in key and ".default" in key]
+    for what, keys in (("lacks", missing), ("has beside its base", found.unexpected_keys)):
         if keys:
             raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: it {what} {keys[0]} and "
                             f"{len(keys) - 1} more weights")  # fmt: skip

@@ -23,23 +23,18 @@ from sqft.sparsity.masks import mask_or_zeros, packed_mask, set_mask
 
 
 def give_mask(linear: Any, sparse: bool, name: str = "") -> None:
-    """Sees to it that a base layer has a mask: its own, or what its zeros say, or, unless ``sparse`` (a dense INT
-    model), one by which every weight may change. Raises SqftError for a dense weight that should be sparse."""
+    """Sees to it that a base layer has a mask: its own, or what its zeros say, or, unless it should be ``sparse`` (as
+    in a dense INT model), one by which every weight may change. Raises SqftError for a dense one that should be."""
     if packed_mask(linear) is not None:
         return
     mask = mask_or_zeros(linear) if sparse else None
     if sparse and mask is None:
-        raise SqftError(
-            f"{name or 'this weight'} is not sparse and has no mask, so a masked adapter on it would be a dense one: "
-            "leave it out, sparsify the model first, or use plain LoRA (sparse_adapter=False)"
-        )
-    set_mask(linear, everything(linear) if mask is None else mask)
-
-
-def everything(linear: Any) -> Tensor:
-    """The mask of a dense layer, bool [O, I], where its weight lies."""
-    device = linear.qweight.device if hasattr(linear, "qweight") else linear.weight.device
-    return torch.ones(linear.out_features, linear.in_features, dtype=torch.bool, device=device)
+        raise SqftError(f"{name or 'a target'} is not sparse and has no mask: a masked adapter on it would be dense; "
+                        "leave it out, sparsify the model first, or use plain LoRA (sparse_adapter=False)")  # fmt: skip
+    if mask is None:
+        device = next(iter(linear.state_dict().values())).device
+        mask = torch.ones(linear.out_features, linear.in_features, dtype=torch.bool, device=device)
+    set_mask(linear, mask)
 
 
 class MaskedLoraLinear(LoraLinear):

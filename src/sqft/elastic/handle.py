@@ -9,7 +9,7 @@ from typing import Any
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from sqft.adapters.groups import RankGroup, Ranks, make_groups
+from sqft.adapters.groups import Ranks, make_groups
 from sqft.adapters.lora import active_rank
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
 from sqft.elastic.space import SearchSpace
@@ -22,30 +22,27 @@ _FIXED = "the adapter's rank is fixed: train it with a search space (--search-sp
 class Elastic:
     """A handle on the adapter that is active when it is made.
 
-    ``groups``: its rank groups, none if its rank is fixed. ``layers``: the adapted layers, by module name.
+    ``groups``: its rank groups, none if its rank is fixed. ``layers``: those that it adapts, by module name.
     """
 
     def __init__(self, model: Any) -> None:
         """Raises UsageError if several adapters are active."""
         self.model, self.adapter = model, active_adapter(model)
-        self.layers: dict[str, Any] = dict(adapter_layers(model))
+        layers: dict[str, Any] = dict(adapter_layers(model))
+        self.layers = {name: layer for name, layer in layers.items() if self.adapter in layer.lora_A}
         config = model.peft_config[self.adapter]
         space = getattr(config, "search_space", None)
-        self.groups: tuple[RankGroup, ...] = ()
-        if space:
-            names = [name for name, layer in self.layers.items() if self.adapter in layer.lora_A]
-            self.groups = make_groups(names, config.rank_groups or (), space)
+        self.groups = make_groups(list(self.layers), config.rank_groups or (), space) if space else ()
 
     @property
     def space(self) -> SearchSpace:
         """The space of its sub-adapters. Raises UsageError if its rank is fixed."""
         if not self.groups:
             raise UsageError(_FIXED)
-        mine = {name: layer for name, layer in self.layers.items() if self.adapter in layer.lora_A}
-        widths = {name: layer.in_features + layer.out_features for name, layer in mine.items()}
+        widths = {name: layer.in_features + layer.out_features for name, layer in self.layers.items()}
         grouped = {module for group in self.groups for module in group.modules}
-        fixed = sum(layer.r[self.adapter] * widths[name] for name, layer in mine.items() if name not in grouped)
-        weight = next(iter(mine.values())).lora_A[self.adapter].weight
+        fixed = sum(layer.r[self.adapter] * widths[name] for name, layer in self.layers.items() if name not in grouped)
+        weight = next(iter(self.layers.values())).lora_A[self.adapter].weight
         width = {group.name: sum(widths[module] for module in group.modules) for group in self.groups}
         return SearchSpace(self.groups, width, fixed, weight.element_size())
 
@@ -59,14 +56,10 @@ class Elastic:
         Raises UsageError if the rank is fixed, for an unknown group, a rank that is none of the group's choices, and
         while the adapter is merged: unmerging would subtract another sub-adapter than was added.
         """
-        self._check(ranks or {})
-        if self.groups and any(layer.merged for layer in self.layers.values()):
+        rank_of = self._by_module(ranks or {})
+        if rank_of and any(layer.merged for layer in self.layers.values()):
             raise UsageError("the adapter is merged into its base: unmerge it (unmerge_adapter) before setting ranks")
-        self.apply(ranks or {})
-
-    def apply(self, ranks: Mapping[str, int]) -> None:
-        """``set`` without its checks."""
-        for module, rank in self._by_module(ranks).items():
+        for module, rank in rank_of.items():
             layer = self.layers[module]
             layer.sqft_ranks = {**getattr(layer, "sqft_ranks", {}), self.adapter: rank}
 
@@ -82,7 +75,6 @@ class Elastic:
 
     def slice(self, ranks: Mapping[str, int] | None = None) -> dict[str, Tensor]:
         """The sub-adapter's weights alone, as PEFT saves an adapter of these ranks. The ranks that are set stay."""
-        self._check(ranks or {})
         rank_of, state = self._by_module(ranks or {}), {}
         for key, tensor in get_peft_model_state_dict(self.model, adapter_name=self.adapter).items():
             path, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
@@ -95,9 +87,6 @@ class Elastic:
 
     def _by_module(self, ranks: Mapping[str, int]) -> dict[str, int]:
         """The rank of each module of a group."""
-        return {module: ranks.get(group.name, group.choices[0]) for group in self.groups for module in group.modules}
-
-    def _check(self, ranks: Mapping[str, int]) -> None:
         groups = {group.name: group for group in self.groups}
         for name, rank in ranks.items():
             if not groups:
@@ -107,6 +96,7 @@ class Elastic:
             if rank not in groups[name].choices:
                 choices = ", ".join(map(str, groups[name].choices))
                 raise UsageError(f"rank {rank} is not a choice of group '{name}': {choices}")
+        return {module: ranks.get(group.name, group.choices[0]) for group in self.groups for module in group.modules}
 
 
 def set_ranks(model: Any, ranks: Mapping[str, int] | None = None) -> None:

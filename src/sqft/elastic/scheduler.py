@@ -93,7 +93,7 @@ class RankScheduler(TrainerCallback, ExportableState):
 
     def _set(self, args: TrainingArguments, state: TrainerState) -> None:
         self._ranks = self.draw(self._elastic.groups, state.global_step, self._micro, args.gradient_accumulation_steps)
-        self._elastic.apply(self._ranks)
+        self._elastic.set(self._ranks)
         for path, layer in self._elastic.layers.items():
             self._used[path] = max(self._used.get(path, 0), active_rank(layer, self._elastic.adapter))
 
@@ -129,12 +129,12 @@ class RankScheduler(TrainerCallback, ExportableState):
         self._note()
         # A micro-batch's loss is its share of the step's mean.
         self.records += [(choices, float(loss) * len(self._step)) for choices, loss in self._step]
-        self._elastic.apply({})
+        self._elastic.set()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                      **kwargs: Any) -> None:  # fmt: skip
         self._hook.remove()
-        self._elastic.apply({})
+        self._elastic.set()
 
 
 def _last(stored: Any) -> dict[str, Any]:
