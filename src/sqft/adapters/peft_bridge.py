@@ -23,7 +23,7 @@ from sqft.adapters.sparse import give_mask
 from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_dense
 from sqft.models.discover import Architecture, describe, is_linear, resolve_targets
-from sqft.sparsity.masks import mask_or_zeros
+from sqft.sparsity.masks import mask_or_zeros, packed_mask, set_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,29 +74,27 @@ def _target_names(architecture: Architecture, config: LoraConfig) -> list[str]:
 def _prepare_bases(model: nn.Module, modules: Mapping[str, Any], config: LoraConfig) -> None:
     """What the base layers need before adapters of this config go on them; errors if they do not go together."""
     register(config)
-    if getattr(config, "sparse_adapter", False):
-        _give_masks(modules)
-    elif rewrites_base(config) and any(mask_or_zeros(module) is not None for module in modules.values()):
+    for module in modules.values() if getattr(config, "sparse_adapter", False) or rewrites_base(config) else ():
+        if (mask := mask_or_zeros(module)) is not None:
+            set_mask(module, mask)
+    sparse = not modules or any(packed_mask(module) is not None for module in modules.values())
+    if sparse and rewrites_base(config):
         check_initialisation(config)
+    if getattr(config, "sparse_adapter", False):
+        if not sparse:
+            raise SqftError(
+                "this model is not sparse: no target module has a mask. Sparsify it first (and save it, if adapters on "
+                "it are to be loaded again), load an INT one that another tool pruned with mask='zeros', or use plain "
+                "LoRA (--adapter lora, sparse_adapter=False)"
+            )
+        for module in modules.values():
+            give_mask(module, sparse=False)  # in a sparse model, a layer that is dense may change everywhere
     source = getattr(config, "float_base", None)
     for module in modules.values():  # of an earlier adapter
         if getattr(module, FLOAT_BASE, None) is not None and not source:
             delattr(module, FLOAT_BASE)
     if isinstance(config, SqftConfig) and source:
         _set_float_bases(modules, config)
-
-
-def _give_masks(modules: Mapping[str, Any]) -> None:
-    """The masks of the base layers; in a sparse model, a layer that is dense may change everywhere.
-
-    Raises SqftError if all are dense: a masked adapter on them would be an unmasked one.
-    """
-    if modules and all(mask_or_zeros(module) is None for module in modules.values()):
-        raise SqftError("this model is not sparse: its target modules have no masks. Sparsify it first (and save it, "
-                        "if adapters on it are to be loaded again), load an INT one whose zeros are pruned weights "
-                        "with mask='zeros', or use plain LoRA (--adapter lora, sparse_adapter=False)")  # fmt: skip
-    for module in modules.values():
-        give_mask(module, sparse=mask_or_zeros(module) is not None)
 
 
 def _set_float_bases(modules: Mapping[str, Any], config: SqftConfig) -> None:

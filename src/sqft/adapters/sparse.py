@@ -19,22 +19,19 @@ from sqft.adapters.kinds import SPARSE_PEFT
 from sqft.adapters.lora import check_adapter, factors
 from sqft.errors import SqftError
 from sqft.kernels.torch_ops import masked_weight, sparse_linear
-from sqft.sparsity.masks import mask_or_zeros, packed_mask, set_mask
+from sqft.sparsity.masks import packed_mask, set_mask
 
 
 def give_mask(linear: Any, sparse: bool, name: str = "") -> None:
-    """Sees to it that a base layer has a mask: its own, or what its zeros say, or, unless it should be ``sparse`` (as
-    in a dense INT model), one by which every weight may change. Raises SqftError for a dense one that should be."""
+    """Gives a base layer without a mask one by which every weight may change, as in a dense INT model; raises SqftError
+    if it should be ``sparse``: a masked adapter on it would be a dense one."""
     if packed_mask(linear) is not None:
         return
-    mask = mask_or_zeros(linear) if sparse else None
-    if sparse and mask is None:
-        raise SqftError(f"{name or 'a target'} is not sparse and has no mask: a masked adapter on it would be dense; "
-                        "leave it out, sparsify the model first, or use plain LoRA (sparse_adapter=False)")  # fmt: skip
-    if mask is None:
-        device = next(iter(linear.state_dict().values())).device
-        mask = torch.ones(linear.out_features, linear.in_features, dtype=torch.bool, device=device)
-    set_mask(linear, mask)
+    if sparse:
+        raise SqftError(f"{name or 'a target'} is not sparse, or sqft has not seen it: it has no mask; use sqft.load "
+                        "and sqft.attach, leave it out, or use plain LoRA (sparse_adapter=False)")  # fmt: skip
+    device = next(iter(linear.state_dict().values())).device
+    set_mask(linear, torch.ones(linear.out_features, linear.in_features, dtype=torch.bool, device=device))
 
 
 class MaskedLoraLinear(LoraLinear):
