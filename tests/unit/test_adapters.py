@@ -18,6 +18,7 @@ from pico import pico_model
 from safetensors.torch import load_file, save_file
 
 import sqft
+from sqft.adapters.groups import make_groups
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
 from sqft.adapters.sparse import give_mask
 from sqft.elastic.handle import Elastic
@@ -294,3 +295,10 @@ def test_kinds_are_told_by_name_and_by_flags() -> None:
         sqft.SqftConfig(kind="sparse-left")
     plain = sqft.attach(pico_model(), sqft.SqftConfig(kind="lora"))
     assert all(type(layer).__module__.startswith("peft.") for layer in adapter_layers(plain).values())
+
+
+def test_the_documented_form_of_a_rank_group_is_the_one_that_is_read() -> None:
+    assert "'NAME+NAME=32/16'" in str(make_groups.__doc__)
+    names = ["model.layers.0.q_proj", "model.layers.0.k_proj"]
+    (group,) = make_groups(names, ["q_proj+k_proj=32/16"], [8])
+    assert group.choices == (32, 16) and group.modules == tuple(names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,6 @@ from sqft.registry import KINDS
 # What stands as ``peft_type`` in a saved adapter. PEFT looks the config class up by it; without sqft it stops with
 # ``KeyError: <this text>`` instead of loading a dense LoRA, which would give wrong answers. So the text is the message.
 PEFT_TYPE = "SQFT (a masked or elastic adapter that plain PEFT cannot apply: load this folder with sqft.load)"
-
-_OWN = ("kind", "sparse_adapter", "quantization_aware", "learn_scales", "float_base", "float_base_key", "search_space",
-        "rank_groups")  # fmt: skip
 
 
 def _option(default: Any, text: str, refused_by_peft: bool = False) -> Any:
@@ -89,7 +86,7 @@ class SqftConfig(LoraConfig):
         if self.is_sqft:
             values["peft_type"] = PEFT_TYPE
         else:  # then it is a plain LoRA and any PEFT may load it
-            for name in _OWN:
+            for name in {option.name for option in fields(self)} - {option.name for option in fields(LoraConfig)}:
                 del values[name]
         return values
 

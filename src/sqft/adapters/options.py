@@ -39,17 +39,11 @@ def check_options(config: LoraConfig) -> None:
         raise UsageError(f"{option.name} does not go with masked, INT or elastic adapters ({why}): leave it out")
 
 
-def rewrites_base(config: LoraConfig) -> str:
-    """The option by which PEFT changes the base's weights when the adapter is made; empty if there is none."""
-    name = str(config.init_lora_weights).lower()
-    if config.kasa_config is not None:
-        return "kasa_config"
-    return f"init_lora_weights='{name}'" if name.startswith(_REWRITE) else ""
-
-
 def check_initialisation(config: LoraConfig) -> None:
-    """Raises UsageError for an option by which the zeros of a sparse base would be filled."""
-    if option := rewrites_base(config):
+    """Raises UsageError for an option by which PEFT changes the base's weights when the adapter is made."""
+    name = str(config.init_lora_weights).lower()
+    if name.startswith(_REWRITE) or config.kasa_config is not None:
+        option = "kasa_config" if config.kasa_config is not None else f"init_lora_weights='{name}'"
         raise UsageError(f"{option} rewrites the base's weights, which fills the zeros of a sparse model and leaves "
                          "the grid of an INT one: use True, False or 'gaussian'")  # fmt: skip
 

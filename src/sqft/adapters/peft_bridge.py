@@ -17,7 +17,7 @@ from sqft import artifact
 from sqft.adapters.config import PEFT_TYPE, SqftConfig, register
 from sqft.adapters.groups import make_groups
 from sqft.adapters.kinds import layer_kind
-from sqft.adapters.options import check_initialisation, rewrites_base
+from sqft.adapters.options import check_initialisation
 from sqft.adapters.quant_aware import FLOAT_BASE
 from sqft.adapters.sparse import give_mask
 from sqft.errors import SqftError, UsageError
@@ -74,19 +74,18 @@ def _target_names(architecture: Architecture, config: LoraConfig) -> list[str]:
 def _prepare_bases(model: nn.Module, modules: Mapping[str, Any], config: LoraConfig) -> None:
     """What the base layers need before adapters of this config go on them; errors if they do not go together."""
     register(config)
-    for module in modules.values() if getattr(config, "sparse_adapter", False) or rewrites_base(config) else ():
-        if (mask := mask_or_zeros(module)) is not None:
+    for module in modules.values():
+        told = isinstance(module, nn.Linear) or getattr(config, "sparse_adapter", False)
+        if told and (mask := mask_or_zeros(module)) is not None:
             set_mask(module, mask)
     sparse = not modules or any(packed_mask(module) is not None for module in modules.values())
-    if sparse and rewrites_base(config):
+    if sparse:
         check_initialisation(config)
     if getattr(config, "sparse_adapter", False):
         if not sparse:
-            raise SqftError(
-                "this model is not sparse: no target module has a mask. Sparsify it first (and save it, if adapters on "
-                "it are to be loaded again), load an INT one that another tool pruned with mask='zeros', or use plain "
-                "LoRA (--adapter lora, sparse_adapter=False)"
-            )
+            raise SqftError("this model is not sparse: no target module has a mask. Sparsify it first (and save it, if "
+                            "adapters on it are to be loaded again), load an INT one that another tool pruned with "
+                            "mask='zeros', or use plain LoRA (--adapter lora, sparse_adapter=False)")  # fmt: skip
         for module in modules.values():
             give_mask(module, sparse=False)  # in a sparse model, a layer that is dense may change everywhere
     source = getattr(config, "float_base", None)

@@ -43,11 +43,9 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
         self.resolve_lora_variant(config=config)
-        if (getattr(self._linear, FLOAT_BASE, None) is None) != (config.float_base is None):
-            raise SqftError(
-                f"the float base of '{adapter_name}' is not beside {self.kwargs.get('target_name') or 'the layer'}, or "
-                "another adapter's is: sqft.attach and sqft.load put it there, one for all adapters of a layer"
-            )
+        if (getattr(self._linear, FLOAT_BASE, None) is None) != (not config.float_base):
+            raise SqftError(f"the float base of '{adapter_name}' is not beside its layer, or another adapter's is: "
+                            "sqft.attach and sqft.load put it there, one for all adapters of a layer")  # fmt: skip
         if not hasattr(self, "lora_scales"):
             self.lora_scales = nn.ParameterDict()
         if getattr(config, "learn_scales", False):
