@@ -103,7 +103,7 @@ class SqftConfig(LoraConfig):
         values = super().from_json_file(path_json_file, **kwargs)
         if values.get("float_base"):
             base = Path(path_json_file).parent / values["float_base"]
-            values["float_base"] = os.path.normpath(base) if base.is_dir() else values["float_base"]
+            values["float_base"] = os.path.abspath(base) if base.is_dir() else values["float_base"]
         return values
 
 

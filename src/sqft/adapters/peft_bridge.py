@@ -99,6 +99,8 @@ def _prepare_bases(model: nn.Module, modules: Mapping[str, Any], config: LoraCon
 def _set_float_bases(modules: Mapping[str, Any], config: SqftConfig) -> None:
     """Puts the un-quantized weights beside the packed ones. Raises SqftError if they are another model's."""
     source = str(config.float_base)
+    if source.startswith(".") and not Path(source).exists():
+        raise SqftError(f"the float base of the adapter is gone: its config names {source}")
     key = artifact.folder_key(source)
     if config.float_base_key and config.float_base_key != key:
         raise SqftError(f"{source} is not the float base that the adapter was trained on: it has changed since")
