@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from sqft.elastic.groups import RankGroup
+from sqft.adapters.groups import RankGroup
 from sqft.elastic.space import SearchSpace
 from sqft.searching.study import Search
 

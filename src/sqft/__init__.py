@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sqft.config import SearchConfig as SearchConfig
     from sqft.config import SparsifyConfig as SparsifyConfig
     from sqft.config import TrainConfig as TrainConfig
+    from sqft.elastic.handle import Elastic as Elastic
     from sqft.elastic.handle import get_ranks as get_ranks
     from sqft.elastic.handle import set_ranks as set_ranks
     from sqft.elastic.scheduler import RankScheduler as RankScheduler
@@ -50,6 +51,7 @@ _WHERE = {
     "SqftConfig": "sqft.adapters.config",
     "attach": "sqft.adapters.peft_bridge",
     "compare": "sqft.comparison",
+    "Elastic": "sqft.elastic.handle",
     "get_ranks": "sqft.elastic.handle",
     "set_ranks": "sqft.elastic.handle",
     "RankScheduler": "sqft.elastic.scheduler",

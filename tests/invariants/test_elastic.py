@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import sqft
 from sqft.adapters.config import PEFT_TYPE
+from sqft.adapters.groups import make_groups
 from sqft.adapters.peft_bridge import adapter_layers
-from sqft.elastic.groups import make_groups
-from sqft.elastic.handle import RECORDS, rank_groups
-from sqft.elastic.space import space_of
+from sqft.elastic.handle import RECORDS, Elastic
 from sqft.searching.choose import alpha_for
 
 PIPELINES = ("sparse-peft", "qa-sparse-peft", "lora", "sqft")
@@ -48,7 +47,7 @@ def supers(bases, examples, tmp_path_factory) -> dict[str, Path]:
 
 def some_ranks(model, seed: int = 0) -> dict[str, int]:
     rng = random.Random(seed)
-    return {group.name: rng.choice(group.choices) for group in rank_groups(model)}
+    return {group.name: rng.choice(group.choices) for group in Elastic(model).groups}
 
 
 @torch.no_grad()
@@ -66,7 +65,7 @@ def test_a_sub_adapter_is_the_super_adapter_without_its_upper_ranks(pipeline: st
     part = logits(model, tokens)
     assert (part - whole).abs().max() > 1e-3
     with torch.no_grad():
-        for group in rank_groups(model):
+        for group in Elastic(model).groups:
             for name in group.modules:
                 layer = adapter_layers(model)[name]
                 assert layer.scaling["default"] == 9 / 6
@@ -83,7 +82,7 @@ def test_extracted_merged_and_live_sub_adapters_are_one(pipeline: str, supers, t
     sqft.set_ranks(model, ranks)
     live = logits(model, tokens)
     metrics = sqft.extract(supers[pipeline], str(tmp_path / "ranks.yaml"), tmp_path / "sub")
-    assert metrics["parameters"] == space_of(model).parameters(ranks)
+    assert metrics["parameters"] == Elastic(model).space.parameters(ranks)
     weights = load_file(tmp_path / "sub" / "adapter_model.safetensors")
     assert sum(w.numel() for w in weights.values()) == metrics["parameters"]
     sub, _ = sqft.load(tmp_path / "sub")
@@ -191,12 +190,12 @@ def test_plain_trainer_draws_by_its_own_generator(sparse: Path, tmp_path: Path) 
             torch.manual_seed(99)
             random.seed(99)
         plain_trainer(model, tokenizer, scheduler, tmp_path, 4, gradient_accumulation_steps=2, seed=noise + 1).train()
-        assert sqft.get_ranks(model) == {group.name: SPACE[0] for group in rank_groups(model)}
+        assert sqft.get_ranks(model) == {group.name: SPACE[0] for group in Elastic(model).groups}
         runs.append([choices for choices, _ in scheduler.records])
         assert all(2 < loss < 8 for _, loss in scheduler.records)
     assert runs[0] == runs[1] and len(runs[0]) == 8
-    other = sqft.RankScheduler(seed=4).draw(rank_groups(model), 0, 0, 1)
-    assert other != sqft.RankScheduler(seed=3).draw(rank_groups(model), 0, 0, 1)
+    other = sqft.RankScheduler(seed=4).draw(Elastic(model).groups, 0, 0, 1)
+    assert other != sqft.RankScheduler(seed=3).draw(Elastic(model).groups, 0, 0, 1)
 
 
 def test_strategies_draw_what_they_say() -> None:
@@ -261,7 +260,7 @@ def test_alphas_give_the_scaling_that_products_use() -> None:
 
 def test_a_live_adapter_is_searched_by_a_scorer_of_ones_own(supers) -> None:
     model, _ = sqft.load(supers["qa-sparse-peft"])
-    groups = rank_groups(model)
+    groups = Elastic(model).groups
     wanted = {group.name: SPACE[i % 3] for i, group in enumerate(groups)}
 
     def scorer(live) -> float:

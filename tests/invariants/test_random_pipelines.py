@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers
-from sqft.elastic.handle import rank_groups, set_ranks
+from sqft.elastic.handle import set_ranks
 from sqft.formats.checkpoint import packed_layers
 from sqft.models.discover import describe
 from sqft.sparsity.masks import mask_of
@@ -114,7 +114,7 @@ def make_adapter(draw: Draw, model: Any, tokens) -> Any:
         optimizer.step()
         optimizer.zero_grad()
     if draw.elastic:
-        set_ranks(adapter, {group.name: group.choices[i % 2] for i, group in enumerate(rank_groups(adapter))})
+        set_ranks(adapter, {group.name: group.choices[i % 2] for i, group in enumerate(sqft.Elastic(adapter).groups)})
     return adapter.eval()
 
 
@@ -127,7 +127,7 @@ def pipeline(draw: Draw, tokens, folder: Path) -> None:
     assert len(masks) == (0 if draw.kind in ("lora", "qa-sparse-peft, dense") else len(describe(base).names()))
 
     adapter = make_adapter(draw, base, tokens)
-    ranks = {group.name: group.choices[i % 2] for i, group in enumerate(rank_groups(adapter))} or None
+    ranks = {group.name: group.choices[i % 2] for i, group in enumerate(sqft.Elastic(adapter).groups)} or None
     sqft.save(adapter, tokenizer, folder / "adapter")
     adapted = list(adapter_layers(adapter))
     expected = {path: layer.merged_packed("default") if draw.packed else None

@@ -2,77 +2,130 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
 
-from sqft.errors import UsageError
+from sqft.adapters.kinds import LORA, PLAIN, kind_of
+from sqft.adapters.options import check_options
+from sqft.errors import SqftError, UsageError
+from sqft.quantization.linear import QuantLinear
+from sqft.registry import KINDS
 
 # What stands as ``peft_type`` in a saved adapter. PEFT looks the config class up by it; without sqft it stops with
 # ``KeyError: <this text>`` instead of loading a dense LoRA, which would give wrong answers. So the text is the message.
 PEFT_TYPE = "SQFT (a masked or elastic adapter that plain PEFT cannot apply: load this folder with sqft.load)"
 
-_UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora")
-_OWN = ("sparse_adapter", "quantization_aware", "learn_scales", "float_base", "float_base_key", "search_space",
-        "rank_groups")  # fmt: skip
+
+def _option(default: Any, text: str, refused_by_peft: bool = False) -> Any:
+    """A field; PEFT's own layers refuse an adapter with a "variant" that they do not know, instead of ignoring it."""
+    return field(default=default, metadata={"help": text, "is_lora_variant": refused_by_peft})
 
 
 @dataclass
 class SqftConfig(LoraConfig):
-    """LoRA's options plus those of SQFT (arXiv 2410.03750).
+    """LoRA's options plus those of SQFT (arXiv 2410.03750). Those of LoRA that would be ignored are refused by name.
 
     Args:
+        kind: name of an adapter kind (``registry.KINDS``); it decides the two flags that follow. Empty: they decide.
         sparse_adapter: mask the adapter with the base's sparsity (SparsePEFT, section 3.3), so that it can be merged
             without filling a pruned weight. False is plain LoRA, or with ``quantization_aware`` a dense INT model's.
         quantization_aware: train through the packed base's own grid (QA-SparsePEFT, section 3.4), so that the adapter
             can be merged into the integers.
         learn_scales: with ``quantization_aware``, train the grid's scales too (LSQ); merging then stores them.
         float_base: with ``quantization_aware``, folder of the un-quantized sparse model to add the adapter to (as in
-            the paper), instead of what the base's integers mean. ``float_base_key`` identifies its contents.
+            the paper), instead of what the base's integers mean. It is saved relative to the adapter's folder.
+            ``float_base_key`` identifies its contents.
         search_space: ranks that a sub-adapter may have (NLS); none: the rank is fixed. ``r`` is the largest of them.
-        rank_groups: which modules share a rank, and choices of their own: see ``elastic.make_groups``.
+        rank_groups: which modules share a rank, and choices of their own: see ``make_groups``.
 
     ``target_modules`` left empty means the family's q, k, v, up and down projections when attached by ``sqft.attach``.
     """
 
-    sparse_adapter: bool = field(default=True, metadata={"help": "mask the adapter with the base's sparsity"})
-    quantization_aware: bool = field(default=False, metadata={"help": "train through the packed base's grid"})
-    learn_scales: bool = field(default=False, metadata={"help": "train the grid's scales too"})
-    float_base: str | None = field(default=None, metadata={"help": "folder of the un-quantized sparse base"})
-    float_base_key: str = field(default="", metadata={"help": "key of the float base's contents"})
-
-    search_space: list[int] | None = field(default=None, metadata={"help": "ranks that a sub-adapter may have"})
-    rank_groups: list[str] | None = field(default=None, metadata={"help": "which modules share a rank"})
+    kind: str = _option("", "name of an adapter kind", True)
+    sparse_adapter: bool = _option(True, "mask the adapter with the base's sparsity", True)
+    quantization_aware: bool = _option(False, "train through the packed base's grid", True)
+    learn_scales: bool = _option(False, "train the grid's scales too")
+    float_base: str | None = _option(None, "folder of the un-quantized sparse base")
+    float_base_key: str = _option("", "key of the float base's contents")
+    search_space: list[int] | None = _option(None, "ranks that a sub-adapter may have", True)
+    rank_groups: list[str] | None = _option(None, "which modules share a rank")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.kind:
+            kind = KINDS[self.kind]
+            self.sparse_adapter, self.quantization_aware = kind.masked and self.sparse_adapter, kind.quantization_aware
+            self.kind = "" if kind in PLAIN else self.kind  # which of the two the base decides
         if self.rank_groups and not self.search_space:
             raise UsageError("rank_groups go with a search_space, e.g. [32, 24, 16]")
         if self.search_space and min(self.search_space) < 1:
             raise UsageError(f"search_space is {self.search_space}: ranks are greater than 0")
+        if self.search_space and self.rank_pattern:
+            raise UsageError("rank_pattern does not go with a search_space: give groups their own ranks (rank_groups)")
         for name in ("learn_scales", "float_base"):
             if getattr(self, name) and not self.quantization_aware:
                 raise UsageError(f"{name} goes with quantization_aware=True only")
-        if not self.is_sqft:
-            return
-        for name in _UNSUPPORTED:
-            if getattr(self, name, False):
-                raise UsageError(f"{name} does not go with masked or elastic adapters: leave it out")
-        from sqft.adapters.peft_bridge import register
-
+        if self.is_sqft:
+            check_options(self)
         register(self)
 
     @property
     def is_sqft(self) -> bool:
         """Whether the adapters are ours; otherwise they are plain LoRA."""
-        return self.sparse_adapter or self.quantization_aware or bool(self.search_space)
+        return bool(self.kind or self.sparse_adapter or self.quantization_aware or self.search_space)
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         if self.is_sqft:
             values["peft_type"] = PEFT_TYPE
         else:  # then it is a plain LoRA and any PEFT may load it
-            for name in _OWN:
+            for name in {option.name for option in fields(self)} - {option.name for option in fields(LoraConfig)}:
                 del values[name]
         return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, with ``float_base`` relative to the folder, so that a run can be moved."""
+        saved = copy.copy(self)
+        if self.float_base and Path(self.float_base).is_dir():
+            saved.float_base = Path(os.path.relpath(self.float_base, save_directory)).as_posix()
+        super(SqftConfig, saved).save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's, with ``float_base`` as a path from here."""
+        values = super().from_json_file(path_json_file, **kwargs)
+        if values.get("float_base"):
+            base = Path(path_json_file).parent / values["float_base"]
+            values["float_base"] = os.path.abspath(base) if base.is_dir() else values["float_base"]
+        return values
+
+
+def register(config: LoraConfig) -> None:
+    """Lets PEFT build our layers for this config, and find a saved one's config class (in Trainer's resume, say)."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # pyright: ignore[reportArgumentType]
+    config._register_custom_module({nn.Module: _make_layer})  # pyright: ignore[reportArgumentType]
+
+
+def _make_layer(base: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
+    """The layer of the config's kind on a base layer; None for plain LoRA on a float one, which is PEFT's own.
+
+    Raises SqftError if the kind is for other bases.
+    """
+    packed = isinstance(base, QuantLinear)
+    kind = kind_of(config, packed)
+    if kind == LORA and not packed and not getattr(config, "search_space", None):
+        return None
+    if packed != kind.packed or not (packed or type(base) is nn.Linear):
+        what, wanted = kwargs.get("target_name") or "a target", "INT weights" if kind.packed else "torch.nn.Linear"
+        hint = "quantize the model first (sqft quantize)" if kind.packed else "leave it out"
+        if packed:
+            hint += f", or use another kind ({', '.join(name for name in KINDS if KINDS[name].packed)})"
+        raise SqftError(f"{what} is a {type(base).__name__} and adapters of kind {kind.name} are for {wanted}: {hint}")
+    return kind.layer_class()(base, adapter_name, config=config, **kwargs)

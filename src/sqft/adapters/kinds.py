@@ -1,8 +1,16 @@
-"""The kinds of adapter, as data: which base they go on, whether they are masked, whether they merge into one model."""
+"""The kinds of adapter, as data: which base they go on, whether they are masked, whether they merge into one model.
+
+A package adds one by an entry point in ``sqft.adapter_kinds`` that names a ``Kind``. Its layer derives from
+``MaskedLoraLinear`` (or from PEFT's ``Linear``, with ``check_adapter`` called in ``resolve_lora_variant``).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from sqft.registry import KINDS
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,10 @@ class Kind:
     quantization_aware: bool = False
     merges: bool = False
 
+    def layer_class(self) -> Any:
+        module, _, name = self.layer.partition(":")
+        return getattr(import_module(module), name)
+
 
 SPARSE_PEFT = Kind("sparse-peft", "masked by the base's sparsity (SparsePEFT)", "sqft.adapters.sparse:SparseLoraLinear",
                    masked=True, merges=True)  # fmt: skip
@@ -25,3 +37,20 @@ QA_SPARSE_PEFT = Kind("qa-sparse-peft", "masked, and rounded on the base's own g
                       quantization_aware=True, merges=True)  # fmt: skip
 LORA = Kind("lora", "plain LoRA", "sqft.adapters.lora:ElasticLora")
 SQFT = Kind("sqft", "plain LoRA beside an INT base (SQFT)", "sqft.adapters.quant_aware:QuantLoraLinear", packed=True)
+PLAIN = (LORA, SQFT)
+
+
+def kind_of(config: Any, packed: bool) -> Kind:
+    """The kind that a ``LoraConfig`` asks for on a packed or float weight: by name, else by its flags."""
+    if getattr(config, "kind", ""):
+        return KINDS[config.kind]
+    if getattr(config, "quantization_aware", False):
+        return QA_SPARSE_PEFT
+    if getattr(config, "sparse_adapter", False):
+        return SPARSE_PEFT
+    return SQFT if packed else LORA
+
+
+def layer_kind(layer: Any) -> Kind:
+    """The kind of an adapted layer; PEFT's own layers are plain LoRA."""
+    return getattr(layer, "kind", LORA)

@@ -1,4 +1,5 @@
-"""Plain LoRA of elastic rank, and what all elastic layers share: the rank that is set, and the factors cut to it.
+"""Plain LoRA of elastic rank, and what all of sqft's layers share: which adapters they take, the rank that is set, and
+the factors cut to it.
 
 Shape letters: O output features, I input features, R rank.
 """
@@ -11,6 +12,31 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
 
+from sqft.adapters.kinds import LORA, Kind, kind_of
+from sqft.adapters.options import check_options
+from sqft.errors import SqftError, UsageError
+from sqft.quantization.linear import QuantLinear
+
+
+def check_adapter(layer: Any, config: Any) -> None:
+    """What must hold for every adapter that PEFT puts on one of our layers, by whatever door it came.
+
+    Raises UsageError for an option that the layer would ignore, SqftError for an adapter of another kind than those
+    that the layer has: it would be computed as they are.
+    """
+    kind: Kind = kind_of(config, isinstance(layer.get_base_layer(), QuantLinear))
+    if layer.lora_A and kind != layer.kind:
+        raise SqftError(
+            f"an adapter of kind {kind.name} cannot stand beside one of kind {layer.kind.name} on one layer, which "
+            "would compute both alike: put it on a base of its own"
+        )
+    check_options(config)
+    space = getattr(config, "search_space", None)
+    if space and not config.rank_groups and config.r != max(space):
+        raise UsageError(f"r is {config.r} and the largest rank of search_space {max(space)}: an elastic adapter's are "
+                         "equal: attach it by sqft.attach, or combine what sqft.extract wrote")  # fmt: skip
+    layer.kind = kind
+
 
 def active_rank(layer: Any, adapter: str) -> int:
     """The rank that a layer computes with."""
@@ -20,6 +46,9 @@ def active_rank(layer: Any, adapter: str) -> int:
 def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """A [r, I] and B [O, r] of a layer's active rank r: views, so that gradients reach the super-adapter."""
     a, b = cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
+    if a.shape[0] != layer.r[adapter]:
+        raise SqftError(f"an adapter of rank {a.shape[0]} was swapped in for '{adapter}' of rank {layer.r[adapter]}, "
+                        "which would cut it: load it under a name of its own (load_adapter)")  # fmt: skip
     r = active_rank(layer, adapter)
     return (a, b) if r == a.shape[0] else (a[:r], b[:, :r])
 
@@ -27,11 +56,18 @@ def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
 class ElasticLora(LoraLinear):
     """Plain LoRA whose rank can be set; on a float base, or with ``QuantLoraLinear`` on a packed one."""
 
+    kind = LORA
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
+        check_adapter(self, config)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
-        whole = all(active_rank(self, name) == self.r[name] for name in active)
+        whole = all(factors(self, name)[0].shape[0] == self.r[name] for name in active)
         if whole or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
+        if kwargs.get("adapter_names") is not None:
+            raise SqftError("elastic adapters cannot be mixed within a batch: extract a sub-adapter of each")
         y = self.base_layer(x)
         for name in active:
             a, b = factors(self, name)

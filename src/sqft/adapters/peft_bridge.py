@@ -2,62 +2,46 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from sqft import artifact
-from sqft.adapters.config import PEFT_TYPE, SqftConfig
-from sqft.adapters.lora import ElasticLora
-from sqft.adapters.quant_aware import FLOAT_BASE, QuantAwareLoraLinear, QuantLoraLinear
-from sqft.adapters.sparse import MaskedLoraLinear, SparseLoraLinear
-from sqft.elastic.groups import make_groups
+from sqft.adapters.config import PEFT_TYPE, SqftConfig, register
+from sqft.adapters.groups import make_groups
+from sqft.adapters.kinds import layer_kind
+from sqft.adapters.options import check_initialisation
+from sqft.adapters.quant_aware import FLOAT_BASE
+from sqft.adapters.sparse import give_mask
 from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_dense
-from sqft.models.discover import describe, resolve_targets
+from sqft.models.discover import Architecture, describe, resolve_targets
 from sqft.models.weights import is_linear
-from sqft.quantization.linear import QuantLinear
-from sqft.sparsity.masks import ensure_masks, packed_mask, set_mask
+from sqft.sparsity.masks import ensure_masks, packed_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ADAPTER_CONFIG = "adapter_config.json"
-
-
-def register(config: LoraConfig) -> None:
-    """Lets PEFT build our layers for this config, and find a saved one's config class (in Trainer's resume, say)."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # pyright: ignore[reportArgumentType]
-    if getattr(config, "quantization_aware", False):
-        layers: dict[Any, Any] = {nn.Linear: QuantAwareLoraLinear, QuantLinear: QuantAwareLoraLinear}
-    elif getattr(config, "sparse_adapter", False):
-        layers = {nn.Linear: SparseLoraLinear, QuantLinear: SparseLoraLinear}
-    else:
-        layers = {QuantLinear: QuantLoraLinear}
-        if getattr(config, "search_space", None):
-            layers[nn.Linear] = ElasticLora
-    config._register_custom_module(layers)  # a layer that does not go with its base says so
-
 
 def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftModel:
-    """Attaches fresh adapters: masked ones for a ``SqftConfig``, plain LoRA for PEFT's ``LoraConfig``.
+    """Attaches fresh adapters: those of a ``SqftConfig``, plain LoRA for PEFT's ``LoraConfig``. It keeps the config.
 
-    Target modules are looked up in the model's family; an empty list means the family's q, k, v, up and down.
-    Raises UsageError for a target that matches no module, SqftError if masked adapters are asked for on a model that
-    is not sparse, or adapters that do not go with a float or a packed base.
+    Target modules are looked up in the model's family; an empty list means the family's q, k, v, up and down,
+    'all-linear' all weights of its blocks. Raises UsageError for a target that matches no module and an option that
+    does not go with the base, SqftError if masked adapters are asked for on a model that is not sparse, or adapters
+    that do not go with a float or a packed base.
     """
-    config = config or SqftConfig()
-    architecture = describe(model)
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules or [])
-    names = resolve_targets(architecture, sorted(targets))
+    config = copy.deepcopy(config) if config is not None else SqftConfig()
+    names = _target_names(describe(model), config)
     config.target_modules = set(names)  # pyright: ignore[reportAttributeAccessIssue]
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None  # the names say it
     config.task_type = config.task_type or "CAUSAL_LM"
     if isinstance(config, SqftConfig) and config.search_space:
         groups = make_groups(names, config.rank_groups or (), config.search_space)
@@ -66,33 +50,55 @@ def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMode
     return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
 
 
+def _target_names(architecture: Architecture, config: LoraConfig) -> list[str]:
+    """Full names of the modules that a fresh config adapts, in execution order. Raises UsageError if there is none."""
+    wanted = config.target_modules or ()
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        wanted = architecture.names()
+    elif isinstance(wanted, str) and set(wanted) & set("\\()|^$+.{"):
+        raise UsageError(f"target_modules is the regular expression '{wanted}': name the modules in a list, with shell "
+                         "patterns if need be (['q_proj', '*.3.mlp.*']), or write 'all-linear'")  # fmt: skip
+    names = resolve_targets(architecture, [wanted] if isinstance(wanted, str) else sorted(wanted))
+    for saved in config.modules_to_save or ():
+        if inside := next((name for name in architecture.names() if f".{saved}." in f".{name}."), None):
+            raise UsageError(f"modules_to_save '{saved}' would train all of {inside}, zeros and all: adapt that module "
+                             "(target_modules), and save whole only what has no linear weights of a block")  # fmt: skip
+    leaves = copy.copy(config)  # PEFT looks at layers_to_transform for names that are not full only
+    leaves.target_modules = {name.rsplit(".", 1)[-1] for name in names}  # pyright: ignore[reportAttributeAccessIssue]
+    kept = [name for name in names if check_target_module_exists(leaves, name)]
+    if not kept:
+        raise UsageError("no target module is left: layers_to_transform, layers_pattern and exclude_modules leave out "
+                         f"all {len(names)} (full names look like {names[0]})")  # fmt: skip
+    return kept
+
+
 def _prepare_bases(model: nn.Module, modules: Mapping[str, Any], config: LoraConfig) -> None:
     """What the base layers need before adapters of this config go on them; errors if they do not go together."""
     register(config)
     ensure_masks(model)
+    sparse = not modules or any(packed_mask(module) is not None for module in modules.values())
+    if sparse:
+        check_initialisation(config)
     if getattr(config, "sparse_adapter", False):
-        _check_sparse(modules)
-    elif isinstance(config, SqftConfig) and config.quantization_aware:
-        for module in modules.values():  # a dense INT model: every weight may change
-            if packed_mask(module) is None:
-                set_mask(module, torch.ones(module.out_features, module.in_features, dtype=torch.bool))
-    if isinstance(config, SqftConfig) and config.float_base:
+        if not sparse:
+            raise SqftError("this model is not sparse: no target module has a mask. Sparsify it first (and save it, if "
+                            "adapters on it are to be loaded again), load an INT one that another tool pruned with "
+                            "mask='zeros', or use plain LoRA (--adapter lora, sparse_adapter=False)")  # fmt: skip
+        for module in modules.values():
+            give_mask(module, sparse=False)  # in a sparse model, a layer that is dense may change everywhere
+    source = getattr(config, "float_base", None)
+    for module in modules.values():  # of an earlier adapter
+        if getattr(module, FLOAT_BASE, None) is not None and not source:
+            delattr(module, FLOAT_BASE)
+    if isinstance(config, SqftConfig) and source:
         _set_float_bases(modules, config)
-
-
-def _check_sparse(modules: Mapping[str, Any]) -> None:
-    """Raises SqftError if the base layers are dense: a masked adapter on them would be an unmasked one."""
-    if modules and all(packed_mask(module) is None for module in modules.values()):
-        raise SqftError(
-            "this model is not sparse (no target module has a mask): sparsify it first (and save it, if adapters on it "
-            "are to be loaded again), load a packed model that another tool pruned with mask='zeros' (--mask zeros), "
-            "or use plain LoRA (--adapter lora, or sparse_adapter=False)"
-        )
 
 
 def _set_float_bases(modules: Mapping[str, Any], config: SqftConfig) -> None:
     """Puts the un-quantized weights beside the packed ones. Raises SqftError if they are another model's."""
     source = str(config.float_base)
+    if source.startswith(".") and not Path(source).exists():
+        raise SqftError(f"the float base of the adapter is gone: its config names {source}")
     key = artifact.folder_key(source)
     if config.float_base_key and config.float_base_key != key:
         raise SqftError(f"{source} is not the float base that the adapter was trained on: it has changed since")
@@ -111,33 +117,33 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
     """Loads an adapter folder, ours or PEFT's LoRA, onto its base. Raises SqftError if it does not fit."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # pyright: ignore[reportArgumentType]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # PEFT only warns when weights are missing
-            config: Any = PeftConfig.from_pretrained(str(folder))
-            modules = _targeted(model, config.target_modules or ())
-            config.inference_mode = not trainable
-            _prepare_bases(model, modules, config)
-            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
-    except SqftError:
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(str(folder))]
+        config: Any = kind.from_pretrained(str(folder))
+        config.inference_mode = not trainable
+        if isinstance(config, LoraConfig):
+            _prepare_bases(model, _targeted(model, config), config)
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, config=config)
+        # It only warns of weights that are missing, and says nothing of those that are too many.
+        found = set_peft_model_state_dict(loaded, load_peft_weights(str(folder), device="cpu"))
+    except (SqftError, UsageError):
         raise
     except Exception as error:  # PEFT raises many kinds; each means adapter and model do not fit, or a corrupt file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: {reason}") from error
-    if getattr(config, "float_base", None):
-        for path, layer in adapter_layers(loaded).items():
-            if getattr(layer.get_base_layer(), FLOAT_BASE, None) is None:
-                raise SqftError(f"adapter {folder} adapts {path}, for which its float base was not found")
+    missing = [key for key in found.missing_keys if ".lora_" in key and ".default" in key]
+    for what, keys in (("lacks", missing), ("has beside its base", found.unexpected_keys)):
+        if keys:
+            raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: it {what} {keys[0]} and "
+                            f"{len(keys) - 1} more weights")  # fmt: skip
     return loaded
 
 
-def _targeted(model: nn.Module, targets: Any) -> dict[str, Any]:
+def _targeted(model: nn.Module, config: Any) -> dict[str, Any]:
     """The linear modules that a saved config names: PEFT shortens twenty and more full names to their endings."""
-    names = [targets] if isinstance(targets, str) else list(targets)
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if is_linear(module) and any(path == name or path.endswith(f".{name}") for name in names)
-    }
+    if not config.target_modules:
+        return {}
+    return {path: module for path, module in model.named_modules()
+            if is_linear(module) and check_target_module_exists(config, path)}  # fmt: skip
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -149,18 +155,18 @@ def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:
 def is_masked(model: nn.Module) -> bool:
     """Whether every adapter layer is masked, i.e. whether merging keeps the zeros."""
     layers = adapter_layers(model)
-    return bool(layers) and all(isinstance(layer, MaskedLoraLinear) for layer in layers.values())
+    return bool(layers) and all(layer_kind(layer).masked for layer in layers.values())
 
 
 def is_quant_aware(model: nn.Module) -> bool:
     """Whether the adapters are on a packed base and merge into its integers."""
     layers = adapter_layers(model)
-    return bool(layers) and all(isinstance(layer, QuantAwareLoraLinear) for layer in layers.values())
+    return bool(layers) and all(layer_kind(layer).quantization_aware for layer in layers.values())
 
 
 def merged_weight(layer: Any, adapter: str) -> Any:
-    """The merged weight [O, I] of one adapted layer, in the base's dtype; dense for plain LoRA."""
-    if isinstance(layer, SparseLoraLinear):
+    """The merged weight [O, I] of one adapted layer on a float base, in the base's dtype; dense for plain LoRA."""
+    if layer_kind(layer).masked:
         return layer.merged_weight(adapter)
     weight = layer.get_base_layer().weight
     return (weight.float() + layer.get_delta_weight(adapter).float()).to(weight.dtype)

@@ -18,7 +18,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from sqft.adapters.lora import ElasticLora
+from sqft.adapters.kinds import QA_SPARSE_PEFT, SQFT
+from sqft.adapters.lora import ElasticLora, factors
 from sqft.adapters.sparse import MaskedLoraLinear
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.ops import linear, merge_packed, quant_aware_weight
@@ -29,26 +30,24 @@ from sqft.quantization.linear import QuantLinear
 FLOAT_BASE = "sqft_float_base"  # buffer on a QuantLinear: the un-quantized sparse weight
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
-    if not isinstance(module, QuantLinear):
-        raise SqftError(f"{type(module).__name__} is not packed: quantize the model first (sqft quantize), or use "
-                        "adapters for a float base (--adapter sparse-peft)")  # fmt: skip
-    return module.in_features, module.out_features
-
-
 class QuantAwareLoraLinear(MaskedLoraLinear):
     """QA-SparsePEFT on a ``QuantLinear``."""
 
+    kind = QA_SPARSE_PEFT
     adapter_layer_names = (*LoraLinear.adapter_layer_names, "lora_scales")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self._before_merge: list[Packed] = []
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return _features(module)
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        self.resolve_lora_variant(config=config)
+        if (getattr(self._linear, FLOAT_BASE, None) is None) != (not config.float_base):
+            raise SqftError(f"the float base of '{adapter_name}' is not beside its layer, or another adapter's is: "
+                            "sqft.attach and sqft.load put it there, one for all adapters of a layer")  # fmt: skip
         if not hasattr(self, "lora_scales"):
             self.lora_scales = nn.ParameterDict()
         if getattr(config, "learn_scales", False):
@@ -60,7 +59,7 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
         return cast(QuantLinear, self.get_base_layer())
 
     def _adapter(self, name: str) -> Adapter:
-        a, b = self._factors(name)
+        a, b = factors(self, name)
         new_scales = self.lora_scales.get(name, None)
         base = getattr(self._linear, FLOAT_BASE, None)
         return Adapter(a, b, self.mask, self.scaling[name], base, cast("Tensor | None", new_scales))
@@ -85,7 +84,7 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue
-            if safe_merge and not all(torch.isfinite(factor).all() for factor in self._factors(name)):
+            if safe_merge and not all(torch.isfinite(factor).all() for factor in factors(self, name)):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             linear, packed = self._linear, self.merged_packed(name)
             self._before_merge.append(linear.packed())
@@ -105,8 +104,10 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
 class QuantLoraLinear(ElasticLora):
     """Plain LoRA on a ``QuantLinear`` ("SQFT" in the paper: INT4 base, float adapter). It cannot be merged."""
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return _features(module)
+    kind = SQFT
+
+    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+        return module.in_features, module.out_features
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise UsageError("a float LoRA cannot be merged into an INT model: the sum is not on its grid. Train "

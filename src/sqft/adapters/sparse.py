@@ -15,21 +15,38 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from sqft.adapters.lora import factors
+from sqft.adapters.kinds import SPARSE_PEFT
+from sqft.adapters.lora import check_adapter, factors
 from sqft.errors import SqftError
 from sqft.kernels.ops import linear, masked_weight
 from sqft.kernels.reference import Adapter
 from sqft.sparsity.masks import packed_mask, set_mask
 
 
-class MaskedLoraLinear(LoraLinear):
-    """What all masked adapters share: one adapter at a time, on a base layer with a mask."""
+def give_mask(module: Any, sparse: bool, name: str = "") -> None:
+    """Gives a base layer without a mask one by which every weight may change, as in a dense INT model; raises SqftError
+    if it should be ``sparse``: a masked adapter on it would be a dense one."""
+    if packed_mask(module) is not None:
+        return
+    if sparse:
+        raise SqftError(f"{name or 'a target'} is not sparse, or sqft has not seen it: it has no mask; use sqft.load "
+                        "and sqft.attach, leave it out, or use plain LoRA (sparse_adapter=False)")  # fmt: skip
+    device = next(iter(module.state_dict().values())).device
+    set_mask(module, torch.ones(module.out_features, module.in_features, dtype=torch.bool, device=device))
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, **kwargs)
-        linear: Any = self.get_base_layer()
-        if packed_mask(linear) is None:
-            set_mask(linear, torch.ones(linear.out_features, linear.in_features, dtype=torch.bool))
+
+class MaskedLoraLinear(LoraLinear):
+    """What all masked adapters share: one adapter at a time, on a base layer with a mask.
+
+    A kind of its own gives ``_adapted`` and ``merged_weight``; ``mask``, ``factors(self, adapter)`` and
+    ``self.scaling[adapter]`` are what it computes with.
+    """
+
+    kind = SPARSE_PEFT
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
+        check_adapter(self, config)
+        give_mask(self.get_base_layer(), config.sparse_adapter, self.kwargs.get("target_name", ""))
 
     @property
     def mask(self) -> Tensor:
@@ -37,10 +54,6 @@ class MaskedLoraLinear(LoraLinear):
         packed = packed_mask(self.get_base_layer())
         assert packed is not None
         return packed
-
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A [r, I] and B [O, r] of the active rank."""
-        return factors(self, adapter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x, *args, **kwargs)
@@ -56,42 +69,13 @@ class MaskedLoraLinear(LoraLinear):
         return self._adapted(x, active[0], getattr(self.lora_dropout[active[0]], "p", 0.0))
 
     def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
+        """The layer's output with one active adapter; ``dropout`` acts on the adapter's input only."""
         raise NotImplementedError
 
-    def __repr__(self) -> str:
-        return super().__repr__().replace("lora.", "sqft.", 1)
-
-
-class SparseLoraLinear(MaskedLoraLinear):
-    """SparsePEFT on a ``torch.nn.Linear``; it takes the base layer's mask; a dense layer's is all ones."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        linear = base_layer.get_base_layer() if isinstance(base_layer, LoraLinear) else base_layer
-        if type(linear) is not nn.Linear:
-            raise SqftError(
-                f"{type(linear).__name__} cannot carry a masked float adapter, only torch.nn.Linear can; on an INT "
-                "model use quantization-aware adapters (--adapter qa-sparse-peft, quantization_aware=True)"
-            )
-        super().__init__(base_layer, adapter_name, **kwargs)
-
-    @property
-    def _linear(self) -> nn.Linear:
-        return cast(nn.Linear, self.get_base_layer())
-
-    def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
-        return linear(x, self._linear.bias, None, self._adapter(adapter), dropout, self.training)
-
-    def _adapter(self, name: str, sign: float = 1.0) -> Adapter:
-        return Adapter(*self._factors(name), self.mask, sign * self.scaling[name], self._linear.weight)
-
     def merged_weight(self, adapter: str, sign: float = 1.0) -> Tensor:
-        """The weight [O, I] that training multiplies with, bit for bit, in the base's dtype."""
-        return masked_weight(self._adapter(adapter, sign), self._linear.weight.dtype)
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The masked adapter alone, [O, I]."""
-        alone = self._adapter(adapter)._replace(base=None)
-        return masked_weight(alone, alone.a_RI.dtype)
+        """The weight [O, I] that ``_adapted`` multiplies with in evaluation, bit for bit, in the base's dtype; with
+        ``sign`` -1 the base's weight less the adapter."""
+        raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in check_adapters_to_merge(self, adapter_names):
@@ -109,3 +93,33 @@ class SparseLoraLinear(MaskedLoraLinear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             self.get_base_layer().weight.data = self.merged_weight(self.merged_adapters.pop(), sign=-1.0)
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("lora.", "sqft.", 1)
+
+
+class SparseLoraLinear(MaskedLoraLinear):
+    """SparsePEFT on a ``torch.nn.Linear``.
+
+    In evaluation, and in training without dropout, it multiplies with the merged weight, bit for bit, in any precision.
+    With dropout (training) the adapter has a product of its own, ``x W^T + drop(x) (s M o (B A))^T``: the sum of two
+    rounded products, in half precision near the merged weight's but not equal to it.
+    """
+
+    @property
+    def _linear(self) -> nn.Linear:
+        return cast(nn.Linear, self.get_base_layer())
+
+    def _adapter(self, name: str, sign: float = 1.0) -> Adapter:
+        return Adapter(*factors(self, name), self.mask, sign * self.scaling[name], self._linear.weight)
+
+    def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
+        return linear(x, self._linear.bias, None, self._adapter(adapter), dropout, self.training)
+
+    def merged_weight(self, adapter: str, sign: float = 1.0) -> Tensor:
+        return masked_weight(self._adapter(adapter, sign), self._linear.weight.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The masked adapter alone, [O, I]."""
+        alone = self._adapter(adapter)._replace(base=None)
+        return masked_weight(alone, alone.a_RI.dtype)

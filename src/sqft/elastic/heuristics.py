@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from sqft.elastic.groups import Ranks
-from sqft.elastic.handle import RECORDS
-from sqft.elastic.space import SearchSpace, space_of
+from sqft.adapters.groups import Ranks
+from sqft.elastic.handle import RECORDS, Elastic
+from sqft.elastic.space import SearchSpace
 from sqft.errors import SqftError, UsageError, did_you_mean
 
 Records = Sequence[tuple[Sequence[int], float]]  # of training: each group's choice, and the loss under them
@@ -26,7 +26,7 @@ def resolve_ranks(model: Any, choice: str, folder: str | Path = "") -> Ranks:
     """
     if not getattr(model, "peft_config", None):
         raise UsageError(f"ranks '{choice}' go with a super-adapter, and this model has no adapter: leave ranks out")
-    space = space_of(model)
+    space = Elastic(model).space
     if choice in HEURISTICS:
         return heuristic(choice, space, read_records(folder) if folder else ())
     path = Path(choice)

@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from sqft.adapters.groups import Ranks
 from sqft.adapters.lora import active_rank
-from sqft.adapters.peft_bridge import active_adapter, adapter_layers
-from sqft.elastic.groups import Ranks
-from sqft.elastic.handle import apply_ranks, rank_groups
+from sqft.elastic.handle import Elastic
 from sqft.errors import UsageError
 
 STRATEGIES = ("uniform", "sandwich", "weighted")
@@ -66,10 +65,8 @@ class RankScheduler(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                        **kwargs: Any) -> None:  # fmt: skip
         model = kwargs["model"]
-        self._groups = rank_groups(model)
-        self._layers: dict[str, Any] = dict(adapter_layers(model))
-        self._adapter = active_adapter(model)
-        if not self._groups:
+        self._elastic = Elastic(model)
+        if not self._elastic.groups:
             raise UsageError("the adapter's rank is fixed: give its config a search_space, e.g. [32, 24, 16]")
         callbacks: Any = state.stateful_callbacks or {}
         stored = callbacks.get(type(self).__name__)
@@ -95,15 +92,15 @@ class RankScheduler(TrainerCallback, ExportableState):
             self._set(args, state)
 
     def _set(self, args: TrainingArguments, state: TrainerState) -> None:
-        self._ranks = self.draw(self._groups, state.global_step, self._micro, args.gradient_accumulation_steps)
-        apply_ranks(self._layers, self._adapter, self._groups, self._ranks)
-        for path, layer in self._layers.items():
-            self._used[path] = max(self._used.get(path, 0), active_rank(layer, self._adapter))
+        self._ranks = self.draw(self._elastic.groups, state.global_step, self._micro, args.gradient_accumulation_steps)
+        self._elastic.set(self._ranks)
+        for path, layer in self._elastic.layers.items():
+            self._used[path] = max(self._used.get(path, 0), active_rank(layer, self._elastic.adapter))
 
     def _note(self) -> None:
         """Keeps the loss under the ranks that are set, until the step ends."""
         if self._losses:
-            choices = [group.choices.index(self._ranks[group.name]) for group in self._groups]
+            choices = [group.choices.index(self._ranks[group.name]) for group in self._elastic.groups]
             self._step.append((choices, torch.stack(self._losses).sum()))
         self._losses = []
 
@@ -120,8 +117,8 @@ class RankScheduler(TrainerCallback, ExportableState):
 
     def _inactive(self) -> Iterator[Tensor]:
         """The rows of A and columns of B that this step did not use."""
-        name = self._adapter
-        for path, layer in self._layers.items():
+        name = self._elastic.adapter
+        for path, layer in self._elastic.layers.items():
             used = self._used[path]
             if used < layer.r[name]:
                 yield layer.lora_A[name].weight.data[used:]
@@ -132,12 +129,12 @@ class RankScheduler(TrainerCallback, ExportableState):
         self._note()
         # A micro-batch's loss is its share of the step's mean.
         self.records += [(choices, float(loss) * len(self._step)) for choices, loss in self._step]
-        apply_ranks(self._layers, self._adapter, self._groups, {})
+        self._elastic.set()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                      **kwargs: Any) -> None:  # fmt: skip
         self._hook.remove()
-        apply_ranks(self._layers, self._adapter, self._groups, {})
+        self._elastic.set()
 
 
 def _last(stored: Any) -> dict[str, Any]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from sqft.adapters.peft_bridge import adapter_layers
-from sqft.elastic.groups import RankGroup, Ranks
-from sqft.elastic.handle import rank_groups
+from sqft.adapters.groups import RankGroup, Ranks
 from sqft.errors import UsageError
 
 
@@ -48,19 +45,3 @@ class SearchSpace:
         """Weights, bytes and FLOPs a token (a multiplication and an addition for each weight) of the sub-adapter."""
         count = self.parameters(ranks)
         return {"parameters": count, "bytes": count * self.itemsize, "flops": 2 * count}
-
-
-def space_of(model: Any) -> SearchSpace:
-    """The space of a live super-adapter. Raises UsageError if its rank is fixed."""
-    groups = rank_groups(model)
-    if not groups:
-        raise UsageError("the adapter's rank is fixed, there is nothing to search: train it with a search space "
-                         "(--search-space 32,24,16)")  # fmt: skip
-    layers: dict[str, Any] = dict(adapter_layers(model))
-    widths = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
-    grouped = {module for group in groups for module in group.modules}
-    fixed = sum(max(layer.r.values()) * widths[name] for name, layer in layers.items() if name not in grouped)
-    weight = next(iter(next(iter(layers.values())).lora_A.values())).weight
-    return SearchSpace(
-        groups, {g.name: sum(widths[m] for m in g.modules) for g in groups}, fixed, weight.element_size()
-    )

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from sqft.adapters.kinds import layer_kind
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
-from sqft.adapters.sparse import SparseLoraLinear
 from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.elastic.heuristics import resolve_ranks
 from sqft.formats.checkpoint import packed_layers, repack, unpack_model
@@ -51,7 +51,7 @@ def unpacked(model: Any) -> Iterator[None]:
     if any(layer.merged for layer in layers):
         layers = []
     packed = packed_layers(model)
-    weights = {layer: layer.get_base_layer().weight.data for layer in layers if isinstance(layer, SparseLoraLinear)}
+    weights = {layer: layer.get_base_layer().weight.data for layer in layers if not layer_kind(layer).packed}
     try:
         if layers:
             model.merge_adapter()

@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
+from sqft.adapters.kinds import layer_kind
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked, merged_weight
-from sqft.adapters.quant_aware import QuantAwareLoraLinear
 from sqft.config import MergeConfig
 from sqft.errors import UsageError, VerificationError
 from sqft.formats.checkpoint import packed_layers
@@ -76,7 +76,7 @@ def _of_layer(path: str, layer: Any, name: str) -> Changes:
     if layer.merged:
         raise UsageError("the adapter is merged into the live model already: call unmerge_adapter() first")
     base = layer.get_base_layer()
-    if isinstance(layer, QuantAwareLoraLinear):
+    if layer_kind(layer).quantization_aware:
         learnt = name in layer.lora_scales
         return {f"{path}.qweight": lambda: layer.merged_packed(name).qweight, f"{path}.qzeros": lambda: base.qzeros,
                 f"{path}.scales": lambda: layer.merged_packed(name).scales if learnt else base.scales}  # fmt: skip

@@ -17,9 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sqft import artifact
+from sqft.adapters.groups import Ranks
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
 from sqft.config import MergeConfig, parse_size
-from sqft.elastic.groups import Ranks
 from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError

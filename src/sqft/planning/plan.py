@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
+from sqft.adapters.groups import make_groups
 from sqft.calibration.data import SUFFIXES, read_records
 from sqft.compressing.passes import patterns, quantized_layers
-from sqft.elastic.groups import make_groups
 from sqft.errors import SqftError
 from sqft.formats.checkpoint import is_packed, plan_tensors
 from sqft.kernels.dispatch import pick_device

@@ -8,18 +8,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
 
 from sqft import artifact
+from sqft.adapters.groups import Ranks
 from sqft.adapters.lora import active_rank
-from sqft.adapters.peft_bridge import active_adapter, adapter_layers
 from sqft.config import ExtractConfig
-from sqft.elastic.groups import Ranks
-from sqft.elastic.handle import set_ranks
+from sqft.elastic.handle import Elastic
 from sqft.elastic.heuristics import resolve_ranks
-from sqft.elastic.space import space_of
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
 from sqft.probe import write_probe
@@ -63,7 +59,7 @@ def extract(adapter: str | Path, choice: str | ExtractConfig, out: str | Path, *
     with artifact.stage("extract", config, out, folder, base=base_of(folder), overwrite=overwrite) as made:
         model, tokenizer = load(folder)
         ranks = ranks or resolve_ranks(model, config.choice, folder)
-        made.metrics.update(ranks=ranks, **space_of(model).cost(ranks))
+        made.metrics.update(ranks=ranks, **Elastic(model).space.cost(ranks))
         write_sub_adapter(model, ranks, made.folder)
         write_probe(model, tokenizer, made.folder)
         tokenizer.save_pretrained(made.folder)
@@ -74,17 +70,9 @@ def write_sub_adapter(model: Any, ranks: Ranks, folder: Path) -> None:
     """Writes a super-adapter's weights cut to ``ranks``, with a config that has no search space but a rank and an alpha
     for each module (``rank_pattern``, ``alpha_pattern``), so that every module keeps its scaling, alpha / R. The ranks
     stay set."""
-    set_ranks(model, ranks)
-    name = active_adapter(model)
-    layers: dict[str, Any] = dict(adapter_layers(model))
-    state: dict[str, Tensor] = {}
-    for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items():
-        path, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if kind.startswith("A."):
-            tensor = tensor[: active_rank(layers[path], name)]
-        elif kind.startswith("B."):
-            tensor = tensor[:, : active_rank(layers[path], name)]
-        state[key] = tensor.detach().contiguous()
+    elastic = Elastic(model)
+    elastic.set(ranks)
+    name, layers, state = elastic.adapter, elastic.layers, elastic.slice(ranks)
     config = copy.deepcopy(model.peft_config[name])
     config.search_space = config.rank_groups = None
     config.rank_pattern = {path: active_rank(layer, name) for path, layer in layers.items()}

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sqft.adapters.groups import Ranks
 from sqft.config import SearchConfig
-from sqft.elastic.groups import Ranks
 from sqft.elastic.handle import set_ranks
 from sqft.elastic.space import SearchSpace
 from sqft.errors import SqftError, UsageError

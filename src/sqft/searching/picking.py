@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqft.elastic.groups import Ranks
+from sqft.adapters.groups import Ranks
 from sqft.errors import UsageError
 
 PICKS = ("best", "knee", "smallest-within")

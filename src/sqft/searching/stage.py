@@ -17,11 +17,11 @@ import yaml
 from optuna.study import Study
 
 from sqft import artifact
+from sqft.adapters.groups import Ranks
 from sqft.config import SearchConfig
-from sqft.elastic.groups import Ranks
-from sqft.elastic.handle import get_ranks, set_ranks
+from sqft.elastic.handle import Elastic, get_ranks, set_ranks
 from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
-from sqft.elastic.space import SearchSpace, space_of
+from sqft.elastic.space import SearchSpace
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
 from sqft.options import recorded
@@ -60,7 +60,7 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
     if out is not None or config.workers > 1 or config.storage:
         raise UsageError("a live model is searched in memory by one process: give its folder for an output, workers or "
                          "a storage")  # fmt: skip
-    space = space_of(adapter)
+    space = Elastic(adapter).space
     study = _in_memory()
     before = get_ranks(adapter)
     try:
@@ -110,7 +110,7 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
         work = work_folder(out, config, made.manifest.parent_key)
         url = config.storage or f"journal:{work / 'journal.log'}"
         model, tokenizer = load(adapter, device=config.device)
-        space, records = space_of(model), read_records(adapter)
+        space, records = Elastic(model).space, read_records(adapter)
         judge = Evaluator(model, tokenizer, config, space)
         study = open_study(url, name)
         left = left_over(study)
@@ -157,7 +157,7 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
     try:
         assert config.storage is not None
         model, tokenizer = load(adapter, device=config.device)
-        space = space_of(model)
+        space = Elastic(model).space
         judge = Evaluator(model, tokenizer, config, space)
         searcher = _searcher(open_study(config.storage, name), space, config, read_records(adapter), judge)
         searcher.run(left, quiet=not first)

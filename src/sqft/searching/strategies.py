@@ -15,7 +15,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from sqft.elastic.groups import Ranks
+from sqft.adapters.groups import Ranks
 from sqft.elastic.space import SearchSpace
 
 PATIENCE = 200  # draws, or repeated trials, until a strategy gives up finding something new

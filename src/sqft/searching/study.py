@@ -20,7 +20,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm.auto import tqdm
 
-from sqft.elastic.groups import Ranks
+from sqft.adapters.groups import Ranks
 from sqft.elastic.space import SearchSpace
 from sqft.errors import SqftError, UsageError
 from sqft.options import without_password

@@ -24,7 +24,7 @@ from sqft.adapters.config import SqftConfig
 from sqft.adapters.kinds import Kind
 from sqft.adapters.peft_bridge import attach
 from sqft.config import TrainConfig
-from sqft.elastic.handle import RECORDS, rank_groups
+from sqft.elastic.handle import RECORDS, Elastic
 from sqft.elastic.scheduler import RankScheduler
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, write_files
@@ -44,11 +44,9 @@ if TYPE_CHECKING:
 
 def adapter_config(config: TrainConfig) -> LoraConfig:
     """The adapters that a training config asks for; plain LoRA for the kind 'lora'."""
-    kind = KINDS[config.adapter]
     return SqftConfig(
         r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
-        target_modules=list(config.target_modules) or None,
-        sparse_adapter=kind.masked, quantization_aware=kind.quantization_aware,
+        target_modules=list(config.target_modules) or None, kind=config.adapter,
         search_space=config.search_space or None, rank_groups=config.rank_groups or None,
         learn_scales=config.learn_scales, float_base=str(Path(config.base).absolute()) if config.base else None,
     )  # fmt: skip
@@ -167,7 +165,7 @@ def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: T
         dataloader_pin_memory=device.type != "cpu",
     )
     callbacks: list[Any] = [Guard()]
-    if rank_groups(model):
+    if Elastic(model).groups:
         callbacks.append(RankScheduler(config.rank_strategy, config.rank_every == "micro-batch", config.seed))
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks,  # pyright: ignore

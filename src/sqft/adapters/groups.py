@@ -1,7 +1,7 @@
 """Elastic rank (NLS, Neural Low-rank adapter Search: Shears, arXiv 2404.10934; SQFT, arXiv 2410.03750, section 3.2).
 
 A super-adapter of rank R holds a sub-adapter for every choice of smaller ranks: the first r rows of A and the first r
-columns of B. Modules of one rank group share their rank. The rank is state that somebody sets (``set_ranks``), never
+columns of B. Modules of one rank group share their rank. The rank is state that somebody sets (``Elastic.set``), never
 drawn in a forward: whatever computes the layer again, as gradient checkpointing does, computes the same sub-adapter.
 Every sub-adapter keeps the scaling of the largest, alpha / R.
 
@@ -36,7 +36,7 @@ def make_groups(modules: Sequence[str], specs: Sequence[str], choices: Sequence[
     Args:
         modules: full names, in execution order.
         specs: none: q, k and v of a block share a rank (as in the paper), every other module has its own; 'module':
-            every module has its own; 'layer': all of a block share one; or a list of 'NAME+NAME' or 'NAME+NAME=32,16':
+            every module has its own; 'layer': all of a block share one; or a list of 'NAME+NAME' or 'NAME+NAME=32/16':
             modules of a block that match (names or patterns) share a rank, from choices of their own if given. What no
             spec matches keeps the full rank.
         choices: ranks of groups that name none.
