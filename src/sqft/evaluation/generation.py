@@ -23,8 +23,7 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str],
              stop: tuple[str, ...]) -> list[str]:  # fmt: skip
     """Greedy continuations of a batch of prompts, each cut at the first of the ``stop`` strings."""
     rows: list[list[int]] = [ids or [start_token(tokenizer)] for ids in tokenizer(prompts)["input_ids"]]  # pyright: ignore
-    fill: Any = tokenizer.pad_token_id or 0
-    device = input_device(model)
+    fill, device = tokenizer.pad_token_id or 0, input_device(model)
     tokens_NT, mask_NT = padded(rows, fill, left=True), padded([[1] * len(row) for row in rows], 0, left=True)
     out = model.generate(
         input_ids=tokens_NT.to(device), attention_mask=mask_NT.to(device), max_new_tokens=max_new_tokens,

@@ -159,13 +159,12 @@ def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: T
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
     )
-    fill: Any = tokenizer.pad_token_id or 0
     callbacks: list[Any] = [Guard()]
     if rank_groups(model):
         callbacks.append(RankScheduler(config.rank_strategy, config.rank_every == "micro-batch", config.seed))
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks,  # pyright: ignore
-        data_collator=partial(collate, fill=fill),
+        data_collator=partial(collate, fill=tokenizer.pad_token_id or 0),
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
