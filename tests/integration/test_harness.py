@@ -355,3 +355,16 @@ def test_what_goes_wrong(dense: Path, trained: Path, data: Path, tmp_path: Path,
     monkeypatch.setattr(importlib.metadata, "version", missing)
     for command in (arc, lm_eval):
         assert "pip install 'sqft[harness]'" in fails(capsys, 2, *command)
+
+
+@pytest.mark.parametrize(("given", "asked"), [("cuda:0", "auto"), (None, "auto"), ("xpu:1", "xpu:1")])
+def test_lm_evals_own_device_is_whatever_is_there(given: str | None, asked: str, dense: Path, monkeypatch) -> None:
+    """Its command line says cuda:0 where none was asked for."""
+    from sqft.evaluation import harness_model
+
+    def load(source: Path, *, dtype: str, device: str) -> None:
+        raise sqft.SqftError(f"on {device}")
+
+    monkeypatch.setattr(harness_model, "load", load)
+    with pytest.raises(sqft.SqftError, match=f"^on {asked}$"):
+        harness_model.SqftLM(dense, device=given)

@@ -150,7 +150,5 @@ def test_a_row_whose_only_label_is_never_predicted_is_left_out(sparse: Path) -> 
     """Alone in a batch of an evaluation, its loss would be the mean of nothing: NaN."""
     _, tokenizer = sqft.load(sparse)
     config = sqft.TrainConfig(max_length=4, packing=True, completion_only=False)
-    rows = tokenize_all([sqft.Example("ab", "c")], tokenizer, config)
-    assert [len(row["input_ids"]) for row in rows] == [4]
-    rows = tokenize_all([sqft.Example("ab", "cd")], tokenizer, config)
-    assert [len(row["input_ids"]) for row in rows] == [4]
+    rows = tokenize_all([sqft.Example("a", "b")] * 3, tokenizer, config)  # nine tokens
+    assert [len(row["input_ids"]) for row in rows] == [4, 4]
