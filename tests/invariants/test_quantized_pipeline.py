@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pico import FAMILIES, pico_folder, pico_model, pico_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sqft
@@ -296,8 +296,10 @@ def test_a_merge_that_changes_an_integer_is_not_written(trained_packed: Path, tm
     original = sqft.merging.stage.save_packed
 
     def corrupt(model, tokenizer, folder, size) -> None:
-        next(iter(packed_layers(model).values())).qweight[0, 0] ^= 1
         original(model, tokenizer, folder, size)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[f"{next(iter(packed_layers(model)))}.qweight"][0, 0] ^= 1
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(sqft.merging.stage, "save_packed", corrupt)
     with pytest.raises(sqft.VerificationError, match="not what was trained|not zero"):

@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,9 +77,9 @@ def _of_layer(path: str, layer: Any, name: str) -> Changes:
         raise UsageError("the adapter is merged into the live model already: call unmerge_adapter() first")
     base = layer.get_base_layer()
     if layer_kind(layer).quantization_aware:
-        learnt = name in layer.lora_scales
-        return {f"{path}.qweight": lambda: layer.merged_packed(name).qweight, f"{path}.qzeros": lambda: base.qzeros,
-                f"{path}.scales": lambda: layer.merged_packed(name).scales if learnt else base.scales}  # fmt: skip
+        packed = cache(lambda: layer.merged_packed(name))  # its integers are small enough to be kept
+        return {f"{path}.qweight": lambda: packed().qweight, f"{path}.qzeros": lambda: packed().qzeros,
+                f"{path}.scales": lambda: packed().scales}  # fmt: skip
     variant = getattr(layer, "lora_variant", {}).get(name)
     if variant is not None or getattr(base, "weight", torch.empty(0)).dim() != 2:
         raise _refusal(f"{path} by {type(variant or layer).__name__}")
