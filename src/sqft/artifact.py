@@ -23,6 +23,7 @@ from typing import Any
 from sqft.errors import SqftError, UsageError
 
 MANIFEST = "sqft.json"
+MASKS = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
 FORMAT = 1
 _VERSIONED = ("sqft", "torch", "transformers", "peft", "accelerate", "safetensors")
 

@@ -28,7 +28,7 @@ from sqft.errors import UsageError, did_you_mean
 from sqft.evaluation.intervals import paired
 from sqft.recipe import Recipe, check_data, load_recipe, resolve_model, run_stage
 from sqft.registry import KINDS
-from sqft.reporting.comparison_table import RESULT
+from sqft.reporting.collect import RESULT
 
 Say = Callable[[str], None]
 

@@ -23,18 +23,19 @@ _GSM8K = ((44, 79), (67, 139), (39, 58), (102, 185), (50, 111), (55, 97), (53, 8
 KNOWN = {"gsm8k": ({"train": 7217, "validation": 256, "test": 1319}, _GSM8K)}
 
 
+Lengths = Sequence[tuple[int, int]]  # of each example: tokens of the prompt, and of the completion with its end
+Count = Callable[[str], int]
+
+
 @dataclass(frozen=True)
 class Workload:
-    """Tokens of each example's prompt and completion. ``generated``: tokens that are generated a problem, 0 if it is
-    scored by forward passes. ``text``: tokens of a text."""
+    """``generated``: tokens that are generated a problem, 0 if it is scored by forward passes; ``text``: tokens of a
+    text."""
 
-    lengths: Sequence[tuple[int, int]] = ()
-    evaluation: Sequence[tuple[int, int]] = ()
+    lengths: Lengths = ()
+    evaluation: Lengths = ()
     generated: float = 0
     text: int = 0
-
-
-Count = Callable[[str], int]
 
 
 def counter(source: str) -> Count:
@@ -90,14 +91,14 @@ def of_task(config: SearchConfig | EvaluateConfig, tuned: bool, count: Count) ->
     return Workload(lengths, (), 0 if options else _generated(task, lengths, tuned), text)
 
 
-def _generated(task: Task, lengths: Sequence[tuple[int, int]], tuned: bool) -> float:
+def _generated(task: Task, lengths: Lengths, tuned: bool) -> float:
     """A batch goes on until its last sequence ends: about the longest completion of 32."""
     if not tuned:
         return task.max_new_tokens
     return min(task.max_new_tokens, sorted(completion for _, completion in lengths)[-max(1, len(lengths) // 32)])
 
 
-def _known(task: str, split: str, limit: int | None) -> Sequence[tuple[int, int]] | None:
+def _known(task: str, split: str, limit: int | None) -> Lengths | None:
     if task not in KNOWN:
         return None
     counts, examples = KNOWN[task]

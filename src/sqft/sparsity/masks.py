@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sqft.artifact import MASKS as FILE
 from sqft.errors import SqftError
 from sqft.kernels.torch_ops import pack_mask, unpack_mask
 from sqft.models.discover import is_linear, weight_of
@@ -20,7 +21,6 @@ from sqft.models.tensors import save_tensors
 
 BUFFER = "sqft_mask"
 SPARSE_FROM = 0.01  # share of zeros; a dense model has almost none (a de-quantized one 0.03 %)
-FILE = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
 
 
 def set_mask(module: nn.Module, mask_OI: Tensor) -> None:
