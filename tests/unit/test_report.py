@@ -171,7 +171,7 @@ def test_a_comparison(run: Path, capsys) -> None:
     cells = facts.method_table(section).cells()
     assert cells[0][:6] == ["LoRA", "50 %", "no", "FP32", "50.0 % (40.0 - 60.0 %)", "-"]
     assert cells[1][5] == "-5.0 to +1.0" and cells[2][0] == "<b>new</b>" and cells[3] == ["?", *["-"] * 11]
-    assert [model.name for model in facts.scored(section)] == ["LoRA", "SparsePEFT"]
+    assert [model["name"] for model in facts.scored(section)] == ["LoRA", "SparsePEFT"]
     assert [name for name, _, _ in facts.samples(section)[0].answers] == ["SparsePEFT"]
     assert cli.main(["report", str(run), "--out", str(run / "x.html")]) == 0
     assert "sections                 1" in capsys.readouterr().out
@@ -343,7 +343,7 @@ def test_a_comparison_at_several_sparsities(tmp_path: Path) -> None:
     section = read_section(root, "x")
     assert [row[:2] for row in facts.method_table(section).cells()][:2] == [["DENSE", "-"], ["SQFT", "30 %"]]
     names = ["DENSE", "SQFT, 30 %", "QA, 30 %", "SQFT, 50 %", "QA, 50 %"]
-    assert [model.name for model in facts.scored(section)] == names
+    assert [model["name"] for model in facts.scored(section)] == names
     assert facts.method_table(section).columns[5].title == "points to SQFT (95 %)"
     assert "**QA, 30 %** is the best" in facts.verdict(section) and "; SQFT, 30 %, whose adapter" in facts.verdict(
         section

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sqft import artifact
 from sqft.calibration.data import SUFFIXES, read_records
 from sqft.compressing.quantize import plan as quantize_plan
 from sqft.compressing.quantize import template
-from sqft.compressing.sparsify import accelerator, make_plan
+from sqft.compressing.sparsify import make_plan
 from sqft.config import to_dict
 from sqft.elastic.groups import make_groups
 from sqft.errors import SqftError
@@ -178,7 +180,7 @@ class Walk:
         shape = shape_of(self.model, self.architecture)
         bits = 4.5 / 8 if self.packed else shape.itemsize
         size = shape.weights * bits + (shape.parameters - shape.weights) * shape.itemsize
-        self.run = Run(shape, size, self.packed, locate(source)[1] is not None, on_gpu=accelerator() is not None)
+        self.run = Run(shape, size, self.packed, locate(source)[1] is not None, on_gpu=torch.accelerator.is_available())
         self.runs: dict[str, Run] = {source: self.run}
         self.tuned: set[str] = set()
         self.disk = self.base_disk = size

@@ -91,6 +91,10 @@ class Run(NamedTuple):
     def load(self) -> Work:
         return Work(moved=4 * self.bytes, fixed=START + GGUF * self.shape.parameters * self.gguf)
 
+    def whole(self, tokens: float) -> float:
+        """Bytes of the model and the hidden states, where these do not stay off the device that computes."""
+        return 0 if self.on_gpu else self.bytes + tokens * self.shape.hidden * self.shape.itemsize
+
 
 def forward(shape: Shape, tokens: float, length: float, head: bool = True) -> Work:
     """A forward pass over sequences of ``length`` tokens each."""
@@ -104,32 +108,25 @@ def sparsify(run: Run, config: SparsifyConfig, data: Workload) -> Estimate:
     tokens = 0 if config.method == "magnitude" else config.samples * config.length
     work = run.load() + forward(shape, tokens, config.length, head=False).times(2)
     work += Work(moved=(CHOOSE + 3 * shape.itemsize) * shape.weights)
-    block = shape.weights / shape.layers
     batch = config.batch_size * config.length * (4 * shape.hidden + 3 * shape.inner) * shape.itemsize
-    hidden = tokens * shape.hidden * shape.itemsize
-    whole = 0 if run.on_gpu else run.bytes + hidden
-    return Estimate(work, whole + block * (shape.itemsize + 20) + batch)
+    return Estimate(work, run.whole(tokens) + shape.weights / shape.layers * (shape.itemsize + 20) + batch)
 
 
 def quantize(run: Run, config: QuantizeConfig, data: Workload) -> Estimate:
-    shape = run.shape
-    calibrated = config.method != "rtn"
+    shape, calibrated = run.shape, config.method != "rtn"
     tokens = config.samples * config.length if calibrated else 0
     once = forward(shape, tokens, config.length, head=False)
-    once = Work(fast=once.products, moved=once.moved)
-    work = run.load() + once.times(1 if config.true_sequential else 2)
+    work = run.load() + Work(fast=once.products, moved=once.moved).times(1 if config.true_sequential else 2)
     inputs = [linear.inputs for linear in shape.linears if linear.own_input]
     if calibrated:
         work += Work(fast32=sum(tokens * i**2 + FACTORIZE * i**3 for i in inputs)
                      + sum(linear.weights * linear.inputs for linear in shape.linears),
                      moved=ROUND * shape.weights, fixed=COLUMN * sum(inputs))  # fmt: skip
     work += Work(moved=(CLIP * (config.clip == "mse") + 60) * shape.weights)
-    block = shape.weights / shape.layers
     held = tokens * (shape.inner if config.true_sequential else shape.hidden) * shape.itemsize
     hessian = max(inputs) ** 2 * (4 + 3 * 8) if calibrated else 0
-    hidden = tokens * shape.hidden * shape.itemsize
-    whole = 0 if run.on_gpu else run.bytes + hidden
-    return Estimate(work, whole + block * (shape.itemsize + 8) + held + hessian)
+    block = shape.weights / shape.layers * (shape.itemsize + 8)
+    return Estimate(work, run.whole(tokens) + block + held + hessian)
 
 
 def batches(lengths: Lengths, config: TrainConfig) -> tuple[float, float, float]:
@@ -208,17 +205,15 @@ def evaluate(run: Run, config: EvaluateConfig, data: Workload) -> Estimate:
 
 
 def search(run: Run, config: SearchConfig, data: Workload) -> Estimate:
-    shape, lengths = run.shape, data.lengths
-    searched = config.strategy in ("random", "hill-climb", "nsga2")
+    shape, lengths = run.shape, [prompt + completion for prompt, completion in data.lengths]
     if config.metric == "accuracy" and data.generated:
-        one = generate(run, lengths, config.batch_size, data.generated)
+        one = generate(run, data.lengths, config.batch_size, data.generated)
     else:
-        tokens = sum(map(sum, lengths))
-        logits = config.batch_size * max(map(sum, lengths), default=0) * shape.vocabulary * (shape.itemsize + 4)
-        once = forward(shape, tokens, tokens / max(1, len(lengths)))
+        logits = config.batch_size * max(lengths, default=0) * shape.vocabulary * (shape.itemsize + 4)
+        once = forward(shape, sum(lengths), sum(lengths) / max(1, len(lengths)))
         one = Estimate(once, shape.parameters * shape.itemsize + logits)
     each = one.work + Work(moved=(BUILD_PACKED + UNPACK if run.packed else BUILD) * shape.weights)
-    count = config.evaluations if searched else 1
+    count = config.evaluations if config.strategy in ("random", "hill-climb", "nsga2") else 1
     return Estimate(run.load() + each.times(count * SHORT), run.bytes + one.memory)
 
 

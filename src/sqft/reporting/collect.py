@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ SHARES = ("accuracy", "sparsity", "zeros_kept", "sparsity_kept")  # numbers that
 
 @dataclass
 class Stage:
-    """One stage folder of a section, or (``manifest`` is None) the model that a run started from.
+    """One stage folder of a section, or (its ``kind`` is 'model') the model that a run started from.
 
     ``key`` is what other stages name it by: its absolute path, or a hub name. ``source`` is the key of what it was
     made from. ``scores`` maps a task (or '' for perplexity alone) to what evaluate stages found.
@@ -36,26 +35,14 @@ class Stage:
     key: str
     name: str
     folder: Path
-    manifest: artifact.Manifest | None = None
+    manifest: artifact.Manifest = field(default_factory=lambda: artifact.Manifest("model"))
     source: str = ""
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def kind(self) -> str:
-        return "model" if self.manifest is None else self.manifest.stage
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return {} if self.manifest is None else self.manifest.metrics
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {} if self.manifest is None else self.manifest.config
-
-    @cached_property
-    def numbers(self) -> dict[str, Any]:
-        return numbers(self.metrics)
+    def __post_init__(self) -> None:
+        self.kind, self.config, self.metrics = self.manifest.stage, self.manifest.config, self.manifest.metrics
+        self.numbers = numbers(self.metrics)
 
 
 @dataclass
@@ -83,12 +70,24 @@ class Section:
     @property
     def written(self) -> list[Stage]:
         """Stages and evaluations that have a manifest."""
-        return [stage for stage in self.stages + self.evaluations if stage.manifest is not None]
+        return [stage for stage in self.stages + self.evaluations if stage.kind != "model"]
+
+    @property
+    def reference(self) -> str:
+        """The name of the method that the others' accuracies are compared with."""
+        return str(self.comparison.get("reference") or "lora")
 
     @cached_property
     def methods(self) -> list[dict[str, Any]]:
+        """Numbers and texts of a comparison's rows; ``mergeable`` is absent of a model that was not adapted. ``title``
+        has the sparsity where there are several."""
         rows = self.comparison.get("rows")
-        return [_method(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        found = [_method(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        several = len({row["sparsity"] for row in found if "sparsity" in row}) > 1
+        for row in found:
+            sparsity = f", {row['sparsity'] * 100:g} %" if several and "sparsity" in row else ""
+            row["title"] = row["method"] + sparsity
+        return found
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -110,16 +109,17 @@ def numbers(values: Any) -> dict[str, Any]:
 
 
 def _method(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a comparison: its numbers, texts, and whether it merges into one model (absent: not adapted)."""
     texts = {key: str(row[key]) for key in ("name", "precision", "folder", "evaluation") if row.get(key) is not None}
     merges = {"mergeable": row["mergeable"]} if isinstance(row.get("mergeable"), bool) else {}
     return {**numbers(row), **texts, **merges, "method": str(row.get("method") or "?")}
 
 
-def manifests(root: Path) -> Iterator[tuple[Path, artifact.Manifest | SqftError]]:
-    """Every stage folder below ``root`` with its manifest, or what is wrong with it. Raises UsageError for no folder."""
+def manifests(root: Path) -> list[tuple[Path, artifact.Manifest | SqftError]]:
+    """Every stage folder below ``root`` with its manifest, or what is wrong with it. Raises UsageError if there is none
+    and no comparison."""
     if not root.is_dir():
         raise UsageError(f"there is no folder {root}")
+    found: list[tuple[Path, artifact.Manifest | SqftError]] = []
     for file in sorted(root.rglob(artifact.MANIFEST)):
         if any(part.startswith(".") for part in file.relative_to(root).parts):
             continue  # a stage that is being written, or was interrupted
@@ -127,14 +127,14 @@ def manifests(root: Path) -> Iterator[tuple[Path, artifact.Manifest | SqftError]
             manifest = artifact.read_manifest(file.parent)
             if (type(manifest.stage), type(manifest.metrics), type(manifest.config)) != (str, dict, dict):
                 raise SqftError(f"{file} is corrupt (stage, metrics or config is of a wrong type): run the stage again")
-            yield file.parent, manifest
+            found.append((file.parent, manifest))
         except (SqftError, TypeError) as error:  # the latter: a field of a wrong type
-            yield file.parent, error if isinstance(error, SqftError) else SqftError(f"{file} is corrupt ({error})")
-
-
-def nothing_under(root: Path) -> UsageError:
-    return UsageError(f"no folder under {root} was written by sqft: give the output folder of 'sqft run', or any folder "
-                      "that holds stage folders")  # fmt: skip
+            wrong = error if isinstance(error, SqftError) else SqftError(f"{file} is corrupt ({error})")
+            found.append((file.parent, wrong))
+    if not found and not (root / RESULT).is_file():
+        raise UsageError(f"no folder under {root} was written by sqft: give the output folder of 'sqft run', or any "
+                         "folder that holds stage folders")  # fmt: skip
+    return found
 
 
 def read_section(root: Path, title: str = "") -> Section:
@@ -149,7 +149,7 @@ def read_section(root: Path, title: str = "") -> Section:
         found.append(Stage(_key(str(folder)), name, folder, manifest, _source(folder, manifest)))
     section.comparison = read(section, root / RESULT, json.loads, {})
     if not found and not section.methods:
-        raise SqftError(section.notes[0]) if section.notes else nothing_under(root)
+        raise SqftError(section.notes[0] if section.notes else f"{root / RESULT} has no rows: compare again")
     section.evaluations = [stage for stage in found if stage.kind in LOOKS]
     section.stages = _in_order([stage for stage in found if stage.kind not in LOOKS])
     _add_models(section)
@@ -231,7 +231,7 @@ def read_lines(section: Section, path: Path) -> list[dict[str, Any]]:
 def serving_bytes(stage: Stage, section: Section) -> int | None:
     """Bytes of the weights that have to be there to answer: without masks; of an adapter with its base."""
     path = stage.folder
-    if not path.exists() or (stage.manifest is None and stage.key in {e.key for e in section.evaluations}):
+    if not path.exists() or stage.key in {evaluation.key for evaluation in section.evaluations}:
         return None
     size = size_of(path)
     if _is_adapter(path):

@@ -27,23 +27,11 @@ VERSIONS = (Column("package", "name"), Column("version", "version"))
 SEEDS = (Column("stage", "name"), Column("seed", "seed"), Column("written (UTC)", "created"), Column("key", "key"))
 
 
-class Scored(NamedTuple):
-    """One model of the chart of score over size. ``merged``: whether it is one model; None if that is unknown."""
-
-    name: str
-    size: float
-    score: float
-    interval: tuple[float, float] | None
-    metric: str
-    merged: bool | None = None
-
-
-class Tile(NamedTuple):
-    """One number that matters."""
-
-    label: str
-    value: str
-    detail: str = ""
+TILES = {  # columns whose numbers of the best model stand on top of the page, and what is said of them
+    "accuracy": "", "perplexity": "", "difference_ci95": "paired", "sparsity": "of the linear weights",
+    "sparsity_kept": "of the linear weights", "zeros_kept": "of the pruned weights", "size": "of its weights",
+    "max_logit_difference": "merged against un-merged", "decode_tokens_per_second": "one after another",
+}  # fmt: skip
 
 
 class Sample(NamedTuple):
@@ -68,17 +56,15 @@ def stage_table(section: Section) -> Table:
     """A row a stage; one that was scored by several tasks has a row for each."""
     final, rows, strong = final_stage(section), [], None
     for stage in section.stages:
-        tasks = [task for task in stage.scores if task] or [""]
-        told = stage.numbers
+        told = dict(stage.numbers)
         if {"parameters", "zeros"} <= told.keys():
-            told = {**told, "nonzero": told["parameters"] - told["zeros"]}
-        for after in section.stages if stage.kind == "model" else ():
-            if after.kind == "sparsify" and after.source == stage.key and "parameters" in after.numbers:
-                told = {"nonzero": after.numbers["parameters"]}  # of a dense model
-        for task in tasks:
-            if stage is final and strong is None:
-                strong = len(rows)
-            # The perplexity may come from an evaluation without a task.
+            told["nonzero"] = told["parameters"] - told["zeros"]
+        elif stage.kind == "model":  # a dense one, counted when it was pruned
+            after = [s.numbers.get("parameters") for s in section.stages if (s.source, s.kind) == (stage.key, "sparsify")]
+            told["nonzero"] = next(iter(after), None)
+        strong = len(rows) if stage is final else strong
+        tasks = [task for task in stage.scores if task] or [""]
+        for task in tasks:  # the perplexity may come from an evaluation without a task
             scores = {**stage.scores.get("", {}), **stage.scores.get(task, {})}
             name = label(stage) + (f", {task}" if len(tasks) > 1 else "")
             rows.append({**told, **scores, "name": name, "size": serving_bytes(stage, section)})
@@ -88,7 +74,7 @@ def stage_table(section: Section) -> Table:
 def method_table(section: Section, folders: bool = False) -> Table:
     """The rows of a comparison: the paper's columns, and what serving costs; with the ``folders`` of the models."""
     best = best_methods(section)[0]
-    reference = next((m["method"] for m in section.methods if m.get("name") == _reference(section)), "LoRA")
+    reference = next((m["method"] for m in section.methods if m.get("name") == section.reference), "LoRA")
     columns = [
         Column("method", "method"), Column("sparsity", "sparsity", lambda v: f"{v * 100:g} %"),
         Column("one model", "mergeable", lambda v: "yes" if v else "no"), Column("precision", "precision"), ACCURACY,
@@ -111,52 +97,37 @@ def versions_table(section: Section) -> Table:
     """Of packages, with the stages of each version where they differ."""
     found: dict[str, dict[str, list[str]]] = {}
     for stage in section.written:
-        versions = stage.manifest.versions if stage.manifest else None
-        for name, version in versions.items() if isinstance(versions, dict) else ():
-            found.setdefault(str(name), {}).setdefault(str(version), []).append(stage.name)
+        versions = stage.manifest.versions
+        for package, version in versions.items() if isinstance(versions, dict) else ():
+            found.setdefault(str(package), {}).setdefault(str(version), []).append(stage.name)
     return Table(VERSIONS, [
         {"name": name, "version": "; ".join(f"{v} ({', '.join(who)})" if len(them) > 1 else v for v, who in them.items())}
         for name, them in found.items()])  # fmt: skip
 
 
 def seeds_table(section: Section) -> Table:
-    rows = [(stage.name, stage.manifest) for stage in section.written if stage.manifest]
-    return Table(SEEDS, [{"name": name, "seed": made.seed, "created": str(made.created).replace("T", " ")[:16] or None,
-                          "key": str(made.key)[:12] or None} for name, made in rows])  # fmt: skip
+    return Table(SEEDS, [{"name": stage.name, "seed": stage.manifest.seed, "key": str(stage.manifest.key)[:12] or None,
+                          "created": str(stage.manifest.created).replace("T", " ")[:16] or None}
+                         for stage in section.written])  # fmt: skip
 
 
-def _reference(section: Section) -> str:
-    """The name of the method that the others' accuracies are compared with."""
-    return str(section.comparison.get("reference") or "lora")
-
-
-def method_name(section: Section, method: dict[str, Any]) -> str:
-    """A method's title, with its sparsity where the comparison has several."""
-    several = len({other["sparsity"] for other in section.methods if "sparsity" in other}) > 1
-    return (
-        f"{method['method']}, {method['sparsity'] * 100:g} %" if several and "sparsity" in method else method["method"]
-    )
-
-
-def scored(section: Section) -> list[Scored]:
-    """Models with a size and a score: an accuracy or a perplexity."""
+def scored(section: Section) -> list[dict[str, Any]]:
+    """Models with a size and a score: name, size, score, interval, metric, and whether it is one merged model."""
     if section.methods:
-        metric = f"accuracy on {section.comparison.get('task') or 'the task'}"
-        return [Scored(method_name(section, m), m["size"], m["accuracy"], m.get("accuracy_ci95"), metric, m.get("mergeable"))
-                for m in section.methods if m.get("size") and "accuracy" in m]  # fmt: skip
-    found = []
-    for stage in section.stages:
-        size, merged = serving_bytes(stage, section), True if stage.kind == "merge" else None
-        for task, scores in stage.scores.items() if size else ():
-            for name, metric in (("accuracy", f"accuracy on {task}"), ("perplexity", "perplexity")):
-                if name in scores:
-                    found.append(Scored(label(stage), size, scores[name], scores.get(f"{name}_ci95"), metric, merged))
-    return found
+        task = section.comparison.get("task") or "the task"
+        found = [(m, m["title"], m.get("size"), task, m.get("mergeable")) for m in section.methods]
+    else:
+        found = [(scores, label(stage), serving_bytes(stage, section), task, True if stage.kind == "merge" else None)
+                 for stage in section.stages for task, scores in stage.scores.items()]  # fmt: skip
+    return [{"name": name, "size": size, "score": scores[kind], "interval": scores.get(f"{kind}_ci95"),
+             "metric": f"accuracy on {task}" if kind == "accuracy" else kind, "merged": merged}
+            for scores, name, size, task, merged in found for kind in ("accuracy", "perplexity")
+            if size and kind in scores]  # fmt: skip
 
 
 def final_stage(section: Section) -> Stage | None:
     """What the section is about: the last merged model, else the last stage; scored ones first."""
-    stages = [stage for stage in section.stages if stage.manifest is not None]
+    stages = [stage for stage in section.stages if stage.kind != "model"]
     ranked = sorted(stages, key=lambda s: (bool(s.scores), s.kind == "merge"))  # stable: the last of the best
     return ranked[-1] if ranked else None
 
@@ -167,7 +138,7 @@ def best_methods(section: Section) -> tuple[dict[str, Any] | None, dict[str, Any
     best = max((m for m in rated if m.get("mergeable")), key=lambda m: m["accuracy"], default=None)
     target = best.get("sparsity") if best else None
     same = [m for m in rated if target is None or m.get("sparsity") in (target, None)]
-    found = next((m for m in same if m.get("name") == _reference(section)), None)
+    found = next((m for m in same if m.get("name") == section.reference), None)
     return best, None if found is best else found
 
 
@@ -209,58 +180,25 @@ def _compare_verdict(section: Section) -> str:
     def size(method: dict[str, Any]) -> str:
         return f" in {human(method['size'])}" if method.get("size") else ""
 
-    text = (f"**{method_name(section, best)}** is the best that merges into one model: "
+    text = (f"**{best['title']}** is the best that merges into one model: "
             f"**{percent(best['accuracy'])}**{size(best)}")  # fmt: skip
     if reference is not None:
         beside = "" if reference.get("mergeable") else ", whose adapter stays beside its base,"
-        text += f"; {method_name(section, reference)}{beside} has {percent(reference['accuracy'])}{size(reference)}"
+        text += f"; {reference['title']}{beside} has {percent(reference['accuracy'])}{size(reference)}"
         if "difference_ci95" in best:
             text += f" (paired difference {points(best['difference_ci95'])} points, 95 %)"
     return text + "."
 
 
-def tiles(section: Section) -> list[Tile]:
-    """A few numbers for the top of a section."""
-    if section.methods:
-        return _compare_tiles(section)
-    final = final_stage(section)
-    if final is None:
-        return []
+def tiles(section: Section) -> list[tuple[str, str, str]]:
+    """(label, value, detail) of what matters of the model that the section is about."""
+    table = method_table(section) if section.methods else stage_table(section)
+    row = {} if table.strong is None else table.rows[table.strong]
     found = []
-    for task, scores in list(final.scores.items())[:2]:
-        if "accuracy" in scores:
-            cell = ACCURACY.cell(scores)
-            found.append(Tile(f"accuracy, {task}", percent(scores["accuracy"]), cell.partition("(")[2].rstrip(")")))
-        if "perplexity" in scores:
-            found.append(Tile("perplexity", f"{scores['perplexity']:.2f}"))
-    told, size = final.numbers, serving_bytes(final, section)
-    if "sparsity" in told:
-        found.append(Tile("sparsity", share(told["sparsity"]), "of the linear weights"))
-    if "zeros_kept" in told:
-        found.append(
-            Tile("zeros kept", share(told["zeros_kept"]), f"of {count(told['pruned'])}" if "pruned" in told else "")
-        )
-    if size is not None:
-        found.append(
-            Tile("size to serve", human(size), precision(final) if final.kind in ("quantize", "merge") else "")
-        )
-    if "max_logit_difference" in told:
-        found.append(Tile("logit difference", f"{told['max_logit_difference']:.2g}", "merged against un-merged"))
-    return found
-
-
-def _compare_tiles(section: Section) -> list[Tile]:
-    best, reference = best_methods(section)
-    found = [Tile("methods", str(len(section.methods)), str(section.comparison.get("task") or ""))]
-    for title, method in (("best merged", best), ("reference", reference)):
-        if method is not None:
-            found.append(Tile(title, percent(method["accuracy"]), method_name(section, method)))
-    if best is not None:
-        if "difference_ci95" in best:
-            found.append(Tile("difference, 95 %", points(best["difference_ci95"]), "points, paired"))
-        kept = Column("", "sparsity_kept", share).cell(best)
-        found.append(Tile("sparsity kept", kept, method_name(section, best)))
-        found.append(Tile("size to serve", SIZE.cell(best), best.get("precision", "")))
+    for column in (*table.columns, *ZEROS[-1:]):
+        if column.key in TILES and row.get(column.key) is not None:
+            value, _, interval = column.cell(row).partition(" (")
+            found.append((column.title.partition(" (")[0], value, interval.rstrip(")") or TILES[column.key]))
     return found
 
 
@@ -291,7 +229,7 @@ def _predictions(section: Section) -> Iterator[tuple[str, dict[str, dict[str, An
     """(name of the model, its predictions by prompt), at most ten models."""
     by_key = {evaluation.key: evaluation for evaluation in section.evaluations}
     paths = ((m, os.path.abspath(section.root / m.get("evaluation", ""))) for m in section.methods)
-    named = [(method_name(section, m), by_key[path]) for m, path in paths if path in by_key]
+    named = [(m["title"], by_key[path]) for m, path in paths if path in by_key]
     named = named or [(label(stage), stage) for stage in section.stages]
     for name, stage in [(name, stage) for name, stage in named if stage.predictions][:10]:
         yield name, {str(record["prompt"]): record for record in stage.predictions if "prompt" in record}

@@ -11,7 +11,7 @@ from sqft.drawing import COLOURS, Bars, Chart, Curve, Mark, histogram, make_axis
 from sqft.errors import SqftError
 from sqft.measuring.size import human
 from sqft.reporting.collect import Section, Stage, numbers, read_lines, serving_bytes
-from sqft.reporting.facts import Scored, precision, scored
+from sqft.reporting.facts import precision, scored
 from sqft.reporting.tables import millions, percent
 from sqft.reporting.weights import BINS, Histogram, WeightFolder, chosen, count_levels, count_values, moves, spread
 from sqft.searching.choose import read_points
@@ -113,31 +113,30 @@ def _key_number(section: Section, stage: Stage) -> tuple[str, str]:
 
 def score_over_size(sections: Sequence[Section]) -> list[Figure]:
     """A figure for each metric. Of one section, merged models have a colour of their own; of several, each section."""
-    found: dict[str, list[tuple[int, Scored]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for i, section in enumerate(sections):
         for model in scored(section):
-            found.setdefault(model.metric, []).append((i, model))
-    return [_score_figure(metric, models, sections) for metric, models in found.items() if len(models) > 1]
+            found.setdefault(model["metric"], []).append({**model, "key": (i % COLOURS, section.title)})
+    return [_score_figure(metric, models, len(sections) > 1) for metric, models in found.items() if len(models) > 1]
 
 
-def _score_figure(metric: str, models: Sequence[tuple[int, Scored]], sections: Sequence[Section]) -> Figure:
+def _score_figure(metric: str, models: Sequence[dict[str, Any]], several: bool) -> Figure:
     share = metric.startswith("accuracy")
     text: Callable[[float], str] = (lambda v: f"{v * 100:.4g} %") if share else plain
-    merging = any(m.merged is not None for _, m in models)
+    merging = any(m["merged"] is not None for m in models)
     kinds = {True: (0, "merged into one model"), False: (1, "base and adapter"),
              None: (7 if merging else 0, "not adapted")}  # fmt: skip
-    colour = [(i % COLOURS, sections[i].title) if len(sections) > 1 else kinds[m.merged] for i, m in models]
-    marks = [Mark(m.name, m.size, m.score, k, f"{m.name}: {text(m.score)}, {human(m.size)}", m.interval,
-                  "square" if m.merged else "dot") for (_, m), (k, _) in zip(models, colour, strict=True)]  # fmt: skip
-    heights = [end for _, m in models for end in (*(m.interval or ()), m.score)]
-    y = make_axis(metric, heights, text, limits=(0, 1) if share else (0, float("inf")))
-    x = make_axis(
-        "size to serve", [m.size for _, m in models], _short_size, margin=0.12, limits=(0, float("inf")), count=8
-    )
-    keys = [(f"c{k}", name) for k, name in sorted(set(colour))] if merging or len(sections) > 1 else []
+    keys = [m["key"] if several else kinds[m["merged"]] for m in models]
+    marks = [Mark(m["name"], m["size"], m["score"], key[0], f"{m['name']}: {text(m['score'])}, {human(m['size'])}",
+                  m["interval"], "square" if m["merged"] else "dot") for m, key in zip(models, keys, strict=True)]  # fmt: skip
+    limits = (0.0, float("inf"))
+    heights = [end for mark in marks for end in (*(mark.interval or ()), mark.y)]
+    y = make_axis(metric, heights, text, limits=(0, 1) if share else limits)
+    x = make_axis("size to serve", [mark.x for mark in marks], _short_size, margin=0.12, limits=limits, count=8)
+    legend = [(f"c{colour}", name) for colour, name in sorted(set(keys))] if merging or several else []
     note = f"{metric.capitalize()}: {'up' if share else 'down'} and to the left is better."
-    note += " Bars are 95 % intervals." if any(m.interval for _, m in models) else ""
-    return Figure("", Chart(f"{metric} over size of {len(models)} models", x, y, marks=marks, keys=keys), note, True)
+    note += " Bars are 95 % intervals." if any(mark.interval for mark in marks) else ""
+    return Figure("", Chart(f"{metric} over size of {len(models)} models", x, y, marks=marks, keys=legend), note, True)
 
 
 def _short_size(size: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.errors import SqftError
-from sqft.reporting.collect import manifests, nothing_under
+from sqft.reporting.collect import manifests
 from sqft.reporting.tables import Column, Table, share
 
 TOLD = {"accuracy": share, "perplexity": "{:.4g}".format, "sparsity": share, "zeros_kept": share,
@@ -25,8 +25,6 @@ def list_stages(root: Path) -> list[dict[str, Any]]:
             kept = {key: value for key, value in manifest.metrics.items() if isinstance(value, (int, float))}
             row |= {"stage": manifest.stage, "created": manifest.created, "numbers": kept}
         found.append(row)
-    if not found:
-        raise nothing_under(root)
     return found
 
 
@@ -66,8 +64,6 @@ def _stages(root: Path) -> dict[str, dict[str, Any]]:
         values = {"error": str(manifest)} if isinstance(manifest, SqftError) else {
             "option": manifest.config, "number": manifest.metrics, "version": manifest.versions}  # fmt: skip
         found[folder.relative_to(root).as_posix()] = dict(_pairs(values, ""))
-    if not found:
-        raise nothing_under(root)
     return found
 
 

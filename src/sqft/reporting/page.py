@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
 
 from sqft import artifact, drawing
 from sqft.errors import UsageError
@@ -50,38 +49,15 @@ def _check_out(path: Path) -> Path:
 
 
 def _page(sections: Sequence[Section], stages: int) -> str:
+    """What ``page.html`` makes of the sections; jinja2 escapes whatever comes from them."""
     files = resources.files("sqft.reporting")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"draw": drawing.draw, "bold": _bold, "cut": _cut}
+    environment.filters["draw"] = drawing.draw
+    environment.globals |= {"facts": facts, "figures": figures, "commands": section_commands}
     style = f":root {{{drawing.VARIABLES} }}\n{drawing.STYLE}{(files / 'report.css').read_text(encoding='utf-8')}"
     heading = ", ".join(section.title for section in sections[:4]) + (" ..." if len(sections) > 4 else "")
-    return environment.from_string((files / "page.html").read_text(encoding="utf-8")).render(
-        sections=[_content(section) for section in sections], stages=stages, heading=heading, style=Markup(style),
-        scores=figures.score_over_size(sections) if len(sections) > 1 else [],
-    )  # fmt: skip
-
-
-def _content(section: Section) -> dict[str, Any]:
-    measured: dict[str, Any] = {}
-    weights = figures.weights(section, measured)  # counts what the sparsity of merged models is drawn from
-    return {
-        "title": section.title, "verdict": facts.verdict(section), "tiles": facts.tiles(section),
-        "methods": facts.method_table(section), "pipeline": figures.pipeline(section),
-        "scores": figures.score_over_size([section]), "stages": facts.stage_table(section),
-        "training": figures.training(section), "search": figures.search(section), "zeros": facts.zeros_table(section),
-        "sparsity": figures.sparsity(section, measured), "weights": weights, "samples": facts.samples(section),
-        "commands": section_commands(section), "versions": facts.versions_table(section),
-        "seeds": facts.seeds_table(section), "notes": section.notes,
-    }  # fmt: skip
-
-
-def _bold(text: str) -> Markup:
-    """Escaped, with **words** between double asterisks in bold."""
-    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text))))  # noqa: S704
-
-
-def _cut(text: str, limit: int = 500) -> str:
-    return text if len(text) <= limit else f"{text[:limit]} ... ({len(text) - limit} more characters)"
+    template = environment.from_string((files / "page.html").read_text(encoding="utf-8"))
+    return template.render(sections=sections, stages=stages, heading=heading, style=style)
 
 
 def _markdown(section: Section) -> str:
