@@ -138,16 +138,15 @@ def draw(chart: Chart, width: int = 460, height: int = 280) -> Markup:
 def standalone(chart: Chart, width: int = 640, height: int = 400) -> str:
     """The chart with its legend, in light colours, as an SVG file of its own."""
     style = re.sub(r"var\(--(\w+)\)", lambda m: PALETTE[m[1]][0], STYLE)
-    legend, x = Markup(), 14.0
+    form, legend, x = Markup('<path class="{} {}" d="{}"/><text x="{}" y="{}">{}</text>'), Markup(), 14.0
     for kind, label in chart.keys:
-        shape, solid = ("ring", "") if "ring" in kind else ("mark", " square")
-        d = _outline("square" if solid else shape, x, height + 10.0)
-        legend += Markup('<path class="{} {}" d="{}"/><text x="{}" y="{}">{}</text>').format(
-            shape, kind, d, x + 14, height + 14, label)  # fmt: skip
+        shape = "ring" if "ring" in kind else "square"
+        d = _outline(shape, x, height + 10.0)
+        legend += form.format("ring" if shape == "ring" else "mark", kind, d, x + 14, height + 14, label)
         x += 40 + len(label) * LETTER
     return Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}" '
                   'font-family="system-ui, sans-serif"><style>{2}</style><rect width="100%" height="100%" fill="#fff"/>'
-                  "{3}{4}</svg>\n").format(width, height + 28, Markup(style), draw(chart, width, height), legend)  # fmt: skip
+                  "{3}{4}</svg>\n").format(width, height + 28, style, draw(chart, width, height), legend)  # fmt: skip
 
 
 def _outline(shape: str, x: float, y: float) -> str:
@@ -177,8 +176,9 @@ class _Drawing:
         for i, bars in enumerate(self.chart.bars):
             self._bars(bars, i)
         self._marks()
-        return Markup('<svg class="chart" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" aria-label="{2}">'
-                      "{3}</svg>").format(self.width, self.height, self.chart.summary, Markup("").join(self.parts))  # fmt: skip
+        frame = Markup('<svg class="chart" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" '
+                       'aria-label="{2}">{3}</svg>')  # fmt: skip
+        return frame.format(self.width, self.height, self.chart.summary, Markup("").join(self.parts))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x.low) / ((self.x.high - self.x.low) or 1)

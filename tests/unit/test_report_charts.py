@@ -14,10 +14,10 @@ import pytest
 import sqft
 from sqft import artifact, drawing
 from sqft.config import QuantizeConfig
+from sqft.measuring.weights import WeightFolder, chosen, count_levels, count_values, moves
 from sqft.reporting.collect import read_section, serving_bytes
 from sqft.reporting.figures import heat_map
 from sqft.reporting.page import report
-from sqft.reporting.weights import WeightFolder, chosen, count_levels, count_values, moves
 
 
 @pytest.fixture(scope="module")

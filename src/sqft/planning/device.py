@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ COPIED = 1 << 26  # bytes of a copy: more than caches hold
 SECONDS = 0.1  # a measurement
 
 
-class Speed(NamedTuple):
+@dataclass(frozen=True)
+class Speed:
     """FLOP/s of a model's own products, of the fastest library's in the same dtype and in float32; bytes/s of copies
     (read and written)."""
 
@@ -37,8 +38,8 @@ def measure_device(dtype: torch.dtype = torch.float32) -> Speed:
     target = torch.ones_like(source)
     calls = (lambda: F.linear(low_x, low_w), lambda: product(low_x, low_w), lambda: product(x, w))
     with torch.no_grad():
-        rates = [2.0 * SIZE**3 * _rate(call, device) for call in calls]
-        return Speed(name, *rates, 2.0 * COPIED * _rate(lambda: target.copy_(source), device))
+        products, fast, fast32 = (2.0 * SIZE**3 * _rate(call, device) for call in calls)
+        return Speed(name, products, fast, fast32, 2.0 * COPIED * _rate(lambda: target.copy_(source), device))
 
 
 def _rate(call: Callable[[], object], device: torch.device) -> float:

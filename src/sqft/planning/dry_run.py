@@ -94,7 +94,9 @@ def dry_run(recipe: Recipe, *, model: str | None = None, output: str | None = No
             artifact.check_output(step.folder, overwrite=True)
             _check_sources(step.config)
         if walk is not None and result.speed is not None:
-            _fill(planned, walk, step, result.speed)
+            guess = walk.take(step)  # also what is skipped changes the skeleton
+            if state != "skip":
+                _fill(planned, walk, guess, result.speed)
         result.steps.append(planned)
     pending = [step.seconds for step in result.steps if step.state != "skip"]
     result.seconds = None if None in pending else sum(seconds or 0 for seconds in pending)
@@ -103,13 +105,9 @@ def dry_run(recipe: Recipe, *, model: str | None = None, output: str | None = No
 
 def show(plan: DryRun) -> None:
     """Prints the steps; then the model, the sum, what it was reckoned with, and how far that may be off."""
-    rows = [{**asdict(step), "parent": Path(step.parent).name,
-             "state": f"{step.state}: {step.note}" if step.note else step.state,
-             "options": ", ".join(f"{k}={','.join(map(str, v)) if isinstance(v, (list, tuple)) else v}"
-                                  for k, v in step.options.items()) or None} for step in plan.steps]  # fmt: skip
-    Table((Column("stage", "name"), Column("of", "parent"), Column("state", "state"), Column("time", "seconds", duration),
-           Column("memory", "memory_bytes", human), Column("on disk", "disk_bytes", human),
-           Column("options that are not the default", "options")), rows).show()  # fmt: skip
+    rows = [{**asdict(step), "parent": Path(step.parent).name, "options": step.options or None,
+             "state": f"{step.state}: {step.note}" if step.note else step.state} for step in plan.steps]  # fmt: skip
+    Table(COLUMNS, rows).show()
     lines, speed = list(plan.notes), plan.speed
     if plan.parameters and plan.weight_bytes:
         lines.append(f"{plan.model}: {plan.parameters / 1e6:.1f} M parameters, {human(plan.weight_bytes)}")
@@ -122,6 +120,19 @@ def show(plan: DryRun) -> None:
             f"SmolLM2-135M right within a factor of {plan.factor:g}. Formulas: docs/recipes.md"
         )
     print("\n".join(lines))
+
+
+def _options(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key}={','.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for key, v in values.items()
+    )
+
+
+COLUMNS = (
+    Column("stage", "name"), Column("of", "parent"), Column("state", "state"), Column("time", "seconds", duration),
+    Column("memory", "memory_bytes", human), Column("on disk", "disk_bytes", human),
+    Column("options that are not the default", "options", _options),
+)  # fmt: skip
 
 
 def _check_sources(config: Any) -> None:
@@ -155,12 +166,8 @@ def _states(found: list[Step]) -> list[tuple[str, str]]:
     return states
 
 
-def _fill(planned: PlannedStep, walk: Walk, step: Step, speed: Speed) -> None:
-    """Lets the step's stage happen to the skeleton, and notes what it takes."""
-    guess = walk.take(step)
-    if planned.state == "skip":
-        return
-    planned.disk_bytes = walk.disk if step.stage != "evaluate" else None
+def _fill(planned: PlannedStep, walk: Walk, guess: Estimate | None, speed: Speed) -> None:
+    planned.disk_bytes = None if planned.name.startswith("evaluate/") else walk.disk
     if guess is None:
         planned.note = "; ".join(filter(None, (planned.note, "data not here: no estimate (--data-dir)")))
         return

@@ -11,7 +11,7 @@ from sqft.calibration.data import SUFFIXES, read_texts
 from sqft.config import EvaluateConfig, SearchConfig, TrainConfig
 from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_tokenizer, locate
-from sqft.tasks.base import Example, Task, get_task
+from sqft.tasks.base import Example, get_task
 from sqft.training.data import load_examples
 
 CHARACTERS = 2.8  # a token, of GSM8K and of arithmetic in SmolLM2's tokenizer; prose has more
@@ -59,7 +59,7 @@ def of_training(config: TrainConfig, count: Count) -> Workload | None:
     if config.task and not _is_here(config):
         get_task(config.task)
         train = _known(config.task, "train", config.limit)
-        return train and Workload(train, _known(config.task, "validation", config.eval_limit) or ())
+        return Workload(train, _known(config.task, "validation", config.eval_limit) or ()) if train else None
     if config.data and not config.data.endswith(SUFFIXES) and not Path(config.data).exists():
         return None  # on the hub
     data = load_examples(config)
@@ -91,7 +91,9 @@ def _known(task: str, split: str, limit: int | None) -> Lengths | None:
     if task not in KNOWN:
         return None
     counts, examples = KNOWN[task]
-    return list(itertools.islice(itertools.cycle(examples), counts[split] if limit is None else min(limit, counts[split])))
+    return list(
+        itertools.islice(itertools.cycle(examples), counts[split] if limit is None else min(limit, counts[split]))
+    )
 
 
 def _lengths(examples: Sequence[Example], count: Count) -> Lengths:

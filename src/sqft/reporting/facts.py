@@ -60,7 +60,9 @@ def stage_table(section: Section) -> Table:
         if {"parameters", "zeros"} <= told.keys():
             told["nonzero"] = told["parameters"] - told["zeros"]
         elif stage.kind == "model":  # a dense one, counted when it was pruned
-            after = [s.numbers.get("parameters") for s in section.stages if (s.source, s.kind) == (stage.key, "sparsify")]
+            after = [
+                s.numbers.get("parameters") for s in section.stages if (s.source, s.kind) == (stage.key, "sparsify")
+            ]
             told["nonzero"] = next(iter(after), None)
         strong = len(rows) if stage is final else strong
         tasks = [task for task in stage.scores if task] or [""]
@@ -80,8 +82,8 @@ def method_table(section: Section, folders: bool = False) -> Table:
         Column("one model", "mergeable", lambda v: "yes" if v else "no"), Column("precision", "precision"), ACCURACY,
         Column(f"points to {reference} (95 %)", "difference_ci95", points),
         Column("sparsity kept", "sparsity_kept", share), SIZE, Column("trainable", "trainable_parameters", millions),
-        Column("training", "train_seconds", lambda s: f"{s / 60:.1f} min"), Column("peak memory", "train_peak_bytes", human),
-        Column("tokens / s", "decode_tokens_per_second", fixed(1)),
+        Column("training", "train_seconds", lambda s: f"{s / 60:.1f} min"),
+        Column("peak memory", "train_peak_bytes", human), Column("tokens / s", "decode_tokens_per_second", fixed(1)),
     ]  # fmt: skip
     strong = next((i for i, method in enumerate(section.methods) if method is best), None)
     return Table(columns + [Column("folder", "folder")] * folders, section.methods, strong)
@@ -100,9 +102,11 @@ def versions_table(section: Section) -> Table:
         versions = stage.manifest.versions
         for package, version in versions.items() if isinstance(versions, dict) else ():
             found.setdefault(str(package), {}).setdefault(str(version), []).append(stage.name)
-    return Table(VERSIONS, [
-        {"name": name, "version": "; ".join(f"{v} ({', '.join(who)})" if len(them) > 1 else v for v, who in them.items())}
-        for name, them in found.items()])  # fmt: skip
+
+    def text(versions: dict[str, list[str]]) -> str:
+        return "; ".join(f"{v} ({', '.join(who)})" if len(versions) > 1 else v for v, who in versions.items())
+
+    return Table(VERSIONS, [{"name": name, "version": text(versions)} for name, versions in found.items()])
 
 
 def seeds_table(section: Section) -> Table:

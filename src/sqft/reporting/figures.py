@@ -1,19 +1,18 @@
-"""A section's pictures: its pipeline, score over size, training, search, sparsity by layer, weights before and after."""
+"""A section's pictures: pipeline, score over size, training, search, sparsity by layer, weights before and after."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from sqft.drawing import COLOURS, Bars, Chart, Curve, Mark, histogram, make_axis, plain
 from sqft.errors import SqftError
 from sqft.measuring.size import human
+from sqft.measuring.weights import BINS, Histogram, WeightFolder, chosen, count_levels, count_values, moves, spread
 from sqft.reporting.collect import Section, Stage, numbers, read_lines, serving_bytes
 from sqft.reporting.facts import precision, scored
 from sqft.reporting.tables import millions, percent
-from sqft.reporting.weights import BINS, Histogram, WeightFolder, chosen, count_levels, count_values, moves, spread
 from sqft.searching.choose import read_points
 from sqft.searching.plots import plots
 
@@ -42,23 +41,12 @@ class Heat:
     rows: list[tuple[str, list[tuple[str, float] | None], str]]
 
 
-class Card(NamedTuple):
-    """A stage in the picture of the pipeline: a number and what it is."""
-
-    kind: str
-    where: str
-    name: str
-    value: str
-    detail: str
-    accuracy: str
-
-
 @dataclass
 class Branch:
-    """Stages after one another, then the branches that start from the last one."""
+    """Stages after one another, as cards of a number and what it is; then the branches that start from the last."""
 
-    cards: list[Card]
-    below: list[Branch] = field(default_factory=list)
+    cards: list[dict[str, str]]
+    below: list[Branch]
 
     @property
     def splits(self) -> bool:
@@ -69,46 +57,37 @@ def pipeline(section: Section) -> Branch | None:
     """The stages as a tree; None if nothing was made from anything."""
     seen: set[str] = set()
 
-    def grow(stage: Stage) -> Branch:
-        branch, children = Branch([]), [stage]
-        while len(children) == 1:
-            stage = children[0]
-            seen.add(stage.key)
-            branch.cards.append(_card(section, stage))
-            children = [s for s in section.stages if s.source == stage.key and s.key not in seen]
-        branch.below = [grow(child) for child in children]
-        return branch
+    def grow(stages: list[Stage]) -> Branch:
+        cards = []
+        while len(stages) == 1:
+            cards.append(_card(section, stages[0]))
+            seen.add(stages[0].key)
+            stages = [s for s in section.stages if s.source == stages[0].key and s.key not in seen]
+        return Branch(cards, [grow([stage]) for stage in stages])
 
     known = {stage.key for stage in section.stages}
-    roots = [grow(stage) for stage in section.stages if stage.source not in known]
-    if len(section.stages) < 2 or not roots:
-        return None
-    return roots[0] if len(roots) == 1 else Branch([], roots)
+    roots = [stage for stage in section.stages if stage.source not in known]
+    return grow(roots) if len(section.stages) > 1 and roots else None
 
 
-def _card(section: Section, stage: Stage) -> Card:
-    value, detail = _key_number(section, stage)
-    score = next((s["accuracy"] for s in stage.scores.values() if "accuracy" in s), None)
-    where, _, last = stage.name.rpartition("/") if stage.kind != "model" else ("", "", stage.name)
-    return Card(stage.kind, where, last, value, detail, "" if score is None else percent(score))
-
-
-def _key_number(section: Section, stage: Stage) -> tuple[str, str]:
-    told, size = stage.numbers, serving_bytes(stage, section)
+def _card(section: Section, stage: Stage) -> dict[str, str]:
+    told, size, method = stage.numbers, serving_bytes(stage, section), stage.config.get("method", "?")
+    value, detail = human(size) if size else "-", "the start" if stage.kind == "model" else stage.kind
     if stage.kind == "sparsify" and "sparsity" in told:
-        return percent(told["sparsity"]), f"pruned by {stage.config.get('method', '?')}"
-    if stage.kind == "quantize":
+        value, detail = percent(told["sparsity"]), f"pruned by {method}"
+    elif stage.kind == "quantize":
         bits = told.get("bits_per_weight")
-        return precision(stage), f"{bits:.2f} bits a weight" if bits else f"by {stage.config.get('method', '?')}"
-    if stage.kind == "train" and "trainable_parameters" in told:
-        return millions(told["trainable_parameters"]), f"trained, {stage.config.get('adapter', '?')}"
-    if stage.kind in ("search", "extract") and "parameters" in told:
-        tried = told.get("evaluated")
-        return millions(told["parameters"]), f"kept, {tried:.0f} tried" if tried else "kept"
-    detail = "the start" if stage.kind == "model" else stage.kind
-    if stage.kind == "merge" and "zeros_kept" in told:  # cut, not rounded: 99.99 % never reads 100 %
+        value, detail = precision(stage), f"{bits:.2f} bits a weight" if bits else f"by {method}"
+    elif stage.kind == "train" and "trainable_parameters" in told:
+        value, detail = millions(told["trainable_parameters"]), f"trained, {stage.config.get('adapter', '?')}"
+    elif stage.kind in ("search", "extract") and "parameters" in told:
+        value, tried = millions(told["parameters"]), told.get("evaluated")
+        detail = f"kept, {tried:.0f} tried" if tried else "kept"
+    elif stage.kind == "merge" and "zeros_kept" in told:  # cut, not rounded: 99.99 % never reads 100 %
         detail = f"{int(told['zeros_kept'] * 1e4 + 1e-9) / 1e2:g} % of zeros kept"
-    return human(size) if size else "-", detail
+    where, _, last = stage.name.rpartition("/") if stage.kind != "model" else ("", "", stage.name)
+    score = next((percent(s["accuracy"]) for s in stage.scores.values() if "accuracy" in s), "")
+    return {"kind": stage.kind, "where": where, "name": last, "value": value, "detail": detail, "accuracy": score}
 
 
 def score_over_size(sections: Sequence[Section]) -> list[Figure]:
@@ -127,8 +106,9 @@ def _score_figure(metric: str, models: Sequence[dict[str, Any]], several: bool) 
     kinds = {True: (0, "merged into one model"), False: (1, "base and adapter"),
              None: (7 if merging else 0, "not adapted")}  # fmt: skip
     keys = [m["key"] if several else kinds[m["merged"]] for m in models]
-    marks = [Mark(m["name"], m["size"], m["score"], key[0], f"{m['name']}: {text(m['score'])}, {human(m['size'])}",
-                  m["interval"], "square" if m["merged"] else "dot") for m, key in zip(models, keys, strict=True)]  # fmt: skip
+    marks = [Mark(m["name"], m["size"], m["score"], k, f"{m['name']}: {text(m['score'])}, {human(m['size'])}",
+                  m["interval"], "square" if m["merged"] else "dot")
+             for m, (k, _) in zip(models, keys, strict=True)]  # fmt: skip
     limits = (0.0, float("inf"))
     heights = [end for mark in marks for end in (*(mark.interval or ()), mark.y)]
     y = make_axis(metric, heights, text, limits=(0, 1) if share else limits)
@@ -301,29 +281,27 @@ def _before_and_after(group: Sequence[tuple[Stage, WeightFolder]], measured: dic
         raise SqftError(f"{first.folder} has no linear weights that {last.folder} has as well")
     names = chosen(sizes)
     reach = 0.0 if first.packed else spread(first, names)
-    for stage, folder in group:
+    bars, notes = [], []
+    for i, (stage, folder) in enumerate(group):
         if stage.key not in measured or not first.packed:
             measured[stage.key] = count_levels(folder, names) if first.packed else count_values(folder, names, reach)
-    colours = {3: (7, 0, 2), 2: (7, 0)}.get(len(group), (0,))
-    bars, notes = [], []
-    for (stage, _), colour in zip(group, itertools.cycle(colours), strict=False):
         counts = measured[stage.key]
         total = counts.total or 1
         shares = {value: number / total for value, number in counts.kept.items()}
-        bars.append(Bars(stage.name, shares, counts.pruned / total, colour))
+        bars.append(Bars(stage.name, shares, counts.pruned / total, (7, 0, 2, 3)[i % 4] if len(group) > 1 else 0))
         notes += [f"{stage.name}: {counts.pruned / total * 100:.2f} % pruned"] if counts.pruned else []
         notes += [f"{stage.name}: {counts.beyond / total * 100:.2g} % lie beyond the axis"] if counts.beyond else []
     notes.append(f"{measured[start.key].modules} of {measured[start.key].of_modules} weight matrices")
-    if first.packed and len(group) > 1:
+    kind, label = "Float", f"weight ({BINS} bins)"
+    if first.packed:
+        kind, label = f"{precision(start)} grid", "integer level, from the zero point"
         share, farthest = moves(first, last, names)
-        notes.append(f"{share * 100:.2f} % of the kept integers moved, by at most {farthest}")
+        notes += [f"{share * 100:.2f} % of the kept integers moved, by at most {farthest}"] if end is not start else []
     pruned = "The pale bar at 0, cut off, is what is pruned. " if any(one.pruned for one in bars) else ""
-    title = f"{precision(start)} grid" if first.packed else "Float"
-    title += f": {start.name}" + (f" to {end.name}" if len(group) > 1 else "")
-    label = "integer level, from the zero point" if first.packed else f"weight ({BINS} bins)"
+    title = f"{kind}: {start.name}" + (f" to {end.name}" if end is not start else "")
     chart = histogram(bars, label, _signed, f"histogram of weights, {title}", outline=not first.packed)
     return Figure(title, chart, pruned + "; ".join(notes) + ".")
 
 
-def _signed(value: Any) -> str:
+def _signed(value: float) -> str:
     return f"{value:+.3g}" if abs(value) > 1e-9 else "0"
