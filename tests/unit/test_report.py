@@ -139,6 +139,37 @@ def test_what_it_says(run: Path) -> None:
     assert f"sqft train {run}/sparsify {run}/train --task arithmetic\n" in text
 
 
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    """Whatever a folder's files say is text on the page: names, kinds, options, versions, curves, layers, trials."""
+    evil = "\"><script>alert(1)</script> **b** {{ 7 * 7 }} ' &"
+    name = evil.replace("/", "|")
+    root = tmp_path / name
+    stage(root / "a", evil, "hub/" + evil, {"by_module": {f"3.{evil}": 0.5}}, {"method": evil})
+    train = stage(root / name, "train", "../a", {"trainable_parameters": 10}, {"adapter": evil, "task": evil})
+    (train / "training_log.jsonl").write_text('{"loss": 1, "step": 1}\n{"loss": 2, "step": 2}\n')
+    found = stage(
+        root / "found", "search", "../a", {"super_adapter": f"../{name}", "ranks": {f"1.{evil}": 4}, "trial": evil}
+    )
+    trials = [{"number": i, "ranks": {}, "score": i, "cost": i, "kind": evil} for i in range(3)]
+    (found / "search.json").write_text(json.dumps({"points": trials}))
+    evaluation(root / "evaluate", f"../{name}", 0.5, [(evil, True), ("x", False)], task=evil)
+    manifest = json.loads((root / "a" / "sqft.json").read_text())
+    (root / "a" / "sqft.json").write_text(
+        json.dumps({**manifest, "versions": {evil: evil}, "seed": evil, "created": [evil]})
+    )
+    rows = [
+        {"name": evil, "method": evil, "precision": evil, "accuracy": 0.1 * i, "size": i, "folder": evil}
+        for i in (1, 2)
+    ]
+    for comparing in (False, True):
+        if comparing:
+            (root / "compare.json").write_text(json.dumps({"task": evil, "reference": evil, "rows": rows}))
+        text = Path(report([root, train])["report"]).read_text()
+        assert "<script" not in text
+        page = Page(text)
+        assert "script" not in page.tags and page.addresses == ["data:,", "#s0", "#s1"] and evil in page.words
+
+
 def test_samples_show_each_pattern_once_before_more_of_the_same(run: Path) -> None:
     found = facts.samples(read_section(run, "run"), limit=3)
     # Q0 and Q2: wrong then right (twice, so first); Q1: both right; Q3: both wrong; then Q2.

@@ -48,8 +48,11 @@ def precision(stage: Stage) -> str:
 
 
 def label(stage: Stage) -> str:
-    """How a chart names a stage; of several with one kind, tables have the whole path."""
-    return f"{stage.name} (start)" if stage.kind == "model" else stage.name
+    """How tables and charts name a stage."""
+    if stage.kind != "model":
+        return stage.name
+    gguf = stage.folder.suffix == ".gguf" or (stage.folder.is_dir() and any(stage.folder.glob("*.gguf")))
+    return f"{stage.name} (start, a GGUF file)" if gguf else f"{stage.name} (start)"
 
 
 def stage_table(section: Section) -> Table:
