@@ -169,26 +169,15 @@ def search(section: Section) -> list[Figure]:
         except SqftError as error:
             section.note(str(error))
             continue
-        if len(trials) > 1:
-            drawn = plots(
-                trials, stage.metrics.get("trial"), stage.config.get("metric", ""), stage.config.get("cost", "")
-            )
-            figures += [
-                Figure(f"Search progress{name}", drawn["progress"]),
-                Figure(f"Score over cost{name}", drawn["pareto"]),
-            ]
+        told = (stage.config.get("metric", ""), stage.config.get("cost", ""))
+        drawn = plots(trials, stage.metrics.get("trial"), *told).values() if len(trials) > 1 else ()
+        titles = (f"Search progress{name}", f"Score over cost{name}")
+        figures += [Figure(title, chart) for title, chart in zip(titles, drawn, strict=False)]
         ranks = numbers(stage.metrics.get("ranks"))
-        low = min(ranks.values(), default=0.0) * 0.6 if len(set(ranks.values())) > 1 else 0.0
-        if heat := heat_map(ranks, low, max(ranks.values(), default=1.0), "{:.3g}".format, "chosen rank"):
-            figures.append(
-                Figure(
-                    f"Chosen ranks{name}",
-                    None,
-                    "The stronger the colour, the larger; at the right, a row's mean.",
-                    True,
-                    heat,
-                )
-            )
+        low, high = min(ranks.values(), default=0.0), max(ranks.values(), default=1.0)
+        heat = heat_map(ranks, low * 0.6 if low < high else 0, high, "{:.3g}".format, "chosen rank")
+        note = "The stronger the colour, the larger; at the right, a row's mean."
+        figures += [Figure(f"Chosen ranks{name}", None, note, True, heat)] if heat else []
     return figures
 
 
@@ -243,21 +232,20 @@ def weights(section: Section, measured: dict[str, Histogram]) -> list[Figure]:
     """
     kinds = ("merge", "quantize", "sparsify")
     ends = next((found for kind in kinds if (found := [s for s in section.stages if s.kind == kind])), [])
-    drawn: set[tuple[str, ...]] = set()
-    found = []
+    groups: dict[tuple[str, ...], list[tuple[Stage, WeightFolder]]] = {}
     for end in ends[:SHOWN]:
         lineage = [stage for stage in section.lineage(end)[::-1] if stage.kind in WITH_WEIGHTS]
         opened = [(stage, folder) for stage in lineage if (folder := _open(section, stage)) is not None]
         for packed in (True, False):
             group = [(stage, folder) for stage, folder in opened if folder.packed == packed]
-            keys = tuple(stage.key for stage, _ in group)
-            if not group or keys in drawn or (len(group) == 1 and drawn):
-                continue
-            drawn.add(keys)
-            try:
-                found.append(_before_and_after(group, measured))
-            except (SqftError, OSError) as error:
-                section.note(f"no histogram: {error}")
+            if len(group) > 1 or (group and not groups):
+                groups.setdefault(tuple(stage.key for stage, _ in group), group)
+    found = []
+    for group in groups.values():
+        try:
+            found.append(_before_and_after(group, measured))
+        except (SqftError, OSError) as error:
+            section.note(f"no histogram: {error}")
     if len(ends) > SHOWN:
         section.note(f"weights are shown of the first {SHOWN} of {len(ends)} {ends[0].kind} stages")
     return found
