@@ -97,7 +97,7 @@ def table(sparse: str, runs: Path, examples: int, test: int) -> dict[str, Any]:
     searched = sqft.search(runs / "super", SEARCH, out=runs / "searched")
     for name in ("median", "minimal"):
         sqft.extract(runs / "super", name, runs / name)
-    for plot in ("progress.png", "pareto.png"):
+    for plot in ("progress.svg", "pareto.svg"):
         shutil.copyfile(runs / "searched" / plot, RESULTS.parents[1] / "docs" / f"nls-{plot}")
     scores = {name: score(runs / name, test)
               for name in ("super", "median", "minimal", "searched", "fixed SparsePEFT", "fixed LoRA")}  # fmt: skip

@@ -16,6 +16,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -163,8 +164,9 @@ def _write_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from sqft.recipe import load_recipe, resolve_model, with_adapter, with_options
-    from sqft.reporting.table import HEADER, cells, markdown, print_table, run_rows
+    from sqft.recipe import load_recipe, with_adapter, with_options
+    from sqft.reporting.collect import read_section
+    from sqft.reporting.facts import stage_table
 
     recipe = load_recipe(arguments.recipe)
     if arguments.pipeline:
@@ -173,17 +175,19 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         recipe = with_adapter(recipe, arguments.adapter or arguments.pipeline)
     recipe = with_options(recipe, data_dir=getattr(arguments, "data_dir", None), device=arguments.device)
     if arguments.dry_run:
-        from sqft.planning.plan import plan
-        from sqft.reporting.plan_table import show
+        from sqft.planning.dry_run import dry_run, show
 
-        return show(plan(recipe, model=arguments.model, output=arguments.output), quiet=arguments.json)
+        found = dry_run(recipe, model=arguments.model, output=arguments.output)
+        if not arguments.json:
+            show(found)
+        return asdict(found)
     results = sqft.run(recipe, model=arguments.model, output=arguments.output,
                        say=lambda text: print(text, file=sys.stderr))  # fmt: skip
     output = Path(arguments.output or recipe.output)
-    rows = [cells(row) for row in run_rows(output, resolve_model(arguments.model or recipe.model))]
-    (output / "table.md").write_text(markdown(HEADER, rows), encoding="utf-8")
+    table = stage_table(read_section(output))
+    (output / "table.md").write_text(table.markdown(), encoding="utf-8")
     if not arguments.json:
-        print_table(HEADER, rows)
+        table.show()
         if "merge" in results:
             difference = results["merge"]["max_logit_difference"]
             print(f"Merged model: {output / 'merge'} (largest logit difference to un-merged: {difference:.2g})")
@@ -199,24 +203,26 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _compare(arguments: argparse.Namespace) -> Any:
     from sqft.comparison import compare, with_methods
     from sqft.recipe import load_recipe, with_options
-    from sqft.reporting.comparison_table import HEADER, cells, difference
-    from sqft.reporting.table import markdown, print_table
+    from sqft.reporting.collect import read_section
+    from sqft.reporting.facts import method_table
+    from sqft.reporting.listing import difference
 
     if len(arguments.what) > 2:
         raise UsageError("sqft compare takes a recipe, or two folders of runs")
     if len(arguments.what) == 2:
-        rows = difference(Path(arguments.what[0]), Path(arguments.what[1]))
+        table = difference(Path(arguments.what[0]), Path(arguments.what[1]))
         if not arguments.json:
-            print_table(("stage", "option or number", *arguments.what), rows)
-        return [dict(zip(("stage", "name", "left", "right"), row, strict=True)) for row in rows]
+            table.show()
+        return table.rows
     recipe = with_options(load_recipe(*arguments.what or ["compare"]), task=arguments.task, data_dir=arguments.data_dir)
     recipe = with_methods(recipe, arguments.sparsity, arguments.methods)
     result = compare(recipe, model=arguments.model, output=arguments.output,
                      say=lambda text: print(text, file=sys.stderr))  # fmt: skip
-    rows = [cells(row) for row in result["rows"]]
-    (Path(arguments.output or recipe.output) / "table.md").write_text(markdown(HEADER, rows), encoding="utf-8")
+    output = Path(arguments.output or recipe.output)
+    table = method_table(read_section(output), folders=True)
+    (output / "table.md").write_text(table.markdown(), encoding="utf-8")
     if not arguments.json:
-        print_table(HEADER, rows)
+        table.show()
     return result
 
 
@@ -227,12 +233,11 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ls(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from sqft.reporting.table import list_stages, print_table, summary
+    from sqft.reporting.listing import list_stages, stages_table
 
     found = list_stages(Path(arguments.root))
     if not arguments.json:
-        print_table(("folder", "stage", "written", "numbers"),
-                    [(f["folder"], f["stage"], f["created"], summary(f["numbers"])) for f in found])  # fmt: skip
+        stages_table(found).show()
     return found
 
 

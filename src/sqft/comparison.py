@@ -20,7 +20,7 @@ from sqft.evaluation.intervals import paired
 from sqft.options import from_dict, to_dict
 from sqft.recipe import Recipe, check_data, load_recipe, resolve_model, run_stage
 from sqft.registry import KINDS
-from sqft.reporting.comparison_table import RESULT
+from sqft.reporting.collect import RESULT
 
 Say = Callable[[str], None]
 

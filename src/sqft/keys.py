@@ -17,6 +17,7 @@ from typing import Any
 from sqft.errors import SqftError
 
 MANIFEST = "sqft.json"
+MASKS = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
 FORMAT = 2
 TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 YAML_SUFFIXES = (".yaml", ".yml")

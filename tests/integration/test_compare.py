@@ -67,7 +67,7 @@ def test_every_method_and_again(dense: Path, data: Path, tmp_path: Path, capsys)
         "FP32", "FP32 + FP32", "FP32", "INT4 + FP32", "INT4"]  # fmt: skip
     assert by_name["shears"]["trainable_parameters"] == by_name["lora"]["trainable_parameters"]
     assert by_name["qa-sparse-peft"]["size"] < by_name["sqft"]["size"] < by_name["sparse-peft"]["size"]
-    assert "| SQFT + QA-SparsePEFT | 50% | yes | INT4 |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| SQFT + QA-SparsePEFT | 50 % | yes | INT4 |" in (tmp_path / "out" / "table.md").read_text()
     # Again: nothing is run; of a folder that is gone, only what follows from it.
     err = call(capsys, *command)[2]
     assert err.count("unchanged, skipped") == len([line for line in err.splitlines() if "/out/" in line])

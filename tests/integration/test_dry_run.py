@@ -17,6 +17,7 @@ from sqft.measuring.size import weight_bytes
 from sqft.planning.device import Speed
 from sqft.planning.estimate import SHORT, Run, batches, forward, train
 from sqft.planning.shape import shape_of, skeleton
+from sqft.planning.workload import Workload
 
 SMALL = "{samples: 4, length: 32}"
 FULL_SIZE = {  # sizes of the models that the shipped recipes are for, and the parameters that their cards state
@@ -106,6 +107,15 @@ def test_the_same_usage_errors_as_the_run(change: dict[str, str], dense: Path, t
     assert fails(capsys, 2, "run", recipe) == early
 
 
+def test_brackets_in_options_are_no_markup(dense: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "d.jsonl").write_text('{"q": "a", "a": "b"}\n' * 30)
+    train = f", data: {tmp_path}/d.jsonl, prompt: '[INST] {{q}} [/INST]', completion: '{{a}}'"
+    text = text_of(dense, tmp_path / "run", train, search="", evaluate="").replace(" task: arithmetic,", "")
+    (tmp_path / "recipe.yaml").write_text(text)
+    code, out, err = call(capsys, "run", tmp_path / "recipe.yaml", "--dry-run")
+    assert code == 0 and "[/INST]" in out, err
+
+
 def test_what_is_in_the_way_is_seen(dense: Path, tmp_path: Path, capsys) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text_of(dense, tmp_path / "run"))
@@ -153,7 +163,7 @@ def test_a_training_step_of_lora_has_the_flops_that_torch_counts(dense: Path) ->
         peft_model(tokens, labels=tokens, use_cache=False).loss.backward()
     adapted = [linear for linear in shape.linears if linear.name.rsplit(".", 1)[-1] in
                ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")]  # fmt: skip
-    found = train(Run(shape, 0), config, adapted, [(24, 24)] * 2, []).work
+    found = train(Run(shape, 0, adapted=adapted), config, Workload([(24, 24)] * 2)).work
     assert found.products / SHORT == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
@@ -165,8 +175,8 @@ def test_a_masked_adapter_costs_one_product_more_and_with_dropout_three(tmp_path
 
     def products(pipeline: str, **options: object) -> float:
         config = sqft.TrainConfig(adapter=pipeline, max_steps=1, batch_size=4, r=1, **options)  # type: ignore
-        work = train(Run(shape, 0), config, adapted, [(500, 500)] * 4, []).work
-        rest = train(Run(shape, 0), config, (), [(500, 500)] * 4, []).work
+        work = train(Run(shape, 0, adapted=adapted), config, Workload([(500, 500)] * 4)).work
+        rest = train(Run(shape, 0), config, Workload([(500, 500)] * 4)).work
         one = 2 * 4 * 512 * shape.weights
         passes = 3 if config.gradient_checkpointing else 2
         return (work.flops - rest.flops) / SHORT / one + passes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,9 +18,10 @@ from sqft.config import EvaluateConfig, MergeConfig, QuantizeConfig, SearchConfi
 from sqft.errors import UsageError
 from sqft.options import to_dict
 from sqft.reporting import facts
-from sqft.reporting.collect import read_section
+from sqft.reporting.collect import numbers, read_section
 from sqft.reporting.commands import command
 from sqft.reporting.page import report
+from sqft.reporting.tables import Column, Table
 
 EVIL = "</pre><script>alert(1)</script> & 'x' \"y\" | **z** `"
 LONE = "\ud800"  # half of a character, which JSON can hold and UTF-8 cannot
@@ -69,7 +72,7 @@ def run(tmp_path: Path) -> Path:
 class Page(HTMLParser):
     """Checks that tags are closed in order; collects the texts of elements and the addresses that they name."""
 
-    VOID = ("meta", "link", "br", "img", "rect", "circle", "path")
+    VOID = ("meta", "link", "br", "img", "rect")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -127,14 +130,45 @@ def test_what_it_says(run: Path) -> None:
     section = read_section(run, "run")
     assert [s.name for s in section.stages] == ["some/model", "sparsify", "train", "merge"]
     assert facts.verdict(section).startswith("**75.0 %** on sums, from 25.0 % before adapting: one 50.0 % sparse float")
-    rows = {row[0]: row for row in facts.stage_rows(section)}
+    rows = {row[0]: row for row in facts.stage_table(section).cells()}
     assert rows["merge"][1] == "75.0 % (65.0 - 85.0 %)" and rows["merge"][4] == "100.000 %"
     assert rows["train"][1] == "-"
-    assert facts.zero_rows(section) == [("merge", "40", "0", "100.000 %", "-", "0")]
-    assert dict(facts.environment_rows(section))["sqft"] == sqft.__version__
+    assert facts.zeros_table(section).cells() == [["merge", "40", "0", "100.000 %", "-", "0"]]
+    assert dict(facts.versions_table(section).cells())["sqft"] == sqft.__version__
     text = Path(report([run], run / "out.html")["markdown"]).read_text()
     assert "| merge | 75.0 % (65.0 - 85.0 %) |" in text
     assert f"sqft train {run}/sparsify {run}/train --task arithmetic\n" in text
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    """Whatever a folder's files say is text on the page: names, kinds, options, versions, curves, layers, trials."""
+    evil = "\"><script>alert(1)</script> **b** {{ 7 * 7 }} ' &"
+    name = evil.replace("/", "|")
+    root = tmp_path / name
+    stage(root / "a", evil, "hub/" + evil, {"by_module": {f"3.{evil}": 0.5}}, {"method": evil})
+    train = stage(root / name, "train", "../a", {"trainable_parameters": 10}, {"adapter": evil, "task": evil})
+    (train / "training_log.jsonl").write_text('{"loss": 1, "step": 1}\n{"loss": 2, "step": 2}\n')
+    found = stage(
+        root / "found", "search", "../a", {"super_adapter": f"../{name}", "ranks": {f"1.{evil}": 4}, "trial": evil}
+    )
+    trials = [{"number": i, "ranks": {}, "score": i, "cost": i, "kind": evil} for i in range(3)]
+    (found / "search.json").write_text(json.dumps({"points": trials}))
+    evaluation(root / "evaluate", f"../{name}", 0.5, [(evil, True), ("x", False)], task=evil)
+    manifest = json.loads((root / "a" / "sqft.json").read_text())
+    (root / "a" / "sqft.json").write_text(
+        json.dumps({**manifest, "versions": {evil: evil}, "seed": evil, "created": [evil]})
+    )
+    rows = [
+        {"name": evil, "method": evil, "precision": evil, "accuracy": 0.1 * i, "size": i, "folder": evil}
+        for i in (1, 2)
+    ]
+    for comparing in (False, True):
+        if comparing:
+            (root / "compare.json").write_text(json.dumps({"task": evil, "reference": evil, "rows": rows}))
+        text = Path(report([root, train])["report"]).read_text()
+        assert "<script" not in text
+        page = Page(text)
+        assert "script" not in page.tags and page.addresses == ["data:,", "#s0", "#s1"] and evil in page.words
 
 
 def test_samples_show_each_pattern_once_before_more_of_the_same(run: Path) -> None:
@@ -166,10 +200,10 @@ def test_a_comparison(run: Path, capsys) -> None:
         "**SparsePEFT** is the best that merges into one model: **48.0 %** in 1.0 MB; LoRA, whose adapter stays beside its "
         "base, has 50.0 % in 2.0 MB (paired difference -5.0 to +1.0 points, 95 %)."
     )
-    cells = facts.method_rows(section)
-    assert cells[0][:6] == ("LoRA", "50 %", "no", "FP32", "50.0 % (40.0 - 60.0 %)", "-")
-    assert cells[1][5] == "-5.0 to +1.0" and cells[2][0] == "<b>new</b>" and cells[3] == ("?", *["-"] * 11)
-    assert [point.name for point in facts.chart_points(section)] == ["LoRA", "SparsePEFT"]
+    cells = facts.method_table(section).cells()
+    assert cells[0][:6] == ["LoRA", "50 %", "no", "FP32", "50.0 % (40.0 - 60.0 %)", "-"]
+    assert cells[1][5] == "-5.0 to +1.0" and cells[2][0] == "<b>new</b>" and cells[3] == ["?", *["-"] * 11]
+    assert [model["name"] for model in facts.scored(section)] == ["LoRA", "SparsePEFT"]
     assert [name for name, _, _ in facts.samples(section)[0].answers] == ["SparsePEFT"]
     assert cli.main(["report", str(run), "--out", str(run / "x.html")]) == 0
     assert "sections                 1" in capsys.readouterr().out
@@ -223,6 +257,37 @@ def test_numbers_that_are_none(run: Path) -> None:
     assert not {"half", "inf", "nan"} & {part.lower() for word in words for part in word.split()}
     rows = [line for line in (run / "report.md").read_text().splitlines() if line.startswith("| odd/sparsify |")]
     assert rows and set(rows[0].replace("odd/sparsify", "").split()) == {"|", "-"}, rows
+
+
+def test_an_accuracy_of_150_percent_is_no_accuracy(run: Path) -> None:
+    """A share that does not lie between 0 and 1 is missing, with its interval; a pair is an interval of its own kind."""
+    metrics = {"task": "sums", "accuracy": 1.5, "accuracy_ci95": [1.4, 1.6], "perplexity": 9.5, "zeros_kept": -0.5}
+    assert numbers(metrics) == {"perplexity": 9.5}
+    assert numbers({"a": [1, 2], "a_ci95": [1, 2], "b_ci95": 1, "c_ci95": [1, float("nan")], "d": 10**400}) == {
+        "a_ci95": (1, 2)
+    }
+    stage(run / "odd" / "evaluate", "evaluate", "../../train", metrics)
+    comparison(run / "odd", [{"name": "lora", "method": "LoRA", "accuracy": 1.5, "size": 3}])
+    for folder in (run, run / "odd"):
+        words = Page(Path(report([folder])["report"]).read_text()).words
+        assert not any("150.0" in word or "140.0" in word for word in words)
+    assert "9.50" in Path(report([run])["markdown"]).read_text()
+
+
+def test_brackets_in_data_are_no_markup(capsys) -> None:
+    """rich reads [INST] and [/INST] as markup: they vanish, or end in an error."""
+    table = Table([Column("[/b] of", "a"), Column("c", "c")], [{"a": "[INST] {q} [/INST]", "c": "[red]x"}])
+    table.show()
+    out = capsys.readouterr().out
+    assert "[INST] {q} [/INST]" in out and "[/b] of" in out and "[red]x" in out
+    assert "| a\\|&lt;b> |" in Table([Column("x", "x")], [{"x": "a|<b>"}]).markdown()
+
+
+def test_listing_stages_loads_no_torch(run: Path) -> None:
+    code = f"import sys; from sqft import cli; assert cli.main(['ls', {str(run)!r}]) == 0; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "zeros kept 100.000 %" in done.stdout
 
 
 def test_errors(run: Path, tmp_path: Path, capsys) -> None:
@@ -308,10 +373,10 @@ def test_a_comparison_at_several_sparsities(tmp_path: Path) -> None:
     root = comparison(tmp_path, rows)
     (root / "compare.json").write_text(json.dumps({"rows": rows, "reference": "sqft"}))
     section = read_section(root, "x")
-    assert [row[:2] for row in facts.method_rows(section)][:2] == [("DENSE", "-"), ("SQFT", "30 %")]
+    assert [row[:2] for row in facts.method_table(section).cells()][:2] == [["DENSE", "-"], ["SQFT", "30 %"]]
     names = ["DENSE", "SQFT, 30 %", "QA, 30 %", "SQFT, 50 %", "QA, 50 %"]
-    assert [point.name for point in facts.chart_points(section)] == names
-    assert facts.method_header(section)[5] == "points to SQFT (95 %)"
+    assert [model["name"] for model in facts.scored(section)] == names
+    assert facts.method_table(section).columns[5].title == "points to SQFT (95 %)"
     assert "**QA, 30 %** is the best" in facts.verdict(section) and "; SQFT, 30 %, whose adapter" in facts.verdict(
         section
     )

@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 import pytest
 
 import sqft
-from sqft import artifact
+from sqft import artifact, drawing
 from sqft.config import QuantizeConfig
-from sqft.reporting import grids, svg
+from sqft.measuring.weights import WeightFolder, chosen, count_levels, count_values, moves
 from sqft.reporting.collect import read_section, serving_bytes
+from sqft.reporting.figures import heat_map
 from sqft.reporting.page import report
-from sqft.reporting.weights import WeightFolder, chosen, count_levels, count_values, moves
 
 
 @pytest.fixture(scope="module")
@@ -81,32 +81,39 @@ def test_weights_and_sizes_of_real_folders(
 
 
 def test_axes_and_labels() -> None:
-    axis = svg.make_axis("", [0.0, 1.0], margin=0)
+    axis = drawing.make_axis("", [0.0, 1.0], margin=0)
     assert axis.ticks == pytest.approx((0, 0.2, 0.4, 0.6, 0.8, 1))
-    assert svg.make_axis("", [1, 9], whole=True, margin=0).ticks == (2, 4, 6, 8)
-    assert svg.make_axis("", [0.9, 0.99], limits=(0, 1)).high < svg.make_axis("", [0.9, 1.0], limits=(0, 1)).high == 1
+    assert list(drawing.make_axis("", [1, 9], whole=True, margin=0).ticks) == [2, 4, 6, 8]
+    make = drawing.make_axis
+    assert make("", [0.9, 0.99], limits=(0, 1)).high < make("", [0.9, 1.0], limits=(0, 1)).high == 1
     for values in ([3.0], [0.0], [-1e-9, 1e-9], [1e12, 2e12], [1.5, 1.5]):
-        axis = svg.make_axis("", values, limits=(0, 1))
+        axis = drawing.make_axis("", values, limits=(0, 1))
         assert axis.low < axis.high and axis.ticks
-    # Labels of points that lie on each other do not.
-    marks = [svg.Mark(f"name {i}", 1.0, 1.0, i) for i in range(6)]
-    drawing = svg.scatter(marks, svg.make_axis("", [1.0]), svg.make_axis("", [1.0]), "x")
-    places = [
-        (t.get("x"), t.get("y")) for t in ElementTree.fromstring(drawing).iter("text") if t.get("class") == "name"
-    ]
-    assert len(set(places)) == len(places) == 6
+    # Labels of points that lie on each other do not, and hostile ones are text.
+    marks = [drawing.Mark(f'<b>{i}</b> & "', 1.0, 1.0, i) for i in range(17)]
+    axis = make("", [1.0])
+    chart = drawing.Chart('a "chart"', axis, axis, marks=marks, keys=[("c0", "<i>"), ("ring c1", "chosen")])
+    names = [t for t in ElementTree.fromstring(drawing.draw(chart, 1060, 380)).iter("text") if t.get("class") == "name"]
+    assert len({(t.get("x"), t.get("y")) for t in names}) == len(names) == 17 and names[0].text == '<b>0</b> & "'
+    alone = ElementTree.fromstring(drawing.standalone(chart))
+    assert "<i>" in [t.text for t in alone.iter("{http://www.w3.org/2000/svg}text")]
+    assert "var(" not in drawing.standalone(chart)
 
 
 def test_heat_map_and_histogram() -> None:
-    table = grids.by_layer(
-        {"model.layers.1.mlp.up": 0.5, "model.layers.0.mlp.up": 0.1, "lm_head": 1.0, "3.qkv": 8, "4": 2}
+    values = {"model.layers.1.mlp.up": 0.5, "model.layers.0.mlp.up": 0.1, "lm_head": 1.0, "3.qkv": 8, "4": 2}
+    heat = heat_map(values, 0, 1, lambda v: f"{v:.2f}<", "x")
+    assert (
+        heat is not None
+        and heat.layers == [0, 1, 3, 4]
+        and [name for name, _, _ in heat.rows] == ["mlp.up", "qkv", "all"]
     )
-    assert table == {"mlp.up": {1: 0.5, 0: 0.1}, "qkv": {3: 8}, "all": {4: 2}}
-    drawing = ElementTree.fromstring(grids.heat_map(table, 0, 1, lambda v: f"{v}<", "x"))
-    assert len(list(drawing.iter("rect"))) == 12 and "layer 1, mlp.up: 0.5<" in [t.text for t in drawing.iter("title")]
-    bars = [grids.Bars("a", {float(i): 0.1 for i in range(-3, 4)}, 0.5, 0), grids.Bars("b", {0.0: 0.2}, 0.0, 1)]
-    tips = [t.text for t in ElementTree.fromstring(grids.histogram(bars, "x", str, "x")).iter("title")]
+    assert heat.rows[0][1:] == (
+        [("layer 0, mlp.up: 0.10<", 0.154), ("layer 1, mlp.up: 0.50<", 0.53), None, None],
+        "0.30<",
+    )
+    bars = [drawing.Bars("a", {float(i): 0.1 for i in range(-3, 4)}, 0.5, 0), drawing.Bars("b", {0.0: 0.2}, 0.0, 1)]
+    drawn = ElementTree.fromstring(drawing.draw(drawing.histogram(bars, "x", str, "x", outline=False)))
+    tips = [t.text for t in drawn.iter("title")]
     assert "a: 50.00 % of the weights are pruned" in tips and len(tips) == 9
-    ElementTree.fromstring(grids.histogram(bars, "x", str, "x", outline=True))
-    for kind in ("model", "sparsify", "quantize", "train", "search", "merge", "other"):
-        ElementTree.fromstring(grids.pictogram(kind))
+    ElementTree.fromstring(drawing.draw(drawing.histogram(bars, "x", str, "x", outline=True)))

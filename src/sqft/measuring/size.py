@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sqft.sparsity.masks import FILE as MASKS
+from sqft.keys import MASKS
 
 
 def weight_bytes(folder: str | Path) -> int:

@@ -29,32 +29,29 @@ class Speed:
 
 
 def measure_device(dtype: torch.dtype = torch.float32) -> Speed:
-    """Measures the GPU if there is one, else the processor with the threads that torch uses."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    """Measures the accelerator if there is one, else the processor with the threads that torch uses."""
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    name = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type.upper()
     x, w = (torch.randn(SIZE, SIZE, device=device) for _ in range(2))
     low_x, low_w = x.to(dtype), w.to(dtype)
-    flops = 2.0 * SIZE**3
     source = torch.empty(COPIED, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
+    calls = (lambda: F.linear(low_x, low_w), lambda: product(low_x, low_w), lambda: product(x, w))
     with torch.no_grad():
-        return Speed(
-            name, flops * _rate(lambda: F.linear(low_x, low_w)), flops * _rate(lambda: product(low_x, low_w)),
-            flops * _rate(lambda: product(x, w)), 2.0 * COPIED * _rate(lambda: target.copy_(source)),
-        )  # fmt: skip
+        products, fast, fast32 = (2.0 * SIZE**3 * _rate(call, device) for call in calls)
+        return Speed(name, products, fast, fast32, 2.0 * COPIED * _rate(lambda: target.copy_(source), device))
 
 
-def _rate(call: Callable[[], object]) -> float:
+def _rate(call: Callable[[], object], device: torch.device) -> float:
     """Calls a second."""
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    call()
-    synchronize()
-    calls, started = 0, time.perf_counter()
+    calls, started = -1, time.perf_counter()
     while True:
         call()
         calls += 1
-        if time.perf_counter() - started >= SECONDS or calls % 64 == 0:
-            synchronize()  # what was queued only, counts
-            if (passed := time.perf_counter() - started) >= SECONDS:
+        if not calls or time.perf_counter() - started >= SECONDS or calls % 64 == 0:
+            if device.type != "cpu":
+                torch.accelerator.synchronize()  # what was queued only, does not count
+            if not calls:  # the first call warms up
+                started = time.perf_counter()
+            elif (passed := time.perf_counter() - started) >= SECONDS:
                 return calls / passed

@@ -13,18 +13,21 @@ T tokens, W weights of the blocks' linear layers, A those of them that are adapt
     search, a sub-adapter a forward over the completions, or a generation
     generate              a forward over the prompts; then for each token the weights are read, and 2 (W + H) a sequence
 
+A stage's function has its name and takes (the model, its options, the text that it reads).
+
 The constants in front of memory passes were measured on SmolLM2-135M (``docs/recipes.md`` compares).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
 
 from sqft.config import EvaluateConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
 from sqft.planning.device import Speed
 from sqft.planning.shape import Linear, Shape
+from sqft.planning.workload import Lengths, Workload
 from sqft.registry import KINDS
 
 # Bytes moved a weight, where a step is bound by memory.
@@ -53,11 +56,10 @@ class Work:
     fixed: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.products + other.products, self.fast + other.fast, self.fast32 + other.fast32,
-                    self.moved + other.moved, self.fixed + other.fixed)  # fmt: skip
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def times(self, n: float) -> Work:
-        return Work(self.products * n, self.fast * n, self.fast32 * n, self.moved * n, self.fixed * n)
+        return Work(*(value * n for value in astuple(self)))
 
     @property
     def flops(self) -> float:
@@ -75,19 +77,23 @@ class Estimate(NamedTuple):
     memory: float
 
 
-Lengths = Sequence[tuple[int, int]]  # of each example: tokens of the prompt, and of the completion with its end
-
-
 class Run(NamedTuple):
-    """A model as a stage meets it: its weights' bytes in memory, whether they are packed, or in a GGUF file."""
+    """A model as a stage meets it: its weights' bytes in memory, whether they are packed, or in a GGUF file; the linear
+    layers that get an adapter; whether blocks are computed on a GPU, one by one."""
 
     shape: Shape
     bytes: float
     packed: bool = False
     gguf: bool = False
+    adapted: Sequence[Linear] = ()
+    on_gpu: bool = False
 
     def load(self) -> Work:
         return Work(moved=4 * self.bytes, fixed=START + GGUF * self.shape.parameters * self.gguf)
+
+    def whole(self, tokens: float) -> float:
+        """Bytes of the model and the hidden states, where these do not stay off the device that computes."""
+        return 0 if self.on_gpu else self.bytes + tokens * self.shape.hidden * self.shape.itemsize
 
 
 def forward(shape: Shape, tokens: float, length: float, head: bool = True) -> Work:
@@ -97,37 +103,30 @@ def forward(shape: Shape, tokens: float, length: float, head: bool = True) -> Wo
     return Work(products=products, moved=tokens * elementwise)
 
 
-def sparsify(run: Run, config: SparsifyConfig, on_gpu: bool) -> Estimate:
+def sparsify(run: Run, config: SparsifyConfig, data: Workload) -> Estimate:
     shape = run.shape
     tokens = 0 if config.method == "magnitude" else config.samples * config.length
     work = run.load() + forward(shape, tokens, config.length, head=False).times(2)
     work += Work(moved=(CHOOSE + 3 * shape.itemsize) * shape.weights)
-    block = shape.weights / shape.layers
     batch = config.batch_size * config.length * (4 * shape.hidden + 3 * shape.inner) * shape.itemsize
-    hidden = tokens * shape.hidden * shape.itemsize
-    whole = 0 if on_gpu else run.bytes + hidden
-    return Estimate(work, whole + block * (shape.itemsize + 20) + batch)
+    return Estimate(work, run.whole(tokens) + shape.weights / shape.layers * (shape.itemsize + 20) + batch)
 
 
-def quantize(run: Run, config: QuantizeConfig, on_gpu: bool) -> Estimate:
-    shape = run.shape
-    calibrated = config.method != "rtn"
+def quantize(run: Run, config: QuantizeConfig, data: Workload) -> Estimate:
+    shape, calibrated = run.shape, config.method != "rtn"
     tokens = config.samples * config.length if calibrated else 0
     once = forward(shape, tokens, config.length, head=False)
-    once = Work(fast=once.products, moved=once.moved)
-    work = run.load() + once.times(1 if config.true_sequential else 2)
+    work = run.load() + Work(fast=once.products, moved=once.moved).times(1 if config.true_sequential else 2)
     inputs = [linear.inputs for linear in shape.linears if linear.own_input]
     if calibrated:
         work += Work(fast32=sum(tokens * i**2 + FACTORIZE * i**3 for i in inputs)
                      + sum(linear.weights * linear.inputs for linear in shape.linears),
                      moved=ROUND * shape.weights, fixed=COLUMN * sum(inputs))  # fmt: skip
     work += Work(moved=(CLIP * (config.clip == "mse") + 60) * shape.weights)
-    block = shape.weights / shape.layers
     held = tokens * (shape.inner if config.true_sequential else shape.hidden) * shape.itemsize
     hessian = max(inputs) ** 2 * (4 + 3 * 8) if calibrated else 0
-    hidden = tokens * shape.hidden * shape.itemsize
-    whole = 0 if on_gpu else run.bytes + hidden
-    return Estimate(work, whole + block * (shape.itemsize + 8) + held + hessian)
+    block = shape.weights / shape.layers * (shape.itemsize + 8)
+    return Estimate(work, run.whole(tokens) + block + held + hessian)
 
 
 def batches(lengths: Lengths, config: TrainConfig) -> tuple[float, float, float]:
@@ -145,16 +144,15 @@ def batches(lengths: Lengths, config: TrainConfig) -> tuple[float, float, float]
     return steps, padded * config.epochs, max(totals)
 
 
-def train(run: Run, config: TrainConfig, adapted: Sequence[Linear], lengths: Lengths, evaluation: Lengths) -> Estimate:
-    """``adapted``: the linear layers with an adapter."""
+def train(run: Run, config: TrainConfig, data: Workload) -> Estimate:
     shape = run.shape
-    steps, tokens, longest = batches(lengths, config)
+    steps, tokens, longest = batches(data.lengths, config)
     micro = steps * config.gradient_accumulation
     mean = tokens / max(1.0, micro * config.batch_size)
     passes = 3 if config.gradient_checkpointing else 2  # of the blocks; of the head two
-    weights = sum(linear.weights for linear in adapted)
+    weights = sum(linear.weights for linear in run.adapted)
     factors = max([config.r, *config.search_space] if config.search_space else [config.r])
-    edges = factors * sum(linear.inputs + linear.outputs for linear in adapted)
+    edges = factors * sum(linear.inputs + linear.outputs for linear in run.adapted)
     masked = KINDS[config.adapter].masked
     work = forward(shape, tokens, mean, head=False).times(passes) + Work(products=4 * tokens * shape.head)
     work += Work(moved=tokens * shape.vocabulary * 4 * 2 * LOGITS)
@@ -168,7 +166,7 @@ def train(run: Run, config: TrainConfig, adapted: Sequence[Linear], lengths: Len
     if run.packed:
         work += Work(moved=micro * passes * UNPACK * (shape.weights - weights * masked))
     work += Work(moved=steps * ADAM * 2 * edges)
-    seen = [min(prompt + completion, config.max_length) for prompt, completion in evaluation]
+    seen = [min(prompt + completion, config.max_length) for prompt, completion in data.evaluation]
     work += forward(shape, sum(seen) * max(1.0, config.epochs), mean)
     saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * shape.inner
     batch = config.batch_size * longest
@@ -191,38 +189,35 @@ def generate(run: Run, lengths: Lengths, batch_size: int, new_tokens: float) -> 
     return Estimate(work, shape.parameters * shape.itemsize + cache + batch_size * shape.vocabulary * 4)
 
 
-def evaluate(run: Run, config: EvaluateConfig, lengths: Lengths, generated: float, text_tokens: int) -> Estimate:
-    """``generated``: tokens to generate a problem; 0: the problems are scored by forward passes."""
-    shape = run.shape
+def evaluate(run: Run, config: EvaluateConfig, data: Workload) -> Estimate:
+    shape, lengths = run.shape, data.lengths
     work, memory = run.load() + Work(moved=UNPACK * shape.weights * run.packed), run.bytes
-    if generated:
-        scored = generate(run, lengths, config.batch_size, generated)
+    if data.generated:
+        scored = generate(run, lengths, config.batch_size, data.generated)
         work, memory = work + scored.work, max(memory, scored.memory)
     elif lengths:
         work += forward(shape, sum(map(sum, lengths)), sum(map(sum, lengths)) / len(lengths))
-    if text_tokens:
-        work += forward(shape, text_tokens, config.length)
+    if data.text:
+        work += forward(shape, data.text, config.length)
         logits = max(1, config.batch_size // 8) * config.length * shape.vocabulary * (shape.itemsize + 4)
         memory = max(memory, shape.parameters * shape.itemsize + logits)
     return Estimate(work, memory)
 
 
-def search(run: Run, config: SearchConfig, lengths: Lengths, generated: float) -> Estimate:
-    shape = run.shape
-    searched = config.strategy in ("random", "hill-climb", "nsga2")
-    if config.metric == "accuracy" and generated:
-        one = generate(run, lengths, config.batch_size, generated)
+def search(run: Run, config: SearchConfig, data: Workload) -> Estimate:
+    shape, lengths = run.shape, [prompt + completion for prompt, completion in data.lengths]
+    if config.metric == "accuracy" and data.generated:
+        one = generate(run, data.lengths, config.batch_size, data.generated)
     else:
-        tokens = sum(map(sum, lengths))
-        logits = config.batch_size * max(map(sum, lengths), default=0) * shape.vocabulary * (shape.itemsize + 4)
-        once = forward(shape, tokens, tokens / max(1, len(lengths)))
+        logits = config.batch_size * max(lengths, default=0) * shape.vocabulary * (shape.itemsize + 4)
+        once = forward(shape, sum(lengths), sum(lengths) / max(1, len(lengths)))
         one = Estimate(once, shape.parameters * shape.itemsize + logits)
     each = one.work + Work(moved=(BUILD_PACKED + UNPACK if run.packed else BUILD) * shape.weights)
-    count = config.evaluations if searched else 1
+    count = config.evaluations if config.strategy in ("random", "hill-climb", "nsga2") else 1
     return Estimate(run.load() + each.times(count * SHORT), run.bytes + one.memory)
 
 
-def merge(run: Run) -> Estimate:
+def merge(run: Run, config: Any, data: Workload) -> Estimate:
     """Both are loaded, compared on a few tokens (three forwards), written, and read again to be checked."""
     passes = 2 * (BUILD_PACKED + 2 * UNPACK) if run.packed else 2 * BUILD
     work = run.load().times(2) + Work(moved=passes * run.shape.weights + 6 * run.bytes)

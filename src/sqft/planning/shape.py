@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,8 +35,7 @@ def skeleton(source: str | Path) -> Any:
         raise SqftError(f"the configuration of {source} is not here: {reason}") from error
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """A linear layer of a decoder block. ``own_input``: no layer before it reads the same."""
 
     name: str
@@ -50,39 +48,28 @@ class Linear:
         return self.outputs * self.inputs
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Counts of weights: of the model, and of the head, with which every token is multiplied too; bytes a weight."""
+class Shape(NamedTuple):
+    """Counts of weights: of the model, its blocks' linear layers, and the head, with which every token is multiplied
+    too; the most features that a linear layer of a block reads or writes; bytes a weight."""
 
     parameters: int
     linears: tuple[Linear, ...]
+    weights: int
+    inner: int
     head: int
     layers: int
     hidden: int
     vocabulary: int
     itemsize: int
 
-    @property
-    def weights(self) -> int:
-        """Of the decoder blocks' linear layers."""
-        return sum(linear.weights for linear in self.linears)
-
-    @property
-    def inner(self) -> int:
-        """The most features that a linear layer of a block reads or writes."""
-        return max(max(linear.inputs, linear.outputs) for linear in self.linears)
-
 
 def shape_of(model: Any, architecture: Architecture | None = None) -> Shape:
     """The sizes of a model, live or a skeleton."""
     architecture = architecture or describe(model)
     config = model.config.get_text_config()
-    linears = tuple(
-        Linear(weight.name, *weight.shape, weight.name.rsplit(".", 1)[-1] not in REUSES)
-        for weight in architecture.weights()
-    )
-    return Shape(
-        parameters=sum(p.numel() for p in model.parameters()), linears=linears,
-        head=config.vocab_size * config.hidden_size, layers=len(architecture.blocks), hidden=config.hidden_size,
-        vocabulary=config.vocab_size, itemsize=next(model.parameters()).element_size(),
-    )  # fmt: skip
+    linears = tuple(Linear(weight.name, *weight.shape, weight.name.rsplit(".", 1)[-1] not in REUSES)
+                    for weight in architecture.weights())  # fmt: skip
+    return Shape(sum(p.numel() for p in model.parameters()), linears, sum(linear.weights for linear in linears),
+                 max(max(linear.inputs, linear.outputs) for linear in linears), config.vocab_size * config.hidden_size,
+                 len(architecture.blocks), config.hidden_size, config.vocab_size,
+                 next(model.parameters()).element_size())  # fmt: skip

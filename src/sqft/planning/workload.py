@@ -11,7 +11,7 @@ from sqft.calibration.data import SUFFIXES, read_texts
 from sqft.config import EvaluateConfig, SearchConfig, TrainConfig
 from sqft.errors import SqftError, UsageError
 from sqft.models.dense import load_tokenizer, locate
-from sqft.tasks.base import Example, Task
+from sqft.tasks.base import Example
 from sqft.tasks.lookup import get_task
 from sqft.training.data import load_examples
 
@@ -24,18 +24,19 @@ _GSM8K = ((44, 79), (67, 139), (39, 58), (102, 185), (50, 111), (55, 97), (53, 8
 KNOWN = {"gsm8k": ({"train": 7217, "validation": 256, "test": 1319}, _GSM8K)}
 
 
+Lengths = Sequence[tuple[int, int]]  # of each example: tokens of the prompt, and of the completion with its end
+Count = Callable[[str], int]
+
+
 @dataclass(frozen=True)
 class Workload:
-    """Tokens of each example's prompt and completion. ``generated``: tokens that are generated a problem, 0 if it is
-    scored by forward passes. ``text``: tokens of a text."""
+    """``generated``: tokens that are generated a problem, 0 if it is scored by forward passes; ``text``: tokens of a
+    text."""
 
-    lengths: Sequence[tuple[int, int]] = ()
-    evaluation: Sequence[tuple[int, int]] = ()
+    lengths: Lengths = ()
+    evaluation: Lengths = ()
     generated: float = 0
     text: int = 0
-
-
-Count = Callable[[str], int]
 
 
 def counter(source: str) -> Count:
@@ -49,18 +50,17 @@ def counter(source: str) -> Count:
     return lambda text: round(len(text) / CHARACTERS)
 
 
-def _is_here(task: str, data_dir: str | None) -> bool:
+def _is_here(config: TrainConfig | SearchConfig | EvaluateConfig) -> bool:
     """Whether a task's data can be read without the network."""
-    return data_dir is not None or task == "arithmetic"
+    return config.data_dir is not None or config.task == "arithmetic"
 
 
 def of_training(config: TrainConfig, count: Count) -> Workload | None:
     """None if the data is not here. Raises UsageError as training would, for a task or data that does not exist."""
-    if config.task and not _is_here(config.task, config.data_dir):
+    if config.task and not _is_here(config):
         get_task(config.task)
-        train, evaluation = (_known(config.task, split, limit) for split, limit in
-                             (("train", config.limit), ("validation", config.eval_limit)))  # fmt: skip
-        return None if train is None else Workload(train, evaluation or ())
+        train = _known(config.task, "train", config.limit)
+        return Workload(train, _known(config.task, "validation", config.eval_limit) or ()) if train else None
     if config.data and not config.data.endswith(SUFFIXES) and not Path(config.data).exists():
         return None  # on the hub
     data = load_examples(config)
@@ -68,56 +68,44 @@ def of_training(config: TrainConfig, count: Count) -> Workload | None:
 
 
 def of_task(config: SearchConfig | EvaluateConfig, tuned: bool, count: Count) -> Workload | None:
-    """Of a search or evaluation. A model that was not tuned seldom stops before it has to, a tuned one like the data.
+    """Of a search or evaluation. A model that was not tuned seldom stops before it has to; one that was goes on until
+    the last sequence of a batch ends, about the longest completion of 32.
 
     None if the data is not here. Raises UsageError for a task or split that does not exist.
     """
     text = _text(config, count) if isinstance(config, EvaluateConfig) and config.text else 0
-    if text is None:
-        return None
-    if not config.task:
-        return Workload(text=text)
+    if text is None or not config.task:
+        return None if text is None else Workload(text=text)
     task = get_task(config.task, config.data_dir)
     if config.split not in task.splits:
         raise UsageError(f"task {config.task} has no split '{config.split}': it has {', '.join(task.splits)}")
-    options = False
-    if _is_here(config.task, config.data_dir):
-        examples = task.examples(config.split, config.limit)
-        lengths, options = _lengths(examples, count), bool(examples and examples[0].options)
-    else:
-        lengths = _known(config.task, config.split, config.limit)
+    examples = task.examples(config.split, config.limit) if _is_here(config) else []
+    lengths = _lengths(examples, count) or _known(config.task, config.split, config.limit)
     if not lengths:
         return None
-    return Workload(lengths, (), 0 if options else _generated(task, lengths, tuned), text)
+    longest = sorted(completion for _, completion in lengths)[-max(1, len(lengths) // 32)]
+    generated = min(task.max_new_tokens, longest) if tuned else task.max_new_tokens
+    return Workload(lengths, (), 0 if examples and examples[0].options else generated, text)
 
 
-def _generated(task: Task, lengths: Sequence[tuple[int, int]], tuned: bool) -> float:
-    """A batch goes on until its last sequence ends: about the longest completion of 32."""
-    if not tuned:
-        return task.max_new_tokens
-    return min(task.max_new_tokens, sorted(completion for _, completion in lengths)[-max(1, len(lengths) // 32)])
-
-
-def _known(task: str, split: str, limit: int | None) -> Sequence[tuple[int, int]] | None:
+def _known(task: str, split: str, limit: int | None) -> Lengths | None:
     if task not in KNOWN:
         return None
     counts, examples = KNOWN[task]
-    count = counts[split] if limit is None else min(limit, counts[split])
-    return list(itertools.islice(itertools.cycle(examples), count))
+    return list(
+        itertools.islice(itertools.cycle(examples), counts[split] if limit is None else min(limit, counts[split]))
+    )
 
 
-def _lengths(examples: Sequence[Example], count: Count) -> list[tuple[int, int]]:
+def _lengths(examples: Sequence[Example], count: Count) -> Lengths:
     """Of a multiple-choice problem the completions of all options count."""
-    found = [
-        (count(e.prompt), sum(count(text) for _, text in e.options) if e.options else count(e.completion) + 1)
-        for e in examples[:: max(1, len(examples) // TOKENIZED)]
-    ]
+    found = [(count(e.prompt), sum(count(text) for _, text in e.options) if e.options else count(e.completion) + 1)
+             for e in examples[:: max(1, len(examples) // TOKENIZED)]]  # fmt: skip
     return list(itertools.islice(itertools.cycle(found), len(examples)))
 
 
 def _text(config: EvaluateConfig, count: Count) -> int | None:
-    assert config.text is not None
-    if config.text != "builtin" and not config.text.endswith(SUFFIXES):
+    if not config.text or (config.text != "builtin" and not config.text.endswith(SUFFIXES)):
         return config.max_tokens
     total = sum(count(text) for text in read_texts(config.text))
     return total if config.max_tokens is None else min(total, config.max_tokens)

@@ -7,27 +7,25 @@ be read becomes a sentence in ``Section.notes``, and the report goes on without 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sqft import artifact
 from sqft.errors import SqftError, UsageError
-from sqft.folders import ADAPTER_CONFIG
 from sqft.measuring.size import serving_bytes as size_of
-from sqft.reporting.comparison_table import RESULT
 
+RESULT = "compare.json"  # of a comparison
 LOOKS = ("evaluate", "measure")  # stages that look at a folder and make no model
-SCORES = ("accuracy", "accuracy_ci95", "perplexity", "perplexity_ci95", "problems")
-ADAPTERS = ("search", "extract")  # their manifest's parent is the base; the adapter they came from is in the metrics
+SCORES = ("accuracy", "accuracy_ci95", "perplexity", "perplexity_ci95")
+SHARES = ("accuracy", "sparsity", "zeros_kept", "sparsity_kept")  # numbers that lie between 0 and 1
 
 
 @dataclass
 class Stage:
-    """One stage folder of a section, or (``manifest`` is None) the model that a run started from.
+    """One stage folder of a section, or (its ``kind`` is 'model') the model that a run started from.
 
     ``key`` is what other stages name it by: its absolute path, or a hub name. ``source`` is the key of what it was
     made from. ``scores`` maps a task (or '' for perplexity alone) to what evaluate stages found.
@@ -36,28 +34,20 @@ class Stage:
     key: str
     name: str
     folder: Path
-    manifest: artifact.Manifest | None = None
+    manifest: artifact.Manifest = field(default_factory=lambda: artifact.Manifest("model"))
     source: str = ""
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def kind(self) -> str:
-        return "model" if self.manifest is None else self.manifest.stage
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return {} if self.manifest is None else self.manifest.metrics
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {} if self.manifest is None else self.manifest.config
+    def __post_init__(self) -> None:
+        self.kind, self.config, self.metrics = self.manifest.stage, self.manifest.config, self.manifest.metrics
+        self.numbers = numbers(self.metrics)
 
 
 @dataclass
 class Section:
     """What one FOLDER of the command line holds. ``stages`` are in order: none comes before what it was made from;
-    ``evaluations`` are those that looked at one of them."""
+    ``evaluations`` are those that looked at one of them; ``methods`` are the rows of a comparison."""
 
     root: Path
     title: str
@@ -77,45 +67,88 @@ class Section:
         return found
 
     @property
+    def written(self) -> list[Stage]:
+        """Stages and evaluations that have a manifest."""
+        return [stage for stage in self.stages + self.evaluations if stage.kind != "model"]
+
+    @property
+    def reference(self) -> str:
+        """The name of the method that the others' accuracies are compared with."""
+        return str(self.comparison.get("reference") or "lora")
+
+    @cached_property
     def methods(self) -> list[dict[str, Any]]:
-        """Rows of a comparison; empty for other folders."""
+        """Numbers and texts of a comparison's rows; ``mergeable`` is absent of a model that was not adapted. ``title``
+        has the sparsity where there are several."""
         rows = self.comparison.get("rows")
-        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        found = [_method(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        several = len({row["sparsity"] for row in found if "sparsity" in row}) > 1
+        for row in found:
+            sparsity = f", {row['sparsity'] * 100:g} %" if several and "sparsity" in row else ""
+            row["title"] = row["method"] + sparsity
+        return found
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
 
-def finite(value: Any) -> float | None:
-    """The value if it is a finite number, else None."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > 1e300:  # a huge int, say
-        return None
-    return value if math.isfinite(value) else None
+def numbers(values: Any) -> dict[str, Any]:
+    """The finite numbers of what should be a mapping, and of names that end in _ci95 the pairs of them; a share that
+    does not lie between 0 and 1 is left out."""
+    found: dict[str, Any] = {}
+    for key, value in values.items() if isinstance(values, dict) else ():
+        name = str(key).removesuffix("_ci95")
+        pair = name != key
+        parts = value if pair and isinstance(value, (list, tuple)) else [value]
+        low, high = (0, 1) if name in SHARES else (-1e300, 1e300)
+        if len(parts) == 1 + pair and all(type(part) in (int, float) and low <= part <= high for part in parts):
+            found[str(key)] = tuple(parts) if pair else value
+    return found
 
 
-def number(values: Any, name: str) -> float | None:
-    """A finite number of a mapping, else None."""
-    return finite(values.get(name)) if isinstance(values, dict) else None
+def _method(row: dict[str, Any]) -> dict[str, Any]:
+    texts = {key: str(row[key]) for key in ("name", "precision", "folder", "evaluation") if row.get(key) is not None}
+    merges = {"mergeable": row["mergeable"]} if isinstance(row.get("mergeable"), bool) else {}
+    return {**numbers(row), **texts, **merges, "method": str(row.get("method") or "?")}
 
 
-def interval(values: Any, name: str) -> tuple[float, float] | None:
-    """A pair of finite numbers of a mapping, else None."""
-    pair = values.get(name) if isinstance(values, dict) else None
-    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-        return None
-    low, high = map(finite, pair)
-    return None if low is None or high is None else (low, high)
-
-
-def read_section(root: Path, title: str) -> Section:
-    """Everything below ``root``. Raises UsageError if there is no stage folder, SqftError if none can be read."""
+def manifests(root: Path) -> list[tuple[Path, artifact.Manifest | SqftError]]:
+    """Every stage folder below ``root`` with its manifest, or what is wrong with it. Raises UsageError if there is none
+    and no comparison."""
     if not root.is_dir():
         raise UsageError(f"there is no folder {root}")
-    section = Section(root, title)
-    found = list(_read_stages(section))
-    section.comparison = _read_comparison(section)
-    if not found and not section.methods:
-        if section.notes:
-            raise SqftError(section.notes[0])
+    found: list[tuple[Path, artifact.Manifest | SqftError]] = []
+    for file in sorted(root.rglob(artifact.MANIFEST)):
+        if any(part.startswith(".") for part in file.relative_to(root).parts):
+            continue  # a stage that is being written, or was interrupted
+        try:
+            manifest = artifact.read_manifest(file.parent)
+            if (type(manifest.stage), type(manifest.metrics), type(manifest.config)) != (str, dict, dict):
+                raise SqftError(f"{file} is corrupt (stage, metrics or config is of a wrong type): run the stage again")
+            found.append((file.parent, manifest))
+        except (SqftError, TypeError) as error:  # the latter: a field of a wrong type
+            wrong = error if isinstance(error, SqftError) else SqftError(f"{file} is corrupt ({error})")
+            found.append((file.parent, wrong))
+    if not found and not (root / RESULT).is_file():
         raise UsageError(f"no folder under {root} was written by sqft: give the output folder of 'sqft run', or any "
                          "folder that holds stage folders")  # fmt: skip
+    return found
+
+
+def read_section(root: Path, title: str = "") -> Section:
+    """Everything below ``root``. Raises UsageError if there is no stage folder, SqftError if none can be read."""
+    section = Section(root, title)
+    found: list[Stage] = []
+    for folder, manifest in manifests(root):
+        if isinstance(manifest, SqftError):
+            section.note(str(manifest))
+            continue
+        name = folder.relative_to(root).as_posix() if folder != root else folder.absolute().name
+        found.append(Stage(_key(str(folder)), name, folder, manifest, _source(folder, manifest)))
+    section.comparison = read(section, root / RESULT, json.loads, {})
+    if not found and not section.methods:
+        raise SqftError(section.notes[0] if section.notes else f"{root / RESULT} has no rows: compare again")
     section.evaluations = [stage for stage in found if stage.kind in LOOKS]
     section.stages = _in_order([stage for stage in found if stage.kind not in LOOKS])
     _add_models(section)
@@ -125,37 +158,13 @@ def read_section(root: Path, title: str) -> Section:
     return section
 
 
-def _read_stages(section: Section) -> Iterator[Stage]:
-    for file in sorted(section.root.rglob(artifact.MANIFEST)):
-        relative = file.parent.relative_to(section.root)
-        if any(part.startswith(".") for part in relative.parts):
-            continue  # a stage that is being written, or was interrupted
-        try:
-            manifest = artifact.read_manifest(file.parent)
-            kinds = (type(manifest.stage), type(manifest.metrics), type(manifest.config))
-            if kinds != (str, dict, dict):
-                raise SqftError(f"{file} is corrupt (stage, metrics or config is of a wrong type): run the stage again")
-        except SqftError as error:
-            section.notes.append(str(error))
-            continue
-        except TypeError as error:  # a field of a wrong type
-            section.notes.append(f"{file} is corrupt ({error}): run the stage again")
-            continue
-        name = relative.as_posix() if relative.parts else file.parent.absolute().name
-        yield Stage(_key(str(file.parent)), name, file.parent, manifest, _source(file.parent, manifest))
-
-
 def _key(path: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else path
 
 
 def _source(folder: Path, manifest: artifact.Manifest) -> str:
     parent: Any = manifest.parent
-    if manifest.stage in ADAPTERS:
-        parent = manifest.metrics.get("super_adapter") or parent
-    if not isinstance(parent, str) or not parent:
-        return ""
-    return _key(artifact.resolve_parent(folder, parent))
+    return _key(artifact.resolve_parent(folder, parent)) if parent and isinstance(parent, str) else ""
 
 
 def _in_order(stages: list[Stage]) -> list[Stage]:
@@ -180,64 +189,54 @@ def _add_models(section: Section) -> None:
     """Puts the models that stages or evaluations name, but that are no stages, before the first stage from them."""
     for stage in [*section.stages, *section.evaluations]:
         key = stage.source
-        if not key or section.stage(key) is not None:
-            continue
-        place = section.stages.index(stage) if stage in section.stages else 0
-        name = Path(key).name if os.path.isabs(key) or key.startswith(".") else key
-        section.stages.insert(place, Stage(key, name, Path(key)))
+        if key and section.stage(key) is None:
+            place = section.stages.index(stage) if stage in section.stages else 0
+            name = Path(key).name if os.path.isabs(key) or key.startswith(".") else key
+            section.stages.insert(place, Stage(key, name, Path(key)))
 
 
 def _attach(section: Section, evaluation: Stage) -> None:
     """Adds an evaluation's scores and predictions to the stage that it scored."""
     target = section.stage(evaluation.source)
     if target is None:  # a live model was scored: it has no folder
-        target = Stage(evaluation.key, evaluation.name, evaluation.folder, None)
+        target = Stage(evaluation.key, evaluation.name, evaluation.folder)
         section.stages.append(target)
-    task = str(evaluation.metrics.get("task") or "")
-    scores = target.scores.setdefault(task, {})
-    for name in (*SCORES, "split"):
-        if scores.get(name) is None:
-            scores[name] = evaluation.metrics.get(name)
+    scores = target.scores.setdefault(str(evaluation.metrics.get("task") or ""), {})
+    for name in SCORES:
+        if name in evaluation.numbers:
+            scores.setdefault(name, evaluation.numbers[name])
     evaluation.predictions = read_lines(section, evaluation.folder / "predictions.jsonl")
     target.predictions = target.predictions or evaluation.predictions
 
 
-def _read_comparison(section: Section) -> dict[str, Any]:
-    value = read_json(section, section.root / RESULT)
-    return value if isinstance(value, dict) else {}
-
-
-def read_json(section: Section, path: Path) -> Any:
-    """A JSON file, or None, with a note if it is there but cannot be read."""
-    if not path.is_file():
-        return None
+def read(section: Section, path: Path, parse: Any, default: Any) -> Any:
+    """What a file holds, if it is of the type of ``default``; that, with a note, if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = parse(path.read_text(encoding="utf-8")) if path.is_file() else default
+        return value if isinstance(value, type(default)) else default
     except (OSError, ValueError) as error:
-        section.notes.append(f"{path} is corrupt ({error}) and is left out")
-        return None
+        section.note(f"{path} is corrupt ({error}) and is left out")
+        return default
 
 
 def read_lines(section: Section, path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON lines file; empty, with a note, if it cannot be read."""
-    if not path.is_file():
-        return []
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        section.notes.append(f"{path} is corrupt ({error}) and is left out")
-        return []
+    lines = read(section, path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
     return [line for line in lines if isinstance(line, dict)]
 
 
 def serving_bytes(stage: Stage, section: Section) -> int | None:
     """Bytes of the weights that have to be there to answer: without masks; of an adapter with its base."""
     path = stage.folder
-    if not path.exists() or (stage.manifest is None and stage.key in {e.key for e in section.evaluations}):
+    if not path.exists() or stage.key in {evaluation.key for evaluation in section.evaluations}:
         return None
     size = size_of(path)
-    if (path / ADAPTER_CONFIG).is_file():
-        base = next((s for s in section.lineage(stage)[1:] if not (s.folder / ADAPTER_CONFIG).is_file()), None)
+    if _is_adapter(path):
+        base = next((s for s in section.lineage(stage)[1:] if not _is_adapter(s.folder)), None)
         below = serving_bytes(base, section) if base is not None else None
         return None if below is None else size + below
     return size or None
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()

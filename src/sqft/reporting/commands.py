@@ -6,8 +6,7 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqft.config import SparsifyConfig
 from sqft.errors import UsageError
@@ -18,23 +17,25 @@ from sqft.stages import STAGES
 FROM_PYTHON = "from Python"
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """``line`` for a shell, or empty; ``note`` says what of the stage a command line cannot say."""
 
     line: str
     note: str = ""
 
 
+def changed_options(config: Any) -> dict[str, Any]:
+    """The options of a config that are not the default's."""
+    plain = {spec.name: spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+             for spec in dataclasses.fields(config)}  # fmt: skip
+    return {name: value for name, default in plain.items() if (value := getattr(config, name)) != default}
+
+
 def flags(config: Any) -> list[str]:
     """The flags of a config, only of options that differ from their defaults; parsed, they give it back."""
     words: list[str] = []
-    for spec in dataclasses.fields(config):
-        value = getattr(config, spec.name)
-        default = spec.default if spec.default is not dataclasses.MISSING else spec.default_factory()  # pyright: ignore
-        if value == default:
-            continue
-        flag = "--" + spec.name.replace("_", "-")
+    for name, value in changed_options(config).items():
+        flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, dict):
@@ -67,8 +68,8 @@ def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Com
         words = flags(from_dict(STAGES[stage].config, values))
         if first is not None:
             pruning = {k: v for k, v in first.items() if not (k == "calibration" and str(v).startswith("tokens:"))}
-            return Command(shlex.join(["sqft", "sparsify", source, out, *flags(from_dict(SparsifyConfig, pruning)),
-                                       "--then", "quantize", *words]), note)  # fmt: skip
+            words = [*flags(from_dict(SparsifyConfig, pruning)), "--then", "quantize", *words]
+            stage = "sparsify"
     except (UsageError, TypeError, AttributeError, OverflowError) as error:
         return Command("", f"{out}: its options are those of another version of sqft ({error})")
     places = {"evaluate": [source, "--out", out], "measure": [source]}.get(stage, [source, out])
@@ -77,8 +78,7 @@ def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Com
 
 def section_commands(section: Section) -> list[Command]:
     """A command for each stage folder, in an order in which they can be run."""
-    stages = [stage for stage in section.stages if stage.manifest is not None]
-    return [_stage_command(section, stage) for stage in stages + section.evaluations]
+    return [_stage_command(section, stage) for stage in section.written]
 
 
 def _stage_command(section: Section, stage: Stage) -> Command:

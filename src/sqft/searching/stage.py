@@ -19,6 +19,7 @@ from optuna.study import Study
 from sqft import artifact
 from sqft.adapters.groups import Ranks
 from sqft.config import SearchConfig
+from sqft.drawing import standalone
 from sqft.elastic.handle import Elastic, get_ranks, set_ranks
 from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
 from sqft.elastic.space import SearchSpace
@@ -29,7 +30,7 @@ from sqft.probe import write_probe
 from sqft.searching.choose import TRIALS, write_sub_adapter
 from sqft.searching.evaluator import Evaluator, Scorer
 from sqft.searching.picking import Evaluated, pareto_front, pick
-from sqft.searching.plots import plot_pareto, plot_progress
+from sqft.searching.plots import plots
 from sqft.searching.strategies import SEARCHES, ranks_of
 from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
 
@@ -201,7 +202,5 @@ def _write_trials(folder: Path, study: Study, points: list[Evaluated], chosen: E
               "front": [p.number for p in pareto_front(points)], "config": recorded(config)}  # fmt: skip
     (folder / TRIALS).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "ranks.yaml").write_text(yaml.safe_dump(chosen.ranks, sort_keys=False), encoding="utf-8")
-    score = "validation accuracy" if config.metric == "accuracy" else "validation log-likelihood a token"
-    plot_progress(points, chosen, score, folder / "progress.png")
-    cost = "adapter weights" if config.cost == "parameters" else "seconds of a forward pass"
-    plot_pareto(points, chosen, score, cost, folder / "pareto.png")
+    for name, chart in plots(points, chosen.number, config.metric, config.cost).items():
+        (folder / f"{name}.svg").write_text(standalone(chart), encoding="utf-8")

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.packed import pack_mask, unpack_mask
+from sqft.keys import MASKS
 from sqft.models.tensors import save_tensors
 from sqft.models.weights import MASK, Weight, is_linear, linear_weights
 
 SPARSE_FROM = 0.2  # share of zeros from which another tool's float weight counts as pruned
-FILE = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,8 @@ def stored_masks(model: nn.Module) -> dict[str, Tensor]:
 
 def save_masks(masks: dict[str, Tensor], folder: Path) -> None:
     """Writes what ``stored_masks`` gives."""
-    (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(masks, folder / FILE)
+    (folder / MASKS).parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(masks, folder / MASKS)
 
 
 def load_masks(folder: str | Path) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ def load_masks(folder: str | Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = Path(folder) / FILE
+    file = Path(folder) / MASKS
     if not file.is_file():
         return {}
     try:

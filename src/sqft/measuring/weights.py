@@ -15,16 +15,16 @@ from torch import Tensor
 
 from sqft.errors import SqftError
 from sqft.kernels.packed import unpack_mask
+from sqft.keys import MASKS
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import FORMATS
-from sqft.sparsity.masks import FILE
 
 BUDGET = 120_000_000  # weights that are read of one folder: seconds, whatever the model's size
 BINS = 61  # of float weights; odd, so that one lies around 0
 
 
 @dataclass
-class Counts:
+class Histogram:
     """Counts of a folder's weights. ``kept`` maps a bin (integer level, or the middle of a range) to its weights that
     are not pruned, ``beyond`` of them lie outside all bins; ``zeros`` maps a module to (zeros, weights)."""
 
@@ -70,29 +70,22 @@ class WeightFolder:
 
     def levels(self, module: str) -> Tensor:
         """int16 [O, I]: integers of a packed weight relative to their zero points."""
-        layer = self._layer(module)
+        tensors = {key.rpartition(".")[2]: self._read(key) for key in self._places if key.rpartition(".")[0] == module}
+        layer: QuantLinear = self.coder.decode(module, tensors, self.settings)
         zeros_OG = layer.grid().zero_OG
         groups_I = layer.g_idx.long()
         return layer.integers().short() - zeros_OG.short()[:, groups_I]
 
     def weight(self, module: str) -> Tensor:
         """float32 of a float weight."""
-        return self._read([f"{module}.weight"])[f"{module}.weight"].float()
+        return self._read(f"{module}.weight").float()
 
-    def _layer(self, module: str) -> QuantLinear:
-        keys = [key for key in self._places if key.rpartition(".")[0] == module]
-        tensors = {key.rpartition(".")[2]: tensor for key, tensor in self._read(keys).items()}
-        return self.coder.decode(module, tensors, self.settings)
-
-    def _read(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        found = {}
+    def _read(self, key: str) -> Tensor:
         try:
-            for key in keys:
-                with safe_open(self._places[key], "pt") as stream:
-                    found[key] = stream.get_tensor(key)
+            with safe_open(self._places[key], "pt") as stream:
+                return stream.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise SqftError(f"the weights of {self.folder} cannot be read ({error})") from None
-        return found
 
     def _size(self, key: str) -> int:
         """Weights in a tensor, from the file's header; 0 if it is no matrix (a norm, say)."""
@@ -110,20 +103,18 @@ def chosen(sizes: dict[str, int], budget: int = BUDGET) -> list[str]:
     return [name for i, name in enumerate(names) if int((i + 1) * share) > int(i * share)] or names[:1]
 
 
-def count_levels(folder: WeightFolder, names: Sequence[str]) -> Counts:
+def count_levels(folder: WeightFolder, names: Sequence[str]) -> Histogram:
     """Counts of the integer levels of a packed folder; those of 8 bits in groups of nine."""
-    counts = Counts(of_modules=len(folder.sizes))
+    counts = Histogram(of_modules=len(folder.sizes))
     width = 9 if folder.settings and folder.settings.bits == 8 else 1
     for name, mask in _with_masks(folder.folder, names):
         level_OI = folder.levels(name)
         zeros = int((level_OI == 0).sum())
         kept_zeros = _kept_zeros(level_OI, mask)
         counts.zeros[name] = (zeros, level_OI.numel())
-        for i, number in enumerate(torch.bincount((level_OI + 256).flatten()).tolist()):
+        for value, number in enumerate(torch.bincount((level_OI + 256).flatten()).tolist(), -256):
             if number:
-                value = i - 256
-                middle = round(value / width) * width
-                counts.kept[float(middle)] += kept_zeros if value == 0 else number
+                counts.kept[float(round(value / width) * width)] += number if value else kept_zeros
         counts.pruned += zeros - kept_zeros
         counts.modules += 1
     return counts
@@ -140,7 +131,7 @@ def _kept_zeros(level_OI: Tensor, mask: Tensor | None) -> int:
 
 def _with_masks(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor | None]]:
     """Each name with its stored mask, read when it is its turn."""
-    file = folder / FILE
+    file = folder / MASKS
     if not file.is_file():
         yield from ((name, None) for name in names)
         return
@@ -179,9 +170,9 @@ def spread(folder: WeightFolder, names: Sequence[str]) -> float:
     return 4 * (squares / max(1, number)) ** 0.5 or 1.0
 
 
-def count_values(folder: WeightFolder, names: Sequence[str], reach: float) -> Counts:
+def count_values(folder: WeightFolder, names: Sequence[str], reach: float) -> Histogram:
     """Counts of the weights of a float folder in ``BINS`` ranges of [-reach, reach]; exact zeros count as pruned."""
-    counts = Counts(of_modules=len(folder.sizes))
+    counts = Histogram(of_modules=len(folder.sizes))
     totals = torch.zeros(BINS, dtype=torch.float64)
     for name in names:
         weight = folder.weight(name)
