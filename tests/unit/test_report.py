@@ -340,7 +340,7 @@ def test_commands_of_what_flags_cannot_say() -> None:
     head, then = cli._split_then(shlex.split(command("quantize", "m", "o", both).line)[1:])
     assert then == QuantizeConfig(bits=8)
     assert cli.read_flags(cli.build_parser().parse_args(head), SparsifyConfig) == SparsifyConfig(samples=2)
-    assert command("extract", "a", "o", {"choice": "knee"}).line == "sqft extract a o --config knee"
+    assert command("extract", "a", "o", {"choice": "knee"}).line == "sqft extract a o --choice knee"
     tokens = command("sparsify", "m", "o", {**to_dict(SparsifyConfig()), "calibration": "tokens:ab"})
     assert tokens.line == "sqft sparsify m o" and "calibration tokens were given" in tokens.note
     assert "ranks were given" in command("merge", "m", "o", {**to_dict(MergeConfig()), "ranks": {"a": 1}}).note
