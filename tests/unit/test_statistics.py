@@ -12,7 +12,7 @@ from torch import Tensor
 import sqft
 from sqft.calibration.statistics import ColumnNorms, Gradient, Hessian, gradients
 from sqft.models.discover import describe
-from sqft.quantization.method import quantizer
+from sqft.registry import SPARSIFIERS
 from sqft.sparsity.method import Pruned, sparsifier
 from sqft.sparsity.pattern import Pattern
 
@@ -57,6 +57,7 @@ def test_gradients_are_summed_squares_of_each_blocks(frozen: bool, tokens: Tenso
     assert all(p.requires_grad is not frozen and p.grad is None for p in model.parameters())
 
 
+@sparsifier(needs=Gradient, paper="arXiv 1810.02340")
 def snip(w_OI: Tensor, squares_OI: Tensor, pattern: Pattern) -> Pruned:
     """A third party's: |weight x gradient|, and the kept weights grow."""
     mask_OI = pattern.kept(w_OI.abs() * squares_OI.sqrt())
@@ -66,8 +67,7 @@ def snip(w_OI: Tensor, squares_OI: Tensor, pattern: Pattern) -> Pruned:
 def test_a_third_partys_sparsifier_that_needs_gradients_and_updates_weights(
     monkeypatch, tokens, tmp_path: Path
 ) -> None:
-    made = sparsifier(needs=Gradient, paper="arXiv 1810.02340")(snip)
-    monkeypatch.setattr("sqft.registry.Registry.__getitem__", lambda registry, name: made)
+    monkeypatch.setitem(SPARSIFIERS._entries, "snip", f"{__name__}:snip")
     config = sqft.SparsifyConfig(method="snip", pattern="2:4", exclude=["k_proj"])
     model, dense = pico_model(), pico_model()
     found = gradients(dense, list(describe(dense).weights()), tokens)
@@ -82,7 +82,7 @@ def test_a_third_partys_sparsifier_that_needs_gradients_and_updates_weights(
 
 
 def test_a_plugin_that_is_not_decorated_is_an_error(monkeypatch) -> None:
-    monkeypatch.setattr("sqft.registry.Registry.__getitem__", lambda registry, name: quantizer()(snip))
+    monkeypatch.setitem(SPARSIFIERS._entries, "snip", "sqft.quantization.rtn:rtn")
     with pytest.raises(sqft.SqftError, match="'snip' is not decorated.*@sparsifier"):
         sqft.sparsify(pico_model(), sqft.SparsifyConfig(method="snip"))
 
