@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqft.errors import UsageError
 from sqft.options import check_positive, option
-from sqft.registry import EXPORTERS, FORMATS, KINDS, OneOf
+from sqft.registry import EXPORTERS, FORMATS, KINDS, QUANTIZERS, SPARSIFIERS, OneOf
 
 TASK = "a built-in task (gsm8k, say), several (piqa+boolq), or a task's YAML file"
 DATA_DIR = "folder with the tasks' data; default: from the hub"
@@ -25,7 +25,7 @@ class OnDevice:
 class SparsifyConfig(OnDevice):
     """Prune the decoder's linear weights. Embeddings and the language-model head are never touched."""
 
-    method: str = option("wanda", "pruning criterion: wanda or magnitude")
+    method: str = option("wanda", "pruning criterion", SPARSIFIERS)
     sparsity: float = option(0.5, "share of every weight matrix to prune, in (0, 1); per output row")
     pattern: str | None = option(None, "N:M, e.g. 2:4 keeps 2 of every 4 neighbours; replaces --sparsity")
     overrides: dict[str, float] = option(help="module pattern=sparsity, e.g. '*.down_proj=0.4'", factory=dict)
@@ -53,7 +53,7 @@ class SparsifyConfig(OnDevice):
 class QuantizeConfig(OnDevice):
     """Quantize the decoder's linear weights to integers. Every pruned weight stays exactly zero."""
 
-    method: str = option("gptq", "gptq, or rtn (round to nearest)")
+    method: str = option("gptq", "how to round (rtn: to nearest)", QUANTIZERS)
     bits: int = option(4, "bits a weight: 2, 3, 4 or 8")
     group_size: int = option(64, "neighbours that share a scale: 32, 64, 128, or -1 for a whole row")
     symmetric: bool = option(False, "zero points in the middle, instead of where minimum and maximum put them")

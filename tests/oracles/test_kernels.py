@@ -31,7 +31,7 @@ class Problem:
         g = torch.Generator().manual_seed(bits)
         mask = torch.rand(O, I, generator=g) < 0.5
         w = torch.randn(O, I, generator=g) * mask
-        q_OI, grid = rtn(w, None, mask, GridSpec(bits, 32))
+        q_OI, grid = rtn(w, mask, GridSpec(bits, 32))
         if scrambled:
             order = torch.randperm(I, generator=g)
             group = torch.arange(I).div(32, rounding_mode="floor")[order]

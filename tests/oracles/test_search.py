@@ -19,10 +19,11 @@ from synthetic import BEST, SPACE, make_space, score, searcher
 
 import sqft
 from sqft.elastic.heuristics import heuristic
+from sqft.options import without_password
 from sqft.searching import stage as search_module
 from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.strategies import ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner, without_password
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner
 
 
 def trials(study) -> list[tuple]:

@@ -351,9 +351,7 @@ def test_commands_of_what_flags_cannot_say() -> None:
 def test_the_search_is_between_its_super_adapter_and_the_merge(tmp_path: Path) -> None:
     stage(tmp_path / "base", "quantize")
     stage(tmp_path / "train", "train", "../base")
-    stage(
-        tmp_path / "found", "search", "../base", {"super_adapter": "../train"}, to_dict(SearchConfig(task="arithmetic"))
-    )
+    stage(tmp_path / "found", "search", "../train", {}, to_dict(SearchConfig(task="arithmetic")))
     stage(tmp_path / "merged", "merge", "../found")
     section = read_section(tmp_path, "x")
     assert [s.name for s in section.lineage(section.stages[-1])] == ["merged", "found", "train", "base"]

@@ -13,6 +13,7 @@ _ALLOWED = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices",
+    "ensure_weight_tying",
 }  # fmt: skip
 _INITIALISATIONS = (True, False, "gaussian")
 _REWRITE = ("pissa", "olora", "corda", "loftq", "lora_ga")
