@@ -52,7 +52,7 @@ def describe(model: nn.Module) -> Architecture:
     if model_type not in FAMILIES:
         raise SqftError(
             f"model family '{model_type}' is not supported yet ({did_you_mean(model_type, FAMILIES)}); "
-            "docs/add-a-model.md shows how to add its row"
+            "docs/extend.md shows how to add its row"
         )
     if getattr(model, "peft_config", None):
         raise SqftError("this model carries adapters: merge or unload them first")
@@ -77,7 +77,7 @@ def _describe_block(family: Family, path: str, module: nn.Module) -> Block:
         parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also has {', '.join(unlisted)}"] * bool(unlisted)
         raise SqftError(
             f"{path} ({type(module).__name__}) differs from the table of family "
-            f"'{family.name}': it {' and '.join(parts)}; see docs/add-a-model.md"
+            f"'{family.name}': it {' and '.join(parts)}; see docs/extend.md"
         )
     weights = (Weight(f"{path}.{name}", found[name], module.get_submodule(name.rpartition(".")[0]))
                for name in family.linears)  # fmt: skip
