@@ -109,3 +109,27 @@ def test_another_adapter_keeps_the_recipes_merge_options(dense: Path, tmp_path: 
     chosen = with_adapter(load_recipe(recipe), "qa-sparse-peft")
     assert chosen["merge"] == sqft.MergeConfig(tolerance=0.001, max_shard_size="1GB")
     assert with_adapter(load_recipe(recipe), "lora")["merge"] is None
+
+
+@pytest.mark.slow
+def test_a_run_with_a_float_base_can_be_moved_and_goes_on(dense: Path, tmp_path: Path, monkeypatch) -> None:
+    """Keys hash the base's key and never its path, and the adapter finds its base from where it lies."""
+    text = (
+        f"model: {dense}\noutput: run\nsparsify: {{samples: 4, length: 32}}\n"
+        "quantize: {samples: 4, length: 32, group_size: 32}\n"
+        "train: {adapter: qa-sparse-peft, base: sparsify, task: arithmetic, limit: 8, eval_limit: 2, max_steps: 2, r: 4}\n"
+        "merge: {}\nevaluate: {task: arithmetic, limit: 2}\n"
+    )
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "recipe.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
+    run("recipe.yaml")
+    (tmp_path / "here" / "run").rename(tmp_path / "there" / "run")
+    monkeypatch.chdir(tmp_path / "there")
+    said: list[str] = []
+    run("recipe.yaml", say=said.append)
+    assert said and all("unchanged, skipped" in line for line in said)
+    (tmp_path / "there" / "run" / "merge" / "model.safetensors").unlink()
+    run("recipe.yaml", say=said.append)
+    assert (tmp_path / "there" / "run" / "merge" / "model.safetensors").is_file()

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pico import pico_model, pico_tokenizer
 
 import sqft
 from sqft import artifact
 from sqft.config import EvaluateConfig, MergeConfig, SearchConfig, SparsifyConfig, TrainConfig
 from sqft.keys import folder_key, stage_key
+from sqft.models.discover import describe
 
 
 def write(out: Path, text: str, *, fail: bool = False, source: str | Path = "", config=None, names=("file",)) -> None:
@@ -136,5 +138,19 @@ def test_a_manifest_holds_no_password(tmp_path: Path) -> None:
 def test_equal_files_have_one_key_and_others_another(tmp_path: Path) -> None:
     for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
         write(tmp_path / name, text)
+    keys = [folder_key(tmp_path / name) for name in "abc"]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_equal_weights_with_other_masks_have_other_keys(tmp_path: Path) -> None:
+    """A kept weight may be zero by chance: the masks tell the models apart, and so do their keys."""
+    for name, kept in (("a", 0), ("b", 0), ("c", 1)):
+        model = pico_model()
+        weight = next(describe(model).weights())
+        weight.write(torch.zeros(weight.shape))
+        mask_OI = torch.zeros(weight.shape, dtype=torch.bool)
+        mask_OI[:kept] = True
+        weight.set_mask(mask_OI)
+        sqft.save(model, pico_tokenizer(), tmp_path / name)
     keys = [folder_key(tmp_path / name) for name in "abc"]
     assert keys[0] == keys[1] != keys[2]

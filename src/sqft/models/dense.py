@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
 
 from sqft.errors import SqftError
@@ -103,7 +103,7 @@ def reason(error: Exception) -> str:
         )
     lines = str(error).strip().splitlines()
     first = lines[0] if lines else type(error).__name__
-    if os.environ.get("HF_HUB_OFFLINE") == "1" or "connect" in str(error).lower():
+    if huggingface_hub.is_offline_mode() or "connect" in str(error).lower():
         first += " (the hub cannot be reached; a local folder would work)"
     return first
 
