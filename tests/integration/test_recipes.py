@@ -65,7 +65,7 @@ def test_a_shipped_recipe_end_to_end(name: str, gsm8k: Path, tmp_path: Path) -> 
     # One group a block: q, k and v share a rank (fused, they have one), the other modules keep theirs.
     assert results["search"]["configurations"] == 5**2 and results["search"]["evaluated"] == 4
     assert results["merge"]["zeros_kept"] == 1.0 and results["merge"]["max_logit_difference"] < 1e-4
-    assert set(results) - set(recipe.__dataclass_fields__) == {
+    assert set(results) - set(recipe.configs) == {
         "evaluate/model", "evaluate/sparsify", "evaluate/quantize", "evaluate/merge"}  # fmt: skip
     assert results["evaluate/merge"]["problems"] == 2 and results["evaluate/merge"]["task"] == "gsm8k"
     adapter, _ = sqft.load(tmp_path / "run" / "train")

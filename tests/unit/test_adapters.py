@@ -52,7 +52,7 @@ IGNORED: list[dict[str, Any]] = [
     {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"}, {"velora_config": VeloraConfig()},
     {"monteclora_config": MontecloraConfig()}, {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"])},
     {"arrow_config": ArrowConfig()}, {"use_qalora": True}, {"target_parameters": ["experts.up"]},
-    {"layer_replication": [(0, 1)]}, {"megatron_config": {"a": 1}}, {"ensure_weight_tying": True},
+    {"layer_replication": [(0, 1)]}, {"megatron_config": {"a": 1}},
     {"runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True)},
 ]  # fmt: skip
 
