@@ -57,7 +57,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "", lines: dict
             raise UsageError(f"{at}{key}: {error}") from None
         choices = spec.metadata.get("choices")
         if choices and clean[key] is not None and clean[key] not in choices:
-            raise UsageError(f"{at}unknown {key} '{clean[key]}': {did_you_mean(str(clean[key]), choices)}")
+            what = getattr(choices, "kind", key)
+            raise UsageError(f"{at}unknown {what} '{clean[key]}': {did_you_mean(str(clean[key]), choices)}")
     try:
         return cls(**clean)
     except UsageError as error:

@@ -61,7 +61,7 @@ def test_export_of_shards_is_one_file(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_is_refused(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="unknown to 'hugingface': did you mean 'huggingface'"):
+    with pytest.raises(UsageError, match="unknown exporter 'hugingface': did you mean 'huggingface'"):
         from_dict(ExportConfig, {"to": "hugingface"})
     with pytest.raises(UsageError, match="already holds something"):
         export(stage, out=stage)
