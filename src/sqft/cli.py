@@ -91,6 +91,7 @@ def _add_runs(add: Add) -> None:
     sub.add_argument("--output", help="instead of the recipe's output folder")
     sub.add_argument("--task", help="instead of the recipe's task")
     sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
+    sub.add_argument("--device", metavar="STR", help=f"{DEVICE} [the recipe's]")
     sub.add_argument("--sparsity", metavar="X", help="one or several, e.g. 0.3,0.5,0.7")
     sub.add_argument("--methods", metavar="STR", help="some of the rows, e.g. dense,lora,sparse-peft")
 
@@ -214,7 +215,12 @@ def _compare(arguments: argparse.Namespace) -> Any:
         if not arguments.json:
             table.show()
         return table.rows
-    recipe = with_options(load_recipe(*arguments.what or ["compare"]), task=arguments.task, data_dir=arguments.data_dir)
+    recipe = with_options(
+        load_recipe(*arguments.what or ["compare"]),
+        task=arguments.task,
+        data_dir=arguments.data_dir,
+        device=arguments.device,
+    )
     recipe = with_methods(recipe, arguments.sparsity, arguments.methods)
     result = compare(recipe, model=arguments.model, output=arguments.output,
                      say=lambda text: print(text, file=sys.stderr))  # fmt: skip
