@@ -22,7 +22,23 @@ class OnDevice:
 
 
 @dataclass(frozen=True)
-class SparsifyConfig(OnDevice):
+class Compressing(OnDevice):
+    """Of stages that change a model's weights block by block."""
+
+    calibration: str = option("builtin", "text for activations: 'builtin', a .txt/.jsonl file or a datasets name",
+                              kind="text")  # fmt: skip
+    samples: int = option(128, "number of calibration blocks")
+    length: int = option(512, "tokens a calibration block")
+    batch_size: int = option(4, "calibration blocks a forward pass")
+    seed: int = option(0, "seed of the choice of calibration blocks")
+    dtype: str = option("auto", "of the written float weights", ("auto", "float32", "bfloat16", "float16"))
+
+    def __post_init__(self) -> None:
+        check_positive(self, "samples", "length", "batch_size")
+
+
+@dataclass(frozen=True)
+class SparsifyConfig(Compressing):
     """Prune the decoder's linear weights. Embeddings and the language-model head are never touched."""
 
     method: str = option("wanda", "pruning criterion", SPARSIFIERS)
@@ -30,13 +46,6 @@ class SparsifyConfig(OnDevice):
     pattern: str | None = option(None, "N:M, e.g. 2:4 keeps 2 of every 4 neighbours; replaces --sparsity")
     overrides: dict[str, float] = option(help="module pattern=sparsity, e.g. '*.down_proj=0.4'", factory=dict)
     exclude: list[str] = option(help="module patterns that stay dense, e.g. 'model.layers.0.*'", factory=list)
-    calibration: str = option("builtin", "text for activations: 'builtin', a .txt/.jsonl file or a datasets name",
-                              kind="text")  # fmt: skip
-    samples: int = option(128, "number of calibration blocks")
-    length: int = option(512, "tokens a calibration block")
-    batch_size: int = option(4, "calibration blocks a forward pass")
-    seed: int = option(0, "seed of the choice of calibration blocks")
-    dtype: str = option("auto", "of the written weights", ("auto", "float32", "bfloat16", "float16"))
 
     def __post_init__(self) -> None:
         for name, value in {"sparsity": self.sparsity, **self.overrides}.items():
@@ -46,11 +55,11 @@ class SparsifyConfig(OnDevice):
                 raise UsageError(f"{where} is {value}: it has to lie between 0 and 1, both excluded ({fix})")
         if self.pattern is not None:
             parse_pattern(self.pattern)
-        check_positive(self, "samples", "length", "batch_size")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class QuantizeConfig(OnDevice):
+class QuantizeConfig(Compressing):
     """Quantize the decoder's linear weights to integers. Every pruned weight stays exactly zero."""
 
     method: str = option("gptq", "how to round (rtn: to nearest)", QUANTIZERS)
@@ -64,13 +73,6 @@ class QuantizeConfig(OnDevice):
     exclude: list[str] = option(help="module patterns that stay float, e.g. 'model.layers.0.*'", factory=list)
     format: str = option("auto", "of the checkpoint; auto: gptq (v1 if symmetric, else v2)",
                          OneOf(("auto", "gptq_v2"), FORMATS))  # fmt: skip
-    calibration: str = option("builtin", "text for activations: 'builtin', a .txt/.jsonl file or a datasets name",
-                              kind="text")  # fmt: skip
-    samples: int = option(128, "number of calibration blocks")
-    length: int = option(512, "tokens a calibration block")
-    batch_size: int = option(4, "calibration blocks a forward pass")
-    seed: int = option(0, "seed of the choice of calibration blocks")
-    dtype: str = option("auto", "of the weights that stay float", ("auto", "float32", "bfloat16", "float16"))
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
@@ -81,7 +83,7 @@ class QuantizeConfig(OnDevice):
             raise UsageError(f"scale_bits is {self.scale_bits}: a float16 scale has 1 to 11 significant bits")
         if self.format == "gptq" and not self.symmetric:
             raise UsageError("format gptq (v1) is for symmetric grids: other tools refuse asymmetric v1; use gptq_v2")
-        check_positive(self, "samples", "length", "batch_size")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
