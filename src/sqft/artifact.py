@@ -241,11 +241,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Renames ``new`` to ``path``. Of what stood there only the files that its manifest lists are removed."""
-    old = None
+    """Renames ``new`` to ``path``. Of what stood there only the files that its manifest lists are removed; with a
+    manifest that cannot be read it is kept whole, as PATH.unreadable-N."""
+    old, ours = None, _listed(path) if path.exists() else set()
     if path.exists():
-        _keep_others(path, new)
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        if ours is not None:
+            _take_along(path, new, ours)
+        kind = "unreadable" if ours is None else "old"
+        old = path.with_name(f"{'.' if ours is not None else ''}{path.name}.{kind}-{os.getpid()}")
         path.rename(old)
     try:
         new.rename(path)
@@ -253,15 +256,22 @@ def replace_folder(new: Path, path: Path) -> None:
         if old is not None:
             old.rename(path)
         raise
-    if old is not None:
+    if old is not None and ours is not None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _keep_others(old: Path, new: Path) -> None:
-    """Takes along what lies in a stage folder and is not sqft's. Raises SqftError if the new result has such a file."""
-    if not is_stage(old):
-        return  # check_output let it pass: it is empty
-    ours = {MANIFEST, *read_manifest(old).files}
+def _listed(folder: Path) -> set[str] | None:
+    """The files that sqft wrote into a folder; None if its manifest cannot be read."""
+    if not is_stage(folder):
+        return set()  # check_output let it pass: it is empty
+    try:
+        return {MANIFEST, *read_manifest(folder).files}
+    except SqftError:
+        return None
+
+
+def _take_along(old: Path, new: Path, ours: set[str]) -> None:
+    """Links what lies in a stage folder and is not sqft's. Raises SqftError if the new result has such a file."""
     for file in sorted(old.rglob("*")):
         name = file.relative_to(old).as_posix()
         if name in ours or (file.is_dir() and not file.is_symlink()):

@@ -70,6 +70,17 @@ def test_overwriting_keeps_what_sqft_did_not_write(tmp_path: Path) -> None:
     assert (out / "old").read_text() == "mine by now" and (out / "file").read_text() == "two"
 
 
+@pytest.mark.parametrize("manifest", ["{", '{"stage": "test", "format": 1, "files": {"file": 3}}'])
+def test_a_folder_whose_manifest_cannot_be_read_is_kept(manifest: str, tmp_path: Path) -> None:
+    """Which of its files are sqft's is not known."""
+    write(tmp_path / "out", "one", names=("file", "mine"))
+    (tmp_path / "out" / "sqft.json").write_text(manifest)
+    write(tmp_path / "out", "two")
+    assert (tmp_path / "out" / "file").read_text() == "two" and not (tmp_path / "out" / "mine").exists()
+    (kept,) = tmp_path.glob("out.unreadable-*")
+    assert (kept / "file").read_text() == (kept / "mine").read_text() == "one"
+
+
 def test_an_output_that_holds_the_input_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, "one")
