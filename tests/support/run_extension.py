@@ -21,21 +21,22 @@ TOKENS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(
 TRAIN = {"task": "parity", "max_steps": 3, "batch_size": 4, "r": 4, "lora_alpha": 8, "learning_rate": 0.02}
 
 
-def main(work: Path) -> None:
-    dense = pico_folder(work / "dense")
-
+def refit(work: Path) -> None:
+    dense = work / "dense"
     sqft.sparsify(dense, sqft.SparsifyConfig(method="refit", pattern="2:4"), out=work / "refit")
     weights = [
         load_file(work / name / "model.safetensors")["model.layers.0.mlp.up_proj.weight"] for name in ("dense", "refit")
     ]
     assert (weights[1].view(-1, 4) != 0).sum(1).max() == 2
     torch.testing.assert_close(weights[0].abs().sum(1), weights[1].abs().sum(1))
-    print("refit")
 
-    metrics = sqft.sparsify(dense, sqft.SparsifyConfig(method="fisher"), TOKENS, out=work / "fisher")
+
+def fisher(work: Path) -> None:
+    metrics = sqft.sparsify(work / "dense", sqft.SparsifyConfig(method="fisher"), TOKENS, out=work / "fisher")
     assert metrics["sparsity"] == 0.5
-    print("fisher")
 
+
+def neox(work: Path) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("gpt_neox", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                   num_attention_heads=4, vocab_size=260, max_position_embeddings=512)  # fmt: skip
@@ -48,12 +49,14 @@ def main(work: Path) -> None:
         merged = sqft.merge(work / f"{name}-adapter", out=work / f"{name}-merged")
         assert merged["zeros_kept"] == 1.0 and merged["max_logit_difference"] < 1e-4
     assert len(collect_masks(sqft.load(work / "neox-sparse")[0])) == 8
-    print("gpt_neox")
 
+
+def doubled(work: Path) -> None:
     sqft.train(work / "fisher", sqft.TrainConfig(**TRAIN, adapter="doubled"), out=work / "doubled")
     assert sqft.merge(work / "doubled", out=work / "doubled-merged")["zeros_kept"] == 1.0
-    print("doubled")
 
+
+def bytes_format(work: Path) -> None:
     sqft.quantize(work / "fisher", sqft.QuantizeConfig(group_size=32, format="bytes"), TOKENS, out=work / "int4")
     stored = load_file(work / "int4" / "model.safetensors")
     layer = packed_layers(sqft.load(work / "int4")[0])["model.layers.0.mlp.up_proj"]
@@ -61,21 +64,24 @@ def main(work: Path) -> None:
     sqft.train(work / "int4", sqft.TrainConfig(**TRAIN, adapter="qa-sparse-peft"), out=work / "aware")
     assert sqft.merge(work / "aware", out=work / "aware-merged")["zeros_kept"] == 1.0
     assert "bytes" in (work / "aware-merged" / "config.json").read_text()
-    print("bytes")
 
+
+def numpy_exporter(work: Path) -> None:
     sqft.export(work / "doubled-merged", sqft.ExportConfig(to="numpy"), out=work / "numpy")
     up = numpy.load(work / "numpy" / "model.layers.0.mlp.up_proj.weight.npy")
     assert (
         up == load_file(work / "doubled-merged" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].numpy()
     ).all()
-    print("numpy")
 
+
+def whole_kernel(work: Path) -> None:
     before = len(KERNELS["masked_weight.cpu"].__globals__["CALLS"])
     sqft.train(work / "fisher", sqft.TrainConfig(**TRAIN), out=work / "masked")
     assert sqft.merge(work / "masked", out=work / "masked-merged")["max_logit_difference"] == 0.0
     assert len(KERNELS["masked_weight.cpu"].__globals__["CALLS"]) > before + 10
-    print("masked_weight.cpu")
 
+
+def parity(work: Path) -> None:
     arguments = [
         "evaluate",
         str(work / "masked-merged"),
@@ -90,7 +96,19 @@ def main(work: Path) -> None:
     code = cli.main(arguments)
     sys.stdout = stdout
     assert code == 0 and len((work / "score" / "predictions.jsonl").read_text().splitlines()) == 4
-    print("parity")
+
+
+STEPS = {
+    "refit": refit, "fisher": fisher, "gpt_neox": neox, "doubled": doubled, "bytes": bytes_format, "numpy": numpy_exporter,
+    "masked_weight.cpu": whole_kernel, "parity": parity,
+}  # fmt: skip
+
+
+def main(work: Path) -> None:
+    pico_folder(work / "dense")
+    for name, step in STEPS.items():
+        step(work)
+        print(name)
 
 
 if __name__ == "__main__":
