@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqft.errors import SqftError, UsageError
-from sqft.tasks.arithmetic import NAMES, SPLITS, ArithmeticTask, extract_answer
+from sqft.tasks.arithmetic import SPLITS, ArithmeticTask, extract_answer, tables
 from sqft.tasks.base import Example
 
 TASK = ArithmeticTask()
 SMALL = {"train": 30, "validation": 10, "test": 20}
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)\.")
-NAME = re.compile(rf"\b(?:{'|'.join(NAMES)})\b")
+NAME = re.compile(rf"\b(?:{'|'.join(tables().names)})\b")
 
 
 def everything(task: ArithmeticTask) -> list[Example]:
@@ -123,8 +123,8 @@ def test_texts_are_short_and_well_formed() -> None:
         assert not any(stop in example.completion for stop in TASK.stop)
         names = NAME.findall(question[1])
         assert len(set(names)) <= 2 and (len(names) < 2 or names[0] in names[1:] or len(set(names)) == 2)
-    assert len(set(NAMES)) == len(NAMES) >= 24
-    assert {name for example in examples for name in NAME.findall(example.prompt)} == set(NAMES)
+    assert len(set(tables().names)) == len(tables().names) >= 24
+    assert {name for example in examples for name in NAME.findall(example.prompt)} == set(tables().names)
 
 
 def test_unknown_split_and_bad_sizes() -> None:
