@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,11 @@ def test_public_names_exist() -> None:
         assert getattr(sqft, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         sqft.quantise  # noqa: B018
+
+
+def test_type_checkers_see_the_public_names() -> None:
+    stub = (Path(sqft.__file__).parent / "__init__.pyi").read_text()
+    assert set(re.findall(r" as (\w+)$", stub, re.MULTILINE)) == set(sqft.__all__)
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
