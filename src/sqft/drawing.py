@@ -1,7 +1,6 @@
 """Charts as SVG, for the report's page and a search's folder: no script, no image files, every text escaped.
 
-A mark of colour k has the class ``ck``; the colours are the page's, so that charts follow its theme. Lengths are in
-units of the view box, which is about as many pixels.
+A mark of colour k has the class ``ck``; the colours are the page's, so that charts follow its theme.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Axis(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Points joined by ``kind``: 'line', 'dashed', 'step' (each value holds until the next), or 'dots'."""
+    """Points joined by ``kind``: 'line', 'dashed', or 'step' (each value holds until the next)."""
 
     points: Sequence[tuple[float, float]]
     colour: int
@@ -56,7 +55,7 @@ class Curve(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A point with a label and, optionally, an interval of y. ``shape``: 'dot', 'square' or 'ring'."""
+    """A point, perhaps with an interval of y. ``shape``: 'dot', 'square' or 'ring'."""
 
     label: str
     x: float
@@ -108,15 +107,11 @@ def make_axis(label: str, values: Sequence[float], text: Callable[[float], str] 
     spread = (most - least) or abs(most) * 0.2 or 1.0
     low = min(0.0, least) if zero else max(least - margin * spread, min(limits[0], least))
     high = min(most + margin * spread, max(limits[1], most))
-    step = _step((high - low) / count)
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * count >= (high - low) * 0.999)
     step = max(1.0, math.ceil(step)) if whole else step
     ticks = [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     return Axis(label, low, high, ticks, text)
-
-
-def _step(rough: float) -> float:
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
 
 
 def histogram(bars: Sequence[Bars], label: str, text: Callable[[float], str], summary: str, outline: bool) -> Chart:
@@ -152,7 +147,7 @@ def standalone(chart: Chart, width: int = 640, height: int = 400) -> str:
 def _outline(shape: str, x: float, y: float) -> str:
     if shape == "square":
         return f"M{x - 5:.1f} {y - 5:.1f}h10v10h-10z"
-    r = {"ring": 9, "small": 3}.get(shape, 5.5)
+    r = 9 if shape == "ring" else 5.5
     return f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0"
 
 
@@ -171,8 +166,7 @@ class _Drawing:
     def finish(self) -> Markup:
         self._axes()
         for curve in self.chart.curves:
-            if curve.points:
-                self._curve(curve)
+            self._curve(curve)
         for i, bars in enumerate(self.chart.bars):
             self._bars(bars, i)
         self._marks()
@@ -181,8 +175,7 @@ class _Drawing:
         return frame.format(self.width, self.height, self.chart.summary, Markup("").join(self.parts))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x.low) / ((self.x.high - self.x.low) or 1)
-        up = (y - self.y.low) / ((self.y.high - self.y.low) or 1)
+        across, up = (x - self.x.low) / (self.x.high - self.x.low), (y - self.y.low) / (self.y.high - self.y.low)
         return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
     def path(self, kind: str, d: str, tip: str = "") -> None:
@@ -211,49 +204,41 @@ class _Drawing:
         self.text(self.right, self.height - 6, self.x.label, "end", "label")
 
     def _curve(self, curve: Curve) -> None:
-        places = [self.at(*point) for point in curve.points]
-        colour = f"c{curve.colour % COLOURS}"
-        if curve.kind == "dots" or len(places) == 1:
-            for x, y in places:
-                self.path(f"mark {colour}", _outline("small", x, y))
+        places, colour = [self.at(*point) for point in curve.points], f"c{curve.colour % COLOURS}"
+        if len(places) == 1:
+            self.path(f"mark {colour}", _outline("dot", *places[0]))
             return
         if curve.kind == "step":
-            corners = [(b[0], a[1]) for a, b in itertools.pairwise(places)]
-            places = [p for pair in itertools.zip_longest(places, corners) for p in pair if p]
-            places.append((self.right, places[-1][1]))
+            places = [p for a, b in itertools.pairwise([*places, (self.right, 0.0)]) for p in (a, (b[0], a[1]))]
         kind = "line dashed" if curve.kind == "dashed" else "line"
         self.path(f"{kind} {colour}", "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places))
-        for (ax, ay), (bx, by) in itertools.pairwise(places):  # small boxes along it
-            along = [(ax + k / 12 * (bx - ax), ay + k / 12 * (by - ay)) for k in range(13)]
-            self.taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in along]
 
     def _bars(self, bars: Bars, index: int) -> None:
         """What is pruned would dwarf the rest: it is a pale bar at 0 that breaks off at the top, in a zigzag."""
         bins = sorted(bars.shares)
         step = min((b - a for a, b in itertools.pairwise(bins)), default=1.0)
         slot = (self.right - self.left) * step / (self.x.high - self.x.low)
-        bar = slot * 0.86 / len(self.chart.bars)
-        kind, edges = f"bar c{bars.colour % COLOURS}", []
+        wide = slot * 0.86 / len(self.chart.bars)
+        kind, edges = f"c{bars.colour % COLOURS}", []
         for value in bins:
-            share = bars.shares[value]
-            x, y = self.at(value, share)
-            left, wide = x - slot * 0.43 + index * bar, max(0.6, bar - 0.6)
+            x, y = self.at(value, bars.shares[value])
+            left = x - slot * 0.43 + index * wide
             edges.append(f"{x - slot / 2:.2f} {y:.2f}h{slot:.2f}")
             if not self.chart.outline:
-                tip = f"{bars.label}, {self.x.text(value)}: {share * 100:.3g} % of the weights"
-                self.path(kind, f"M{left:.2f} {self.bottom:.2f}V{y:.2f}h{wide:.2f}V{self.bottom:.2f}z", tip)
+                tip = f"{bars.label}, {self.x.text(value)}: {bars.shares[value] * 100:.3g} % of the weights"
+                self.path(f"bar {kind}", f"M{left:.2f} {self.bottom:.2f}V{y:.2f}h{wide:.2f}V{self.bottom:.2f}z", tip)
             if abs(value) < step / 2 and bars.pruned:
                 foot = self.bottom if self.chart.outline else y
                 zigzag = f"V{self.top + 5:.2f}l{-wide / 2:.2f} -5l{-wide / 2:.2f} 5z"
                 tip = f"{bars.label}: {bars.pruned * 100:.2f} % of the weights are pruned"
-                self.path(f"{kind} pale", f"M{left:.2f} {foot:.2f}h{wide:.2f}{zigzag}", tip)
-        if self.chart.outline and edges:
-            self.path(f"line thin c{bars.colour % COLOURS}", "M" + "L".join(edges))
+                self.path(f"bar {kind} pale", f"M{left:.2f} {foot:.2f}h{wide:.2f}{zigzag}", tip)
+        if self.chart.outline:
+            self.path(f"line thin {kind}", "M" + "L".join(edges))
 
     def _marks(self) -> None:
         placed = [(mark, *self.at(mark.x, mark.y)) for mark in self.chart.marks]
-        self.taken += [(x - 6, y - 6, x + 6, y + 6) for _, x, y in placed]
-        for mark, x, _ in placed:
+        for mark, x, y in placed:
+            self.taken.append((x - 6, y - 6, x + 6, y + 6))
             if mark.interval:
                 low, high = (self.at(mark.x, end)[1] for end in mark.interval)
                 ends = f"M{x - 4:.1f} {low:.1f}h8M{x - 4:.1f} {high:.1f}h8M{x:.1f} {low:.1f}V{high:.1f}"
@@ -261,41 +246,26 @@ class _Drawing:
                 self.taken.append((x - 2, high, x + 2, low))
         for mark, x, y in placed:
             kind = "ring" if mark.shape == "ring" else "mark"
-            self.path(f"{kind} c{mark.colour % COLOURS}", _outline(mark.shape, x, y), mark.tip or mark.label)
+            self.path(f"{kind} c{mark.colour % COLOURS}", _outline(mark.shape, x, y), mark.tip)
         for mark, x, y in placed:
             if mark.label:
                 self._label(mark.label, x, y)
 
     def _label(self, text: str, x: float, y: float) -> None:
-        """Puts a label where it covers least of the others; with a thin line to its point if that is farther away."""
-        width, best = len(text) * BOLD, (math.inf, (0.0, 0.0, 0.0, 0.0), 0, 0)
-        for far in range(7):
-            rise = 16 * far
-            for side, dy in (
-                (1, 4 - rise),
-                (-1, 4 - rise),
-                (1, 4 + rise),
-                (-1, 4 + rise),
-                (0, -10 - rise),
-                (0, 20 + rise),
-            ):
-                left = x + 10 if side > 0 else x - 10 - width if side < 0 else x - width / 2
-                best = min(best, self._place(left, y + dy, width, far, side), key=lambda place: place[0])
-        _, box, far, side = best
+        """Puts a label right or left of its point, else as little above or below as is free, with a line to it."""
+        width = len(text) * BOLD
+        places = [(left, y + 4 + rise) for rise in (0, -16, 16, -32, 32, -48, 48, -64, 64, -80, 80, -96, 96)
+                  for left in (x + 10, x - 10 - width)]  # fmt: skip
+        boxes = [(left, base - 11, left + width, base + 3) for left, base in places]
+        box = min(boxes, key=self._covered)  # the first of the best
         self.taken.append(box)
-        if far:
-            near = box[3] if box[3] < y else box[1]
-            self.path("leader", f"M{x:.1f} {y:.1f}L{min(max(x, box[0]), box[2]):.1f} {near:.1f}")
-        start = {1: box[0], 0: (box[0] + box[2]) / 2, -1: box[2]}[side]  # where the estimated width does not matter
-        self.text(start, box[3] - 3, text, {1: "start", 0: "middle", -1: "end"}[side], "name")
+        if abs(box[3] - 7 - y) > 1:
+            self.path("leader", f"M{x:.1f} {y:.1f}L{box[0] if box[0] > x else box[2]:.1f} {box[3] - 7:.1f}")
+        right = box[0] > x
+        self.text(box[0] if right else box[2], box[3] - 3, text, "start" if right else "end", "name")
 
-    def _place(self, left: float, base: float, width: float, far: int, side: int) -> tuple[float, Box, int, int]:
-        """(cost, box, far, side) of a label."""
-        box = (left, base - 11, left + width, base + 3)
-        outside = max(0.0, self.left - box[0]) + max(0.0, box[2] - self.width)
-        outside += max(0.0, 18 - box[1]) + max(0.0, box[3] - self.bottom)
-        return sum(_overlap(box, other) for other in self.taken) + 60 * outside + 25 * far, box, far, side
-
-
-def _overlap(a: Box, b: Box) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    def _covered(self, box: Box) -> float:
+        """How much of what is there already a label in this box would hide, or how far it would leave the chart."""
+        outside = max(0.0, self.left - box[0], box[2] - self.width, 18 - box[1], box[3] - self.bottom)
+        return 60 * outside + sum(max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
+                                  * max(0.0, min(box[3], other[3]) - max(box[1], other[1])) for other in self.taken)  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 import sqft
 from sqft import artifact, drawing
 from sqft.config import QuantizeConfig
-from sqft.measuring.weights import WeightFolder, chosen, count_levels, count_values, moves
+from sqft.measuring.weights import WeightFolder, chosen, count_levels, count_values
 from sqft.reporting.collect import read_section, serving_bytes
 from sqft.reporting.figures import heat_map
 from sqft.reporting.page import report
@@ -32,12 +32,11 @@ def test_counts_of_integer_levels_are_those_of_the_model(packed: Path) -> None:
     counts = count_levels(folder, list(folder.sizes))
     model, _ = sqft.load(packed)
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
-    assert set(layers) == set(folder.sizes) and counts.modules == len(layers) == counts.of_modules
+    assert set(layers) == set(folder.sizes)
     assert counts.total == sum(folder.sizes.values()) == sum(m.in_features * m.out_features for m in layers.values())
     metrics = artifact.read_manifest(packed).metrics
     assert counts.pruned == metrics["pruned"]
-    assert sum(zeros for zeros, _ in counts.zeros.values()) == metrics["zeros"] == counts.pruned + counts.kept[0.0]
-    assert moves(folder, folder, list(folder.sizes)) == (0.0, 0)
+    assert metrics["zeros"] == counts.pruned + counts.kept[0.0]
     with pytest.raises(sqft.SqftError, match="cannot be read"):
         WeightFolder(packed / "masks")
 

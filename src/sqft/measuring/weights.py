@@ -53,7 +53,7 @@ class WeightFolder:
             self.coder: Any = FORMATS[settings["quant_method"]] if settings else None
             self.settings = self.coder.read_config(settings) if settings else None
             self._places: dict[str, Path] = {}  # of tensors, and of masks by the names of their modules
-            for file in (*sorted(folder.glob("model*.safetensors")), *folder.glob(MASKS)):
+            for file in (*sorted(folder.glob("model*.safetensors")), *folder.glob(str(MASKS))):
                 with safe_open(file, "pt") as stream:
                     for key in stream.keys():  # noqa: SIM118
                         self._places[key], shapes[key] = file, stream.get_slice(key).get_shape()
