@@ -126,22 +126,16 @@ def histogram(bars: Sequence[Bars], label: str, text: Callable[[float], str], su
 
 
 def draw(chart: Chart, width: int = 460, height: int = 280) -> Markup:
-    """The chart without its legend, for a page that has ``STYLE`` and the variables of ``PALETTE``."""
+    """The chart, with a legend of several keys below it, for a page that has ``STYLE`` and ``VARIABLES``."""
     return _Drawing(chart, width, height).finish()
 
 
 def standalone(chart: Chart, width: int = 640, height: int = 400) -> str:
-    """The chart with its legend, in light colours, as an SVG file of its own."""
+    """The chart in light colours, as an SVG file of its own."""
     style = re.sub(r"var\(--(\w+)\)", lambda m: PALETTE[m[1]][0], STYLE)
-    form, legend, x = Markup('<path class="{} {}" d="{}"/><text x="{}" y="{}">{}</text>'), Markup(), 14.0
-    for kind, label in chart.keys:
-        shape = "ring" if "ring" in kind else "square"
-        d = _outline(shape, x, height + 10.0)
-        legend += form.format("ring" if shape == "ring" else "mark", kind, d, x + 14, height + 14, label)
-        x += 40 + len(label) * LETTER
-    return Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}" '
-                  'font-family="system-ui, sans-serif"><style>{2}</style><rect width="100%" height="100%" fill="#fff"/>'
-                  "{3}{4}</svg>\n").format(width, height + 28, style, draw(chart, width, height), legend)  # fmt: skip
+    drawn = str(draw(chart, width, height)).removeprefix("<svg")
+    return ('<svg xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" style="background: #fff"'
+            + drawn.replace(">", f"><style>{style}</style>", 1) + "\n")  # fmt: skip
 
 
 def _outline(shape: str, x: float, y: float) -> str:
@@ -170,9 +164,10 @@ class _Drawing:
         for i, bars in enumerate(self.chart.bars):
             self._bars(bars, i)
         self._marks()
+        height = self._legend()
         frame = Markup('<svg class="chart" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" '
                        'aria-label="{2}">{3}</svg>')  # fmt: skip
-        return frame.format(self.width, self.height, self.chart.summary, Markup("").join(self.parts))
+        return frame.format(self.width, height, self.chart.summary, Markup("").join(self.parts))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         across, up = (x - self.x.low) / (self.x.high - self.x.low), (y - self.y.low) / (self.y.high - self.y.low)
@@ -263,6 +258,18 @@ class _Drawing:
             self.path("leader", f"M{x:.1f} {y:.1f}L{box[0] if box[0] > x else box[2]:.1f} {box[3] - 7:.1f}")
         right = box[0] > x
         self.text(box[0] if right else box[2], box[3] - 3, text, "start" if right else "end", "name")
+
+    def _legend(self) -> int:
+        """Below the chart, in as many lines as it takes; returns the height of both."""
+        x, y = 14.0, self.height - 14
+        for kind, label in self.chart.keys if len(self.chart.keys) > 1 else ():
+            wide = 34 + len(label) * BOLD
+            x, y = (x, y) if x + wide < self.width and y > self.height else (14.0, y + 22)
+            shape = "ring" if "ring" in kind else "square"
+            self.path(kind if shape == "ring" else f"mark {kind}", _outline(shape, x, y))
+            self.text(x + 14, y + 4, label, "start")
+            x += wide
+        return y + 14
 
     def _covered(self, box: Box) -> float:
         """How much of what is there already a label in this box would hide, or how far it would leave the chart."""

@@ -11,14 +11,13 @@ from sqft.errors import SqftError
 from sqft.measuring.size import human
 from sqft.measuring.weights import BINS, WeightFolder, chosen, count_levels, count_values, spread
 from sqft.reporting.collect import Section, Stage, numbers, read_lines, serving_bytes
-from sqft.reporting.facts import label, precision, scored
+from sqft.reporting.facts import final_stage, label, precision, scored
 from sqft.reporting.tables import millions, percent, share
 from sqft.searching.choose import read_points
 from sqft.searching.plots import plots
 
 CURVE_POINTS = 400  # of a training curve; more would not be seen
-WITH_WEIGHTS = ("model", "sparsify", "quantize", "merge", "save")
-SHOWN = 4  # searches, heat maps and histograms of a section; runs of a comparison are alike
+SHOWN = 4  # searches and heat maps of a section; runs of a comparison are alike
 CARDS = {  # of a stage: the number on its card, how it is written, and what is said of it, to which an option belongs
     "sparsify": ("sparsity", percent, "pruned by", "method"), "quantize": ("bits", "INT{:.0f}".format, "by", "method"),
     "train": ("trainable_parameters", millions, "trained,", "adapter"), "search": ("parameters", millions, "kept", ""),
@@ -88,17 +87,11 @@ def _score_figure(metric: str, models: Sequence[dict[str, Any]], several: bool) 
              for m, (k, _) in zip(models, keys, strict=True)]  # fmt: skip
     heights = [end for mark in marks for end in (*(mark.interval or ()), mark.y)]
     y = make_axis(metric, heights, text, limits=(0, 1 if accuracy else float("inf")))
-    x = make_axis("size to serve", [mark.x for mark in marks], _short_size, margin=0.12, limits=(0, float("inf")), count=8)
+    x = make_axis("size to serve", [mark.x for mark in marks], human, margin=0.12, limits=(0, float("inf")), count=8)
     legend = [(f"c{colour}", name) for colour, name in sorted(set(keys))]
     note = f"{metric.capitalize()}: {'up' if accuracy else 'down'} and to the left is better."
     note += " Bars are 95 % intervals." if any(mark.interval for mark in marks) else ""
     return Figure("", Chart(f"{metric} over size of {len(models)} models", x, y, marks=marks, keys=legend), note, True)
-
-
-def _short_size(size: float) -> str:
-    """'200 MB' where ``human`` writes '200.0 MB'."""
-    value, unit = human(size).split()
-    return f"{float(value):g} {unit}"
 
 
 def training(section: Section) -> list[Figure]:
@@ -182,25 +175,17 @@ def sparsity(section: Section) -> list[Figure]:
 
 
 def weights(section: Section) -> list[Figure]:
-    """Histograms before and after, of the first merges (or, without one, quantized or sparse models)."""
-    kinds = ("merge", "quantize", "sparsify")
-    ends = next((found for kind in kinds if (found := [s for s in section.stages if s.kind == kind])), [])
-    groups: dict[tuple[str, ...], list[tuple[Stage, WeightFolder]]] = {}
-    for end in ends[:SHOWN]:
-        lineage = [stage for stage in section.lineage(end)[::-1] if stage.kind in WITH_WEIGHTS]
-        opened = [(stage, folder) for stage in lineage if (folder := _open(section, stage)) is not None]
-        for packed in (True, False):
-            group = [(stage, folder) for stage, folder in opened if folder.packed == packed]
-            if len(group) > 1 or (group and not groups):
-                groups.setdefault(tuple(stage.key for stage, _ in group), group)
+    """Histograms before and after, of the model that the section is about: of its packed folders, of its float ones."""
+    end = final_stage(section)
+    lineage = section.lineage(end)[::-1] if end else []
+    opened = [(stage, folder) for stage in lineage if (folder := _open(section, stage)) is not None]
     found = []
-    for group in groups.values():
+    for packed in (True, False):
+        group = [(stage, folder) for stage, folder in opened if folder.packed == packed]
         try:
-            found.append(_before_and_after(group))
+            found += [_before_and_after(group)] if group else []
         except (SqftError, OSError) as error:
             section.note(f"no histogram: {error}")
-    if len(ends) > SHOWN:
-        section.note(f"weights are shown of the first {SHOWN} of {len(ends)} {ends[0].kind} stages")
     return found
 
 
