@@ -207,6 +207,9 @@ class _Drawing:
             places = [p for a, b in itertools.pairwise([*places, (self.right, 0.0)]) for p in (a, (b[0], a[1]))]
         kind = "line dashed" if curve.kind == "dashed" else "line"
         self.path(f"{kind} {colour}", "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places))
+        for (ax, ay), (bx, by) in itertools.pairwise(places):  # small boxes along it
+            along = [(ax + k / 12 * (bx - ax), ay + k / 12 * (by - ay)) for k in range(13)]
+            self.taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in along]
 
     def _bars(self, bars: Bars, index: int) -> None:
         """What is pruned would dwarf the rest: it is a pale bar at 0 that breaks off at the top, in a zigzag."""
@@ -261,7 +264,7 @@ class _Drawing:
 
     def _legend(self) -> int:
         """Below the chart, in as many lines as it takes; returns the height of both."""
-        x, y = 14.0, self.height - 14
+        x, y = 14.0, self.height - 10
         for kind, label in self.chart.keys if len(self.chart.keys) > 1 else ():
             wide = 34 + len(label) * BOLD
             x, y = (x, y) if x + wide < self.width and y > self.height else (14.0, y + 22)

@@ -6,7 +6,7 @@ size, a module pattern, an adapter) are the same errors as in the run itself, on
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from sqft.keys import folder_key, stage_key
 from sqft.measuring.size import human
 from sqft.models.dense import DTYPES, locate
 from sqft.models.discover import describe, resolve_targets
-from sqft.planning.device import Speed, measure_device
+from sqft.planning.device import measure_device
 from sqft.planning.estimate import Estimate, Run
 from sqft.planning.shape import shape_of, skeleton
 from sqft.planning.workload import Workload, counter, of_task, of_training
@@ -39,89 +39,67 @@ PROCESS = 500 * 10**6  # bytes of the interpreter and libraries
 FACTOR = 2  # that estimates were right within, on SmolLM2-135M: docs/recipes.md
 
 
-@dataclass
-class PlannedStep:
-    """What is not known is None: ``note`` says why."""
+def dry_run(recipe: Recipe, *, model: str | None = None, output: str | None = None) -> dict[str, Any]:
+    """Plans a run of the recipe: the model, its parameters and bytes, the steps, their seconds together without those
+    that are skipped, the device's speed, and notes. What is not known is None.
 
-    name: str
-    parent: str
-    output: str
-    options: dict[str, Any]
-    state: str  # skip, resume or run
-    note: str = ""
-    seconds: float | None = None
-    memory_bytes: float | None = None
-    disk_bytes: float | None = None
-    flops: float | None = None
-
-
-@dataclass
-class DryRun:
-    """``seconds`` is of all that is not skipped, if all of it is known."""
-
-    model: str
-    steps: list[PlannedStep]
-    parameters: int | None = None
-    weight_bytes: float | None = None
-    seconds: float | None = None
-    speed: Speed | None = None
-    factor: float = FACTOR
-    notes: list[str] = field(default_factory=list)
-
-
-def dry_run(recipe: Recipe, *, model: str | None = None, output: str | None = None) -> DryRun:
-    """Plans a run of the recipe. Raises the UsageErrors that the run would, as far as they can be seen from here."""
+    Raises the UsageErrors that the run would, as far as they can be seen from here.
+    """
     recipe = recipe.at(model, output)
     source = resolve_model(recipe.model)
     locate(source)
-    result, walk = DryRun(recipe.model, []), None
+    plan: dict[str, Any] = {"model": recipe.model, "parameters": None, "weight_bytes": None, "speed": None,
+                            "factor": FACTOR, "notes": []}  # fmt: skip
+    walk = None
     try:
         walk = Walk(source)
-        result.parameters, result.weight_bytes = walk.run.shape.parameters, walk.run.bytes
-        result.speed = measure_device(next(walk.model.parameters()).dtype)
+        plan |= {"parameters": walk.run.shape.parameters, "weight_bytes": walk.run.bytes, "speed": asdict(walk.speed)}
     except SqftError as error:
         if Path(source).exists():
             raise
-        result.notes.append(f"model not here: no estimate ({error})")
+        plan["notes"].append(f"model not here: no estimate ({error})")
     keys: dict[str, str] | None = {} if Path(recipe.output).is_dir() else None
-    for step in steps(recipe):
-        state, note = ("run", "") if keys is None else _state(step, keys)
-        planned = PlannedStep(step.name, step.source, str(step.folder), changed_options(step.config), state, note)
-        if state != "skip":
-            artifact.check_output(step.folder, overwrite=True)
-            _check_sources(step.config)
-        guess = walk and walk.take(step)  # also what is skipped changes the skeleton
-        if walk and result.speed and state != "skip":
-            planned.disk_bytes = None if step.stage == "evaluate" else walk.disk
-            if guess is None:
-                planned.note = "; ".join(filter(None, (note, "data not here: no estimate (--data-dir)")))
-            else:
-                planned.seconds, planned.flops = guess.work.seconds(result.speed), guess.work.flops
-                planned.memory_bytes = guess.memory + (0 if walk.run.on_gpu else PROCESS)
-        result.steps.append(planned)
-    pending = [step.seconds for step in result.steps if step.state != "skip"]
-    result.seconds = None if None in pending else sum(seconds or 0 for seconds in pending)
-    return result
+    plan["steps"] = [_plan(step, walk, keys) for step in steps(recipe)]
+    pending = [step["seconds"] for step in plan["steps"] if step["state"] != "skip"]
+    return {**plan, "seconds": None if None in pending else sum(pending)}
 
 
-def show(plan: DryRun) -> None:
+def _plan(step: Step, walk: Walk | None, keys: dict[str, str] | None) -> dict[str, Any]:
+    """One step: its state is skip, resume or run; its ``note`` says why something is not known."""
+    state, note = ("run", "") if keys is None else _state(step, keys)
+    if state != "skip":
+        artifact.check_output(step.folder, overwrite=True)
+        _check_sources(step.config)
+    guess = walk and walk.take(step)  # also what is skipped changes the skeleton
+    planned = {"name": step.name, "parent": step.source, "output": str(step.folder), "state": state, "note": note,
+               "options": changed_options(step.config), "seconds": None, "memory_bytes": None, "disk_bytes": None,
+               "flops": None}  # fmt: skip
+    if walk is None or state == "skip":
+        return planned
+    planned["disk_bytes"] = None if step.stage == "evaluate" else walk.disk
+    if guess is None:
+        return planned | {"note": "; ".join(filter(None, (note, "data not here: no estimate (--data-dir)")))}
+    memory = guess.memory + (0 if walk.run.on_gpu else PROCESS)
+    return planned | {"seconds": guess.work.seconds(walk.speed), "flops": guess.work.flops, "memory_bytes": memory}
+
+
+def show(plan: dict[str, Any]) -> None:
     """Prints the steps; then the model, the sum, what it was reckoned with, and how far that may be off."""
-    rows = [{**asdict(step), "parent": Path(step.parent).name, "options": step.options or None,
-             "state": f"{step.state}: {step.note}" if step.note else step.state} for step in plan.steps]  # fmt: skip
+    rows = [{**step, "parent": Path(step["parent"]).name, "options": step["options"] or None,
+             "state": ": ".join(filter(None, (step["state"], step["note"])))} for step in plan["steps"]]  # fmt: skip
     columns = (Column("stage", "name"), Column("of", "parent"), Column("state", "state"),
                Column("time", "seconds", duration), Column("memory", "memory_bytes", human),
                Column("on disk", "disk_bytes", human),
                Column("options that are not the default", "options", _options))  # fmt: skip
     Table(columns, rows).show()
-    print(*plan.notes, sep="\n", end="\n" if plan.notes else "")
-    if plan.parameters and plan.weight_bytes:
-        print(f"{plan.model}: {plan.parameters / 1e6:.1f} M parameters, {human(plan.weight_bytes)}")
-    if plan.seconds is not None:
-        print(f"All that is not skipped: about {duration(plan.seconds)}")
-    if speed := plan.speed:
-        print(f"Estimates: FLOPs and bytes over what was measured here ({speed.device}: {speed.products / 1e9:.0f} "
-              f"GFLOP/s, {speed.fast / 1e9:.0f} by the fastest library, {speed.moved / 1e9:.0f} GB/s); on "
-              f"SmolLM2-135M right within a factor of {plan.factor:g}. Formulas: docs/recipes.md")  # fmt: skip
+    print(*plan["notes"], sep="\n", end="\n" if plan["notes"] else "")
+    if plan["seconds"] is not None:
+        print(f"All that is not skipped: about {duration(plan['seconds'])}")
+    if speed := plan["speed"]:
+        print(f"{plan['model']}: {plan['parameters'] / 1e6:.1f} M parameters, {human(plan['weight_bytes'])}")
+        print(f"Estimates: FLOPs and bytes over what was measured here ({speed['device']}: {speed['products'] / 1e9:.0f} "
+              f"GFLOP/s, {speed['fast'] / 1e9:.0f} by the fastest library, {speed['moved'] / 1e9:.0f} GB/s); on "
+              f"SmolLM2-135M right within a factor of {FACTOR}. Formulas: docs/recipes.md")  # fmt: skip
 
 
 def _options(values: dict[str, Any]) -> str:
@@ -165,6 +143,7 @@ class Walk:
         shape = shape_of(self.model, self.architecture)
         bits = 4.5 / 8 if self.packed else shape.itemsize
         size = shape.weights * bits + (shape.parameters - shape.weights) * shape.itemsize
+        self.speed = measure_device(next(self.model.parameters()).dtype)
         self.run = Run(shape, size, self.packed, locate(source)[1] is not None, on_gpu=torch.accelerator.is_available())
         self.runs = {source: self.run}
         self.disk = self.merged = size
