@@ -29,7 +29,7 @@ svg .tick, svg .label { fill: var(--soft); } svg .label, svg .name { font-weight
 svg .name { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; stroke-linejoin: round; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); fill: none; }
 .line, .ring, .whisker { fill: none; stroke: currentColor; stroke-width: 2.2; stroke-linejoin: round; }
-.thin { stroke-width: 1.6; } .dashed { stroke-dasharray: 6 4; } .whisker { stroke-width: 1.4; stroke-opacity: .55; }
+.area { fill: currentColor; fill-opacity: .16; stroke: currentColor; stroke-width: 1.6; } .dashed { stroke-dasharray: 6 4; } .whisker { stroke-width: 1.4; stroke-opacity: .55; }
 .bar, .mark { fill: currentColor; } .mark { stroke: var(--panel); } .pale { fill-opacity: .28; }
 .leader { stroke: var(--soft); stroke-width: .8; fill: none; }
 """ + "".join(f".c{k} {{ color: var(--c{k}); }}\n" for k in range(COLOURS))
@@ -85,7 +85,6 @@ class Chart:
     curves: Sequence[Curve] = ()
     marks: Sequence[Mark] = ()
     bars: Sequence[Bars] = ()
-    outline: bool = False  # of the bars alone, for many bins
     keys: Sequence[tuple[str, str]] = ()
 
 
@@ -114,15 +113,20 @@ def make_axis(label: str, values: Sequence[float], text: Callable[[float], str] 
     return Axis(label, low, high, ticks, text)
 
 
-def histogram(bars: Sequence[Bars], label: str, text: Callable[[float], str], summary: str, outline: bool) -> Chart:
-    """Bars side by side, or outlines over one another."""
-    bins = sorted({value for one in bars for value in one.shares}) or [0.0]
-    step = min((b - a for a, b in itertools.pairwise(bins)), default=1.0)
-    tallest = max((share for one in bars for share in one.shares.values()), default=0.0) or 1.0
-    x = make_axis(label, [bins[0] - step, bins[-1] + step], text, margin=0, count=9, whole=not outline)
+def histogram(bars: Sequence[Bars], label: str, text: Callable[[float], str], summary: str) -> Chart:
+    """Outlines over one another; what is pruned stands apart."""
+    bins, step = _bins(bars)
+    x = make_axis(label, [bins[0] - step, bins[-1] + step], text, margin=0, count=9)
+    tallest = max(share for one in bars for share in one.shares.values()) or 1.0
     y = make_axis("share of the weights", [0, tallest], lambda v: f"{v * 100:.3g} %", margin=0)
     keys = [(f"c{one.colour}", one.label) for one in bars]
-    return Chart(summary, x, y._replace(high=tallest * 1.3), bars=bars, outline=outline, keys=keys)
+    return Chart(summary, x, y._replace(high=tallest * 1.3), bars=bars, keys=keys)
+
+
+def _bins(bars: Sequence[Bars]) -> tuple[list[float], float]:
+    """All bins, at least one, and how far they lie apart."""
+    bins = sorted({value for one in bars for value in one.shares} | {0.0})
+    return bins, min((b - a for a, b in itertools.pairwise(bins)), default=1.0)
 
 
 def draw(chart: Chart, width: int = 460, height: int = 280) -> Markup:
@@ -213,25 +217,18 @@ class _Drawing:
 
     def _bars(self, bars: Bars, index: int) -> None:
         """What is pruned would dwarf the rest: it is a pale bar at 0 that breaks off at the top, in a zigzag."""
-        bins = sorted(bars.shares)
-        step = min((b - a for a, b in itertools.pairwise(bins)), default=1.0)
+        (bins, step), colour = _bins(self.chart.bars), f"c{bars.colour % COLOURS}"
         slot = (self.right - self.left) * step / (self.x.high - self.x.low)
-        wide = slot * 0.86 / len(self.chart.bars)
-        kind, edges = f"c{bars.colour % COLOURS}", []
-        for value in bins:
-            x, y = self.at(value, bars.shares[value])
-            left = x - slot * 0.43 + index * wide
-            edges.append(f"{x - slot / 2:.2f} {y:.2f}h{slot:.2f}")
-            if not self.chart.outline:
-                tip = f"{bars.label}, {self.x.text(value)}: {bars.shares[value] * 100:.3g} % of the weights"
-                self.path(f"bar {kind}", f"M{left:.2f} {self.bottom:.2f}V{y:.2f}h{wide:.2f}V{self.bottom:.2f}z", tip)
-            if abs(value) < step / 2 and bars.pruned:
-                foot = self.bottom if self.chart.outline else y
-                zigzag = f"V{self.top + 5:.2f}l{-wide / 2:.2f} -5l{-wide / 2:.2f} 5z"
-                tip = f"{bars.label}: {bars.pruned * 100:.2f} % of the weights are pruned"
-                self.path(f"bar {kind} pale", f"M{left:.2f} {foot:.2f}h{wide:.2f}{zigzag}", tip)
-        if self.chart.outline:
-            self.path(f"line thin {kind}", "M" + "L".join(edges))
+        places = [self.at(value, bars.shares.get(value, 0.0)) for value in bins]
+        tops = [f"{x - slot / 2:.2f} {y:.2f}h{slot:.2f}" for x, y in places]
+        start = f"M{places[0][0] - slot / 2:.2f} {self.bottom:.2f}L"
+        self.path(f"area {colour}", start + "L".join(tops) + f"V{self.bottom:.2f}", bars.label)
+        if bars.pruned:
+            wide = slot * 0.86 / len(self.chart.bars)
+            left = self.at(0, 0)[0] + (index - len(self.chart.bars) / 2) * wide
+            zigzag = f"V{self.top + 5:.2f}l{-wide / 2:.2f} -5l{-wide / 2:.2f} 5z"
+            tip = f"{bars.label}: {bars.pruned * 100:.2f} % of the weights are pruned"
+            self.path(f"bar pale {colour}", f"M{left:.2f} {self.bottom:.2f}h{wide:.2f}{zigzag}", tip)
 
     def _marks(self) -> None:
         placed = [(mark, *self.at(mark.x, mark.y)) for mark in self.chart.marks]

@@ -112,7 +112,6 @@ def test_heat_map_and_histogram() -> None:
         "0.30<",
     )
     bars = [drawing.Bars("a", {float(i): 0.1 for i in range(-3, 4)}, 0.5, 0), drawing.Bars("b", {0.0: 0.2}, 0.0, 1)]
-    drawn = ElementTree.fromstring(drawing.draw(drawing.histogram(bars, "x", str, "x", outline=False)))
+    drawn = ElementTree.fromstring(drawing.draw(drawing.histogram(bars, "x", str, "x")))
     tips = [t.text for t in drawn.iter("title")]
-    assert "a: 50.00 % of the weights are pruned" in tips and len(tips) == 9
-    ElementTree.fromstring(drawing.draw(drawing.histogram(bars, "x", str, "x", outline=True)))
+    assert tips == ["a", "a: 50.00 % of the weights are pruned", "b"]

@@ -219,7 +219,7 @@ def _before_and_after(group: Sequence[tuple[Stage, WeightFolder]]) -> Figure:
         "Float", f"weight ({BINS} bins)")  # fmt: skip
     pruned = "The pale bar at 0, cut off, is what is pruned. " if any(one.pruned for one in bars) else ""
     title = f"{kind}: {start.name}" + (f" to {end.name}" if end is not start else "")
-    chart = histogram(bars, axis, _signed, f"histogram of weights, {title}", outline=not first.packed)
+    chart = histogram(bars, axis, _signed, f"histogram of weights, {title}")
     return Figure(title, chart, pruned + "; ".join(notes) + ".")
 
 
