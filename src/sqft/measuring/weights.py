@@ -131,7 +131,7 @@ def spread(folder: WeightFolder, names: Sequence[str]) -> float:
 def count_values(folder: WeightFolder, names: Sequence[str], reach: float) -> Histogram:
     """Counts of the weights of a float folder in ``BINS`` ranges of [-reach, reach]; exact zeros count as pruned."""
     counts = Histogram()
-    totals = torch.zeros(BINS, dtype=torch.float64)
+    width, totals = 2 * reach / BINS, torch.zeros(BINS, dtype=torch.float64)
     for name in names:
         weight = folder.weight(name)
         zeros = weight.numel() - int(torch.count_nonzero(weight))
@@ -140,6 +140,5 @@ def count_values(folder: WeightFolder, names: Sequence[str], reach: float) -> Hi
         totals += inside
         totals[BINS // 2] -= zeros
         counts.pruned += zeros
-    width = 2 * reach / BINS
     counts.kept = Counter({(i - BINS // 2) * width: int(n) for i, n in enumerate(totals.tolist())})
     return counts

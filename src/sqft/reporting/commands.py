@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ from sqft.errors import UsageError
 from sqft.options import from_dict
 from sqft.reporting.collect import Section, Stage
 from sqft.stages import STAGES
-
 
 LIVE = {"calibration": "calibration tokens", "ranks": "ranks"}  # options that can be objects of a program
 
@@ -83,6 +81,4 @@ def _stage_command(section: Section, stage: Stage) -> Command:
     path = str(source.folder) if source is not None else stage.source
     if not path or stage.source == stage.key:
         return Command("", f"{stage.folder}: made from Python of a model that is in no folder")
-    if os.path.isabs(path) and not os.path.isabs(stage.folder):  # as the folders were named on the command line
-        path = min(path, os.path.relpath(path), key=len)
     return command(stage.kind, path, str(stage.folder), stage.config)

@@ -194,15 +194,12 @@ def samples(section: Section, limit: int = 6) -> list[Sample]:
     for prompt in next(iter(models.values()), {}):
         if all(prompt in answers for answers in models.values()):
             records = {name: answers[prompt] for name, answers in models.items()}
-            answers = [(name, str(record.get("generated", "")), _correct(record)) for name, record in records.items()]
+            answers = [(name, str(record.get("generated", "")), right if isinstance(right, bool) else None)
+                       for name, record in records.items() for right in [record.get("correct")]]  # fmt: skip
             sample = Sample(prompt, str(next(iter(records.values())).get("answer", "")), answers)
             patterns.setdefault(tuple(correct for *_, correct in answers), []).append(sample)
     ordered = sorted(patterns.values(), key=len, reverse=True)
     return [found[i] for i in range(limit) for found in ordered if i < len(found)][:limit]
-
-
-def _correct(record: dict[str, Any]) -> bool | None:
-    return record["correct"] if isinstance(record.get("correct"), bool) else None
 
 
 def _predictions(section: Section) -> dict[str, dict[str, dict[str, Any]]]:

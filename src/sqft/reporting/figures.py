@@ -177,26 +177,21 @@ def sparsity(section: Section) -> list[Figure]:
 def weights(section: Section) -> list[Figure]:
     """Histograms before and after, of the model that the section is about: of its packed folders, of its float ones."""
     end = final_stage(section)
-    lineage = section.lineage(end)[::-1] if end else []
-    opened = [(stage, folder) for stage in lineage if (folder := _open(section, stage)) is not None]
+    groups: dict[bool, list[tuple[Stage, WeightFolder]]] = {}
     found = []
-    for packed in (True, False):
-        group = [(stage, folder) for stage, folder in opened if folder.packed == packed]
+    for stage in section.lineage(end)[::-1] if end else ():
+        if any(stage.folder.glob("model*.safetensors")):
+            try:
+                folder = WeightFolder(stage.folder)
+                groups.setdefault(folder.packed, []).append((stage, folder))
+            except SqftError as error:
+                section.note(str(error))
+    for _, group in sorted(groups.items(), reverse=True):
         try:
-            found += [_before_and_after(group)] if group else []
+            found.append(_before_and_after(group))
         except (SqftError, OSError) as error:
             section.note(f"no histogram: {error}")
     return found
-
-
-def _open(section: Section, stage: Stage) -> WeightFolder | None:
-    if not any(stage.folder.glob("model*.safetensors")):
-        return None
-    try:
-        return WeightFolder(stage.folder)
-    except SqftError as error:
-        section.note(str(error))
-        return None
 
 
 def _before_and_after(group: Sequence[tuple[Stage, WeightFolder]]) -> Figure:
