@@ -29,7 +29,8 @@ svg .tick, svg .label { fill: var(--soft); } svg .label, svg .name { font-weight
 svg .name { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; stroke-linejoin: round; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); fill: none; }
 .line, .ring, .whisker { fill: none; stroke: currentColor; stroke-width: 2.2; stroke-linejoin: round; }
-.area { fill: currentColor; fill-opacity: .16; stroke: currentColor; stroke-width: 1.6; } .dashed { stroke-dasharray: 6 4; } .whisker { stroke-width: 1.4; stroke-opacity: .55; }
+.area { fill: currentColor; fill-opacity: .16; stroke: currentColor; stroke-width: 1.6; }
+.dashed { stroke-dasharray: 6 4; } .whisker { stroke-width: 1.4; stroke-opacity: .55; }
 .bar, .mark { fill: currentColor; } .mark { stroke: var(--panel); } .pale { fill-opacity: .28; }
 .leader { stroke: var(--soft); stroke-width: .8; fill: none; }
 """ + "".join(f".c{k} {{ color: var(--c{k}); }}\n" for k in range(COLOURS))
@@ -274,5 +275,5 @@ class _Drawing:
     def _covered(self, box: Box) -> float:
         """How much of what is there already a label in this box would hide, or how far it would leave the chart."""
         outside = max(0.0, self.left - box[0], box[2] - self.width, 18 - box[1], box[3] - self.bottom)
-        return 60 * outside + sum(max(0.0, min(box[2], other[2]) - max(box[0], other[0]))
-                                  * max(0.0, min(box[3], other[3]) - max(box[1], other[1])) for other in self.taken)  # fmt: skip
+        sides = ((min(box[2], b[2]) - max(box[0], b[0]), min(box[3], b[3]) - max(box[1], b[1])) for b in self.taken)
+        return 60 * outside + sum(max(0.0, across) * max(0.0, down) for across, down in sides)

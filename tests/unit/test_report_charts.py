@@ -101,12 +101,9 @@ def test_axes_and_labels() -> None:
 
 def test_heat_map_and_histogram() -> None:
     values = {"model.layers.1.mlp.up": 0.5, "model.layers.0.mlp.up": 0.1, "lm_head": 1.0, "3.qkv": 8, "4": 2}
-    heat = heat_map(values, 0, 1, lambda v: f"{v:.2f}<", "x")
-    assert (
-        heat is not None
-        and heat.layers == [0, 1, 3, 4]
-        and [name for name, _, _ in heat.rows] == ["mlp.up", "qkv", "all"]
-    )
+    (heat,) = heat_map("x", values, 1, lambda v: f"{v:.2f}<")
+    assert heat.layers == [0, 1, 3, 4] and [name for name, _, _ in heat.rows] == ["mlp.up", "qkv", "all"]
+    assert heat_map("x", {"lm_head": 1.0}, 1, str) == []
     assert heat.rows[0][1:] == (
         [("layer 0, mlp.up: 0.10<", 0.154), ("layer 1, mlp.up: 0.50<", 0.53), None, None],
         "0.30<",

@@ -60,8 +60,9 @@ class WeightFolder:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise SqftError(f"the weights of {folder} cannot be read ({error})") from None
         leaf, bits = (f".{self.coder.key}", self.settings.bits) if self.coder else (".weight", 32)
-        self.sizes = {key.removesuffix(leaf): math.prod(shape) * 32 // bits for key, shape in shapes.items()
-                      if key.endswith(leaf) and len(shape) == 2 and any(part.isdigit() for part in key.split("."))}  # fmt: skip
+        blocks = (key for key in shapes if any(part.isdigit() for part in key.split(".")))
+        self.sizes = {key.removesuffix(leaf): math.prod(shapes[key]) * 32 // bits for key in blocks
+                      if key.endswith(leaf) and len(shapes[key]) == 2}  # fmt: skip
 
     @property
     def packed(self) -> bool:

@@ -97,9 +97,10 @@ def show(plan: dict[str, Any]) -> None:
         print(f"All that is not skipped: about {duration(plan['seconds'])}")
     if speed := plan["speed"]:
         print(f"{plan['model']}: {plan['parameters'] / 1e6:.1f} M parameters, {human(plan['weight_bytes'])}")
-        print(f"Estimates: FLOPs and bytes over what was measured here ({speed['device']}: {speed['products'] / 1e9:.0f} "
-              f"GFLOP/s, {speed['fast'] / 1e9:.0f} by the fastest library, {speed['moved'] / 1e9:.0f} GB/s); on "
-              f"SmolLM2-135M right within a factor of {FACTOR}. Formulas: docs/recipes.md")  # fmt: skip
+        products, fast, moved = (round(speed[name] / 1e9) for name in ("products", "fast", "moved"))
+        print(f"Estimates: FLOPs and bytes over what was measured here ({speed['device']}: {products} GFLOP/s, {fast} "
+              f"by the fastest library, {moved} GB/s); on SmolLM2-135M right within a factor of {FACTOR}. Formulas: "
+              "docs/recipes.md")  # fmt: skip
 
 
 def _options(values: dict[str, Any]) -> str:

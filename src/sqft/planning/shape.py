@@ -64,6 +64,7 @@ def shape_of(model: Any, architecture: Architecture | None = None) -> Shape:
     architecture = architecture or describe(model)
     config, parameters = model.config.get_text_config(), list(model.parameters())
     linears = tuple(Linear(weight.name, *weight.shape) for weight in architecture.weights())
-    return Shape(sum(p.numel() for p in parameters), linears, sum(linear.weights for linear in linears),
-                 max(max(linear.inputs, linear.outputs) for linear in linears), config.vocab_size * config.hidden_size,
-                 len(architecture.blocks), config.hidden_size, config.vocab_size, parameters[0].element_size())  # fmt: skip
+    inner = max(max(linear.inputs, linear.outputs) for linear in linears)
+    return Shape(sum(p.numel() for p in parameters), linears, sum(linear.weights for linear in linears), inner,
+                 config.vocab_size * config.hidden_size, len(architecture.blocks), config.hidden_size,
+                 config.vocab_size, parameters[0].element_size())  # fmt: skip

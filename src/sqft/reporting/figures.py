@@ -26,23 +26,16 @@ CARDS = {  # of a stage: the number on its card, how it is written, and what is 
 
 
 @dataclass(frozen=True)
-class Heat:
-    """A map of modules (rows: name, cells, mean) over layers; a cell is its tooltip and its shade, or None."""
-
-    summary: str
-    layers: list[int]
-    rows: list[tuple[str, list[tuple[str, float] | None], str]]
-
-
-@dataclass(frozen=True)
 class Figure:
-    """A chart or a heat map with a title and a note. ``full``: as wide as the page, on phones drawn anew."""
+    """A chart; or a heat map of modules (``rows``: name, cells, mean) over ``layers``, a cell being its tooltip and its
+    shade, or None. ``full``: as wide as the page, on phones drawn anew."""
 
     title: str
     chart: Chart | None = None
     note: str = ""
     full: bool = False
-    heat: Heat | None = None
+    layers: Sequence[int] = ()
+    rows: Sequence[tuple[str, list[tuple[str, float] | None], str]] = ()
 
 
 def pipeline(section: Section) -> list[tuple[str, list[dict[str, str]]]]:
@@ -133,15 +126,19 @@ def search(section: Section) -> list[Figure]:
         titles = (f"Search progress{name}", f"Score over cost{name}")
         figures += [Figure(title, chart) for title, chart in zip(titles, drawn, strict=False)]
         ranks = numbers(stage.metrics.get("ranks"))
-        heat = heat_map(ranks, 0, max(ranks.values(), default=1.0), "{:.3g}".format, "chosen rank")
-        note = "The stronger the colour, the larger; at the right, a row's mean."
-        figures += [Figure(f"Chosen ranks{name}", None, note, True, heat)] if heat else []
+        figures += heat_map(f"Chosen ranks{name}", ranks, max(ranks.values(), default=1.0), "{:.3g}".format)
     return figures
 
 
-def heat_map(values: Mapping[str, float], low: float, high: float, text: Callable[[float], str],
-             what: str) -> Heat | None:  # fmt: skip
-    """Of names like 'model.layers.3.mlp.up_proj' or '3.up_proj'; others are left out."""
+def sparsity(section: Section) -> list[Figure]:
+    """Heat maps of the share of zeros, as each pruning stage wrote it down."""
+    shares = [(stage.name, numbers(stage.metrics.get("by_module"))) for stage in section.stages]
+    found = [heat_map(f"Pruned, after {name}", values, 1, lambda v: f"{v * 100:.2f} %") for name, values in shares]
+    return [figure for figures in found for figure in figures][:SHOWN]
+
+
+def heat_map(title: str, values: Mapping[str, float], high: float, text: Callable[[float], str]) -> list[Figure]:
+    """Of names like 'model.layers.3.mlp.up_proj' or '3.up_proj'; others are left out. None if nothing is left."""
     rows: dict[str, dict[int, float]] = {}
     for name, value in values.items():
         parts = name.split(".")
@@ -153,25 +150,12 @@ def heat_map(values: Mapping[str, float], low: float, high: float, text: Callabl
     def cell(module: str, layer: int) -> tuple[str, float] | None:
         if (value := rows[module].get(layer)) is None:
             return None
-        shade = 0.06 + 0.94 * min(1.0, max(0.0, (value - low) / ((high - low) or 1)))
-        return f"layer {layer}, {module}: {text(value)}", round(shade, 3)
+        return f"layer {layer}, {module}: {text(value)}", round(0.06 + 0.94 * min(1.0, max(0.0, value / high)), 3)
 
     shown = [(name, [cell(name, layer) for layer in layers], text(sum(row.values()) / len(row)))
              for name, row in rows.items()]  # fmt: skip
-    return Heat(f"{what} by layer and module", layers, shown) if shown else None
-
-
-def sparsity(section: Section) -> list[Figure]:
-    """Heat maps of the share of zeros, as each pruning stage wrote it down."""
-    found: list[Figure] = []
-    for stage in section.stages:
-        shares = numbers(stage.metrics.get("by_module"))
-        heat = heat_map(shares, 0, 1, lambda v: f"{v * 100:.2f} %", f"share of zeros, {stage.name},")
-        if heat:
-            ends = f"{min(shares.values()) * 100:.2f} % to {max(shares.values()) * 100:.2f} %"
-            note = f"{ends}; the stronger the colour, the more zeros. At the right, a row's mean."
-            found.append(Figure(f"Pruned, after {stage.name}", None, note, True, heat))
-    return found[:SHOWN]
+    note = f"{text(min(values.values()))} to {text(max(values.values()))}; at the right, a row's mean." if shown else ""
+    return [Figure(title, None, note, True, layers, shown)] if shown else []
 
 
 def weights(section: Section) -> list[Figure]:
