@@ -27,15 +27,14 @@ BINS = 61  # of float weights; odd, so that one lies around 0
 @dataclass
 class Histogram:
     """Counts of a folder's weights. ``kept`` maps a bin (integer level, or the middle of a range) to its weights that
-    are not pruned; ``beyond`` of them lie outside all bins."""
+    are not pruned."""
 
     kept: Counter[float] = field(default_factory=Counter)
     pruned: int = 0
-    beyond: int = 0
 
     @property
     def total(self) -> int:
-        return self.pruned + self.beyond + sum(self.kept.values())
+        return self.pruned + sum(self.kept.values())
 
 
 class WeightFolder:
@@ -130,15 +129,14 @@ def spread(folder: WeightFolder, names: Sequence[str]) -> float:
 
 
 def count_values(folder: WeightFolder, names: Sequence[str], reach: float) -> Histogram:
-    """Counts of the weights of a float folder in ``BINS`` ranges of [-reach, reach]; exact zeros count as pruned."""
+    """Counts of the weights of a float folder in ``BINS`` ranges of [-reach, reach], the outermost with what lies beyond;
+    exact zeros count as pruned."""
     counts = Histogram()
     width, totals = 2 * reach / BINS, torch.zeros(BINS, dtype=torch.float64)
     for name in names:
         weight = folder.weight(name)
         zeros = weight.numel() - int(torch.count_nonzero(weight))
-        inside = torch.histc(weight, BINS, -reach, reach).double()
-        counts.beyond += weight.numel() - int(inside.sum())
-        totals += inside
+        totals += torch.histc(weight.clamp(-reach, reach), BINS, -reach, reach).double()
         totals[BINS // 2] -= zeros
         counts.pruned += zeros
     counts.kept = Counter({(i - BINS // 2) * width: int(n) for i, n in enumerate(totals.tolist())})

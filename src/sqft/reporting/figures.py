@@ -150,7 +150,9 @@ def heat_map(title: str, values: Mapping[str, float], high: float, text: Callabl
     def cell(module: str, layer: int) -> tuple[str, float] | None:
         if (value := rows[module].get(layer)) is None:
             return None
-        return f"layer {layer}, {module}: {text(value)}", round(0.06 + 0.94 * min(1.0, max(0.0, value / high)), 3)
+        return f"layer {layer}, {module}: {text(value)}", round(
+            0.06 + 0.94 * min(1.0, max(0.0, value / (high or 1))), 3
+        )
 
     shown = [(name, [cell(name, layer) for layer in layers], text(sum(row.values()) / len(row)))
              for name, row in rows.items()]  # fmt: skip
@@ -192,7 +194,6 @@ def _before_and_after(group: Sequence[tuple[Stage, WeightFolder]]) -> Figure:
         shares = {value: number / counts.total for value, number in counts.kept.items()}
         bars.append(Bars(stage.name, shares, counts.pruned / counts.total, (7, 0, 2, 3)[i % 4]))
         notes += [f"{stage.name}: {counts.pruned / counts.total * 100:.2f} % pruned"] if counts.pruned else []
-        notes += [f"{stage.name}: {counts.beyond / counts.total * 100:.2g} % beyond the axis"] if counts.beyond else []
     notes.append(f"{len(names)} of {len(first.sizes)} weight matrices")
     kind, axis = (f"{precision(start)} grid", "integer level, from the zero point") if first.packed else (
         "Float", f"weight ({BINS} bins)")  # fmt: skip
