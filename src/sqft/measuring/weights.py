@@ -129,8 +129,8 @@ def spread(folder: WeightFolder, names: Sequence[str]) -> float:
 
 
 def count_values(folder: WeightFolder, names: Sequence[str], reach: float) -> Histogram:
-    """Counts of the weights of a float folder in ``BINS`` ranges of [-reach, reach], the outermost with what lies beyond;
-    exact zeros count as pruned."""
+    """Counts of the weights of a float folder in ``BINS`` ranges of [-reach, reach], of which the outermost have what
+    lies beyond; exact zeros count as pruned."""
     counts = Histogram()
     width, totals = 2 * reach / BINS, torch.zeros(BINS, dtype=torch.float64)
     for name in names:

@@ -17,14 +17,11 @@ TOLD = {"accuracy": share, "perplexity": "{:.4g}".format, "sparsity": share, "ze
 
 def list_stages(root: Path) -> list[dict[str, Any]]:
     """Every stage folder under ``root``: path, stage, time, main numbers. Raises UsageError if there is none."""
-    found = []
-    for folder, manifest in manifests(root):
-        row: dict[str, Any] = {"folder": str(folder), "stage": "?", "created": "", "numbers": {"error": str(manifest)}}
-        if not isinstance(manifest, SqftError):
-            kept = {key: value for key, value in manifest.metrics.items() if isinstance(value, (int, float))}
-            row |= {"stage": manifest.stage, "created": manifest.created, "numbers": kept}
-        found.append(row)
-    return found
+    return [{"folder": str(folder), "stage": "?", "created": "", "numbers": {"error": str(manifest)}}
+            if isinstance(manifest, SqftError) else
+            {"folder": str(folder), "stage": manifest.stage, "created": manifest.created,
+             "numbers": {key: value for key, value in manifest.metrics.items() if isinstance(value, (int, float))}}
+            for folder, manifest in manifests(root)]  # fmt: skip
 
 
 def stages_table(stages: list[dict[str, Any]]) -> Table:
