@@ -50,7 +50,7 @@ class WeightFolder:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             settings = config.get("quantization_config")
             self.coder: Any = FORMATS[settings["quant_method"]] if settings else None
-            self.settings = self.coder.read_config(settings) if settings else None
+            self.settings: Any = self.coder.read_config(settings) if settings else None
             self._places: dict[str, Path] = {}  # of tensors, and of masks by the names of their modules
             for file in (*sorted(folder.glob("model*.safetensors")), *folder.glob(str(MASKS))):
                 with safe_open(file, "pt") as stream:
