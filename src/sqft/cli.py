@@ -16,7 +16,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -181,7 +180,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         found = dry_run(recipe, model=arguments.model, output=arguments.output)
         if not arguments.json:
             show(found)
-        return asdict(found)
+        return found
     results = sqft.run(recipe, model=arguments.model, output=arguments.output,
                        say=lambda text: print(text, file=sys.stderr))  # fmt: skip
     output = Path(arguments.output or recipe.output)

@@ -1,7 +1,6 @@
 """Charts as SVG, for the report's page and a search's folder: no script, no image files, every text escaped.
 
-A mark of colour k has the class ``ck``; the colours are the page's, so that charts follow its theme. Lengths are in
-units of the view box, which is about as many pixels.
+A mark of colour k has the class ``ck``; the colours are the page's, so that charts follow its theme.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ svg .tick, svg .label { fill: var(--soft); } svg .label, svg .name { font-weight
 svg .name { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; stroke-linejoin: round; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); fill: none; }
 .line, .ring, .whisker { fill: none; stroke: currentColor; stroke-width: 2.2; stroke-linejoin: round; }
-.thin { stroke-width: 1.6; } .dashed { stroke-dasharray: 6 4; } .whisker { stroke-width: 1.4; stroke-opacity: .55; }
+.area { fill: currentColor; fill-opacity: .16; stroke: currentColor; stroke-width: 1.6; }
+.dashed { stroke-dasharray: 6 4; } .whisker { stroke-width: 1.4; stroke-opacity: .55; }
 .bar, .mark { fill: currentColor; } .mark { stroke: var(--panel); } .pale { fill-opacity: .28; }
 .leader { stroke: var(--soft); stroke-width: .8; fill: none; }
 """ + "".join(f".c{k} {{ color: var(--c{k}); }}\n" for k in range(COLOURS))
@@ -48,7 +48,7 @@ class Axis(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Points joined by ``kind``: 'line', 'dashed', 'step' (each value holds until the next), or 'dots'."""
+    """Points joined by ``kind``: 'line', 'dashed', or 'step' (each value holds until the next)."""
 
     points: Sequence[tuple[float, float]]
     colour: int
@@ -56,7 +56,7 @@ class Curve(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """A point with a label and, optionally, an interval of y. ``shape``: 'dot', 'square' or 'ring'."""
+    """A point, perhaps with an interval of y. ``shape``: 'dot', 'square' or 'ring'."""
 
     label: str
     x: float
@@ -86,7 +86,6 @@ class Chart:
     curves: Sequence[Curve] = ()
     marks: Sequence[Mark] = ()
     bars: Sequence[Bars] = ()
-    outline: bool = False  # of the bars alone, for many bins
     keys: Sequence[tuple[str, str]] = ()
 
 
@@ -108,51 +107,46 @@ def make_axis(label: str, values: Sequence[float], text: Callable[[float], str] 
     spread = (most - least) or abs(most) * 0.2 or 1.0
     low = min(0.0, least) if zero else max(least - margin * spread, min(limits[0], least))
     high = min(most + margin * spread, max(limits[1], most))
-    step = _step((high - low) / count)
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * count >= (high - low) * 0.999)
     step = max(1.0, math.ceil(step)) if whole else step
     ticks = [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     return Axis(label, low, high, ticks, text)
 
 
-def _step(rough: float) -> float:
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-
-
-def histogram(bars: Sequence[Bars], label: str, text: Callable[[float], str], summary: str, outline: bool) -> Chart:
-    """Bars side by side, or outlines over one another."""
-    bins = sorted({value for one in bars for value in one.shares}) or [0.0]
-    step = min((b - a for a, b in itertools.pairwise(bins)), default=1.0)
-    tallest = max((share for one in bars for share in one.shares.values()), default=0.0) or 1.0
-    x = make_axis(label, [bins[0] - step, bins[-1] + step], text, margin=0, count=9, whole=not outline)
+def histogram(bars: Sequence[Bars], label: str, text: Callable[[float], str], summary: str) -> Chart:
+    """Outlines over one another; what is pruned stands apart."""
+    bins, step = _bins(bars)
+    x = make_axis(label, [bins[0] - step, bins[-1] + step], text, margin=0, count=9)
+    tallest = max(share for one in bars for share in one.shares.values()) or 1.0
     y = make_axis("share of the weights", [0, tallest], lambda v: f"{v * 100:.3g} %", margin=0)
     keys = [(f"c{one.colour}", one.label) for one in bars]
-    return Chart(summary, x, y._replace(high=tallest * 1.3), bars=bars, outline=outline, keys=keys)
+    return Chart(summary, x, y._replace(high=tallest * 1.3), bars=bars, keys=keys)
+
+
+def _bins(bars: Sequence[Bars]) -> tuple[list[float], float]:
+    """All bins, at least one, and how far they lie apart."""
+    bins = sorted({value for one in bars for value in one.shares} | {0.0})
+    return bins, min((b - a for a, b in itertools.pairwise(bins)), default=1.0)
 
 
 def draw(chart: Chart, width: int = 460, height: int = 280) -> Markup:
-    """The chart without its legend, for a page that has ``STYLE`` and the variables of ``PALETTE``."""
+    """The chart, with a legend of several keys below it, for a page that has ``STYLE`` and ``VARIABLES``."""
     return _Drawing(chart, width, height).finish()
 
 
 def standalone(chart: Chart, width: int = 640, height: int = 400) -> str:
-    """The chart with its legend, in light colours, as an SVG file of its own."""
+    """The chart in light colours, as an SVG file of its own."""
     style = re.sub(r"var\(--(\w+)\)", lambda m: PALETTE[m[1]][0], STYLE)
-    form, legend, x = Markup('<path class="{} {}" d="{}"/><text x="{}" y="{}">{}</text>'), Markup(), 14.0
-    for kind, label in chart.keys:
-        shape = "ring" if "ring" in kind else "square"
-        d = _outline(shape, x, height + 10.0)
-        legend += form.format("ring" if shape == "ring" else "mark", kind, d, x + 14, height + 14, label)
-        x += 40 + len(label) * LETTER
-    return Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}" '
-                  'font-family="system-ui, sans-serif"><style>{2}</style><rect width="100%" height="100%" fill="#fff"/>'
-                  "{3}{4}</svg>\n").format(width, height + 28, style, draw(chart, width, height), legend)  # fmt: skip
+    drawn = str(draw(chart, width, height)).removeprefix("<svg")
+    return ('<svg xmlns="http://www.w3.org/2000/svg" font-family="system-ui, sans-serif" style="background: #fff"'
+            + drawn.replace(">", f"><style>{style}</style>", 1) + "\n")  # fmt: skip
 
 
 def _outline(shape: str, x: float, y: float) -> str:
     if shape == "square":
         return f"M{x - 5:.1f} {y - 5:.1f}h10v10h-10z"
-    r = {"ring": 9, "small": 3}.get(shape, 5.5)
+    r = 9 if shape == "ring" else 5.5
     return f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0"
 
 
@@ -171,18 +165,17 @@ class _Drawing:
     def finish(self) -> Markup:
         self._axes()
         for curve in self.chart.curves:
-            if curve.points:
-                self._curve(curve)
+            self._curve(curve)
         for i, bars in enumerate(self.chart.bars):
             self._bars(bars, i)
         self._marks()
+        height = self._legend()
         frame = Markup('<svg class="chart" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" '
                        'aria-label="{2}">{3}</svg>')  # fmt: skip
-        return frame.format(self.width, self.height, self.chart.summary, Markup("").join(self.parts))
+        return frame.format(self.width, height, self.chart.summary, Markup("").join(self.parts))
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self.x.low) / ((self.x.high - self.x.low) or 1)
-        up = (y - self.y.low) / ((self.y.high - self.y.low) or 1)
+        across, up = (x - self.x.low) / (self.x.high - self.x.low), (y - self.y.low) / (self.y.high - self.y.low)
         return self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
 
     def path(self, kind: str, d: str, tip: str = "") -> None:
@@ -211,16 +204,12 @@ class _Drawing:
         self.text(self.right, self.height - 6, self.x.label, "end", "label")
 
     def _curve(self, curve: Curve) -> None:
-        places = [self.at(*point) for point in curve.points]
-        colour = f"c{curve.colour % COLOURS}"
-        if curve.kind == "dots" or len(places) == 1:
-            for x, y in places:
-                self.path(f"mark {colour}", _outline("small", x, y))
+        places, colour = [self.at(*point) for point in curve.points], f"c{curve.colour % COLOURS}"
+        if len(places) == 1:
+            self.path(f"mark {colour}", _outline("dot", *places[0]))
             return
         if curve.kind == "step":
-            corners = [(b[0], a[1]) for a, b in itertools.pairwise(places)]
-            places = [p for pair in itertools.zip_longest(places, corners) for p in pair if p]
-            places.append((self.right, places[-1][1]))
+            places = [p for a, b in itertools.pairwise([*places, (self.right, 0.0)]) for p in (a, (b[0], a[1]))]
         kind = "line dashed" if curve.kind == "dashed" else "line"
         self.path(f"{kind} {colour}", "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places))
         for (ax, ay), (bx, by) in itertools.pairwise(places):  # small boxes along it
@@ -229,31 +218,23 @@ class _Drawing:
 
     def _bars(self, bars: Bars, index: int) -> None:
         """What is pruned would dwarf the rest: it is a pale bar at 0 that breaks off at the top, in a zigzag."""
-        bins = sorted(bars.shares)
-        step = min((b - a for a, b in itertools.pairwise(bins)), default=1.0)
+        (bins, step), colour = _bins(self.chart.bars), f"c{bars.colour % COLOURS}"
         slot = (self.right - self.left) * step / (self.x.high - self.x.low)
-        bar = slot * 0.86 / len(self.chart.bars)
-        kind, edges = f"bar c{bars.colour % COLOURS}", []
-        for value in bins:
-            share = bars.shares[value]
-            x, y = self.at(value, share)
-            left, wide = x - slot * 0.43 + index * bar, max(0.6, bar - 0.6)
-            edges.append(f"{x - slot / 2:.2f} {y:.2f}h{slot:.2f}")
-            if not self.chart.outline:
-                tip = f"{bars.label}, {self.x.text(value)}: {share * 100:.3g} % of the weights"
-                self.path(kind, f"M{left:.2f} {self.bottom:.2f}V{y:.2f}h{wide:.2f}V{self.bottom:.2f}z", tip)
-            if abs(value) < step / 2 and bars.pruned:
-                foot = self.bottom if self.chart.outline else y
-                zigzag = f"V{self.top + 5:.2f}l{-wide / 2:.2f} -5l{-wide / 2:.2f} 5z"
-                tip = f"{bars.label}: {bars.pruned * 100:.2f} % of the weights are pruned"
-                self.path(f"{kind} pale", f"M{left:.2f} {foot:.2f}h{wide:.2f}{zigzag}", tip)
-        if self.chart.outline and edges:
-            self.path(f"line thin c{bars.colour % COLOURS}", "M" + "L".join(edges))
+        places = [self.at(value, bars.shares.get(value, 0.0)) for value in bins]
+        tops = [f"{x - slot / 2:.2f} {y:.2f}h{slot:.2f}" for x, y in places]
+        start = f"M{places[0][0] - slot / 2:.2f} {self.bottom:.2f}L"
+        self.path(f"area {colour}", start + "L".join(tops) + f"V{self.bottom:.2f}", bars.label)
+        if bars.pruned:
+            wide = slot * 0.86 / len(self.chart.bars)
+            left = self.at(0, 0)[0] + (index - len(self.chart.bars) / 2) * wide
+            zigzag = f"V{self.top + 5:.2f}l{-wide / 2:.2f} -5l{-wide / 2:.2f} 5z"
+            tip = f"{bars.label}: {bars.pruned * 100:.2f} % of the weights are pruned"
+            self.path(f"bar pale {colour}", f"M{left:.2f} {self.bottom:.2f}h{wide:.2f}{zigzag}", tip)
 
     def _marks(self) -> None:
         placed = [(mark, *self.at(mark.x, mark.y)) for mark in self.chart.marks]
-        self.taken += [(x - 6, y - 6, x + 6, y + 6) for _, x, y in placed]
-        for mark, x, _ in placed:
+        for mark, x, y in placed:
+            self.taken.append((x - 6, y - 6, x + 6, y + 6))
             if mark.interval:
                 low, high = (self.at(mark.x, end)[1] for end in mark.interval)
                 ends = f"M{x - 4:.1f} {low:.1f}h8M{x - 4:.1f} {high:.1f}h8M{x:.1f} {low:.1f}V{high:.1f}"
@@ -261,41 +242,38 @@ class _Drawing:
                 self.taken.append((x - 2, high, x + 2, low))
         for mark, x, y in placed:
             kind = "ring" if mark.shape == "ring" else "mark"
-            self.path(f"{kind} c{mark.colour % COLOURS}", _outline(mark.shape, x, y), mark.tip or mark.label)
+            self.path(f"{kind} c{mark.colour % COLOURS}", _outline(mark.shape, x, y), mark.tip)
         for mark, x, y in placed:
             if mark.label:
                 self._label(mark.label, x, y)
 
     def _label(self, text: str, x: float, y: float) -> None:
-        """Puts a label where it covers least of the others; with a thin line to its point if that is farther away."""
-        width, best = len(text) * BOLD, (math.inf, (0.0, 0.0, 0.0, 0.0), 0, 0)
-        for far in range(7):
-            rise = 16 * far
-            for side, dy in (
-                (1, 4 - rise),
-                (-1, 4 - rise),
-                (1, 4 + rise),
-                (-1, 4 + rise),
-                (0, -10 - rise),
-                (0, 20 + rise),
-            ):
-                left = x + 10 if side > 0 else x - 10 - width if side < 0 else x - width / 2
-                best = min(best, self._place(left, y + dy, width, far, side), key=lambda place: place[0])
-        _, box, far, side = best
+        """Puts a label right or left of its point, else as little above or below as is free, with a line to it."""
+        width = len(text) * BOLD
+        places = [(left, y + 4 + rise) for rise in (0, -16, 16, -32, 32, -48, 48, -64, 64, -80, 80, -96, 96)
+                  for left in (x + 10, x - 10 - width)]  # fmt: skip
+        boxes = [(left, base - 11, left + width, base + 3) for left, base in places]
+        box = min(boxes, key=self._covered)  # the first of the best
         self.taken.append(box)
-        if far:
-            near = box[3] if box[3] < y else box[1]
-            self.path("leader", f"M{x:.1f} {y:.1f}L{min(max(x, box[0]), box[2]):.1f} {near:.1f}")
-        start = {1: box[0], 0: (box[0] + box[2]) / 2, -1: box[2]}[side]  # where the estimated width does not matter
-        self.text(start, box[3] - 3, text, {1: "start", 0: "middle", -1: "end"}[side], "name")
+        if abs(box[3] - 7 - y) > 1:
+            self.path("leader", f"M{x:.1f} {y:.1f}L{box[0] if box[0] > x else box[2]:.1f} {box[3] - 7:.1f}")
+        right = box[0] > x
+        self.text(box[0] if right else box[2], box[3] - 3, text, "start" if right else "end", "name")
 
-    def _place(self, left: float, base: float, width: float, far: int, side: int) -> tuple[float, Box, int, int]:
-        """(cost, box, far, side) of a label."""
-        box = (left, base - 11, left + width, base + 3)
-        outside = max(0.0, self.left - box[0]) + max(0.0, box[2] - self.width)
-        outside += max(0.0, 18 - box[1]) + max(0.0, box[3] - self.bottom)
-        return sum(_overlap(box, other) for other in self.taken) + 60 * outside + 25 * far, box, far, side
+    def _legend(self) -> int:
+        """Below the chart, in as many lines as it takes; returns the height of both."""
+        x, y = 14.0, self.height - 10
+        for kind, label in self.chart.keys if len(self.chart.keys) > 1 else ():
+            wide = 34 + len(label) * BOLD
+            x, y = (x, y) if x + wide < self.width and y > self.height else (14.0, y + 22)
+            shape = "ring" if "ring" in kind else "square"
+            self.path(kind if shape == "ring" else f"mark {kind}", _outline(shape, x, y))
+            self.text(x + 14, y + 4, label, "start")
+            x += wide
+        return y + 14
 
-
-def _overlap(a: Box, b: Box) -> float:
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    def _covered(self, box: Box) -> float:
+        """How much of what is there already a label in this box would hide, or how far it would leave the chart."""
+        outside = max(0.0, self.left - box[0], box[2] - self.width, 18 - box[1], box[3] - self.bottom)
+        sides = ((min(box[2], b[2]) - max(box[0], b[0]), min(box[3], b[3]) - max(box[1], b[1])) for b in self.taken)
+        return 60 * outside + sum(max(0.0, across) * max(0.0, down) for across, down in sides)

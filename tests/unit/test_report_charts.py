@@ -14,7 +14,7 @@ import pytest
 import sqft
 from sqft import artifact, drawing
 from sqft.config import QuantizeConfig
-from sqft.measuring.weights import WeightFolder, chosen, count_levels, count_values, moves
+from sqft.measuring.weights import WeightFolder, chosen, count_levels, count_values
 from sqft.reporting.collect import read_section, serving_bytes
 from sqft.reporting.figures import heat_map
 from sqft.reporting.page import report
@@ -32,12 +32,11 @@ def test_counts_of_integer_levels_are_those_of_the_model(packed: Path) -> None:
     counts = count_levels(folder, list(folder.sizes))
     model, _ = sqft.load(packed)
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
-    assert set(layers) == set(folder.sizes) and counts.modules == len(layers) == counts.of_modules
+    assert set(layers) == set(folder.sizes)
     assert counts.total == sum(folder.sizes.values()) == sum(m.in_features * m.out_features for m in layers.values())
     metrics = artifact.read_manifest(packed).metrics
     assert counts.pruned == metrics["pruned"]
-    assert sum(zeros for zeros, _ in counts.zeros.values()) == metrics["zeros"] == counts.pruned + counts.kept[0.0]
-    assert moves(folder, folder, list(folder.sizes)) == (0.0, 0)
+    assert metrics["zeros"] == counts.pruned + counts.kept[0.0]
     with pytest.raises(sqft.SqftError, match="cannot be read"):
         WeightFolder(packed / "masks")
 
@@ -49,7 +48,7 @@ def test_counts_of_float_weights(dense: Path, sparse: Path) -> None:
     assert all_of.total == half.total == sum(before.sizes.values()) and all_of.pruned == 0
     assert half.pruned == artifact.read_manifest(sparse).metrics["zeros"]
     narrow = count_values(before, names, 0.01)
-    assert narrow.beyond > 0 and narrow.total == all_of.total
+    assert narrow.total == all_of.total and narrow.kept[max(narrow.kept)] > all_of.kept[max(all_of.kept)]
     assert not any("norm" in name for name in names)
 
 
@@ -102,18 +101,14 @@ def test_axes_and_labels() -> None:
 
 def test_heat_map_and_histogram() -> None:
     values = {"model.layers.1.mlp.up": 0.5, "model.layers.0.mlp.up": 0.1, "lm_head": 1.0, "3.qkv": 8, "4": 2}
-    heat = heat_map(values, 0, 1, lambda v: f"{v:.2f}<", "x")
-    assert (
-        heat is not None
-        and heat.layers == [0, 1, 3, 4]
-        and [name for name, _, _ in heat.rows] == ["mlp.up", "qkv", "all"]
-    )
+    (heat,) = heat_map("x", values, 1, lambda v: f"{v:.2f}<")
+    assert heat.layers == [0, 1, 3, 4] and [name for name, _, _ in heat.rows] == ["mlp.up", "qkv", "all"]
+    assert heat_map("x", {"lm_head": 1.0}, 1, str) == []
     assert heat.rows[0][1:] == (
         [("layer 0, mlp.up: 0.10<", 0.154), ("layer 1, mlp.up: 0.50<", 0.53), None, None],
         "0.30<",
     )
     bars = [drawing.Bars("a", {float(i): 0.1 for i in range(-3, 4)}, 0.5, 0), drawing.Bars("b", {0.0: 0.2}, 0.0, 1)]
-    drawn = ElementTree.fromstring(drawing.draw(drawing.histogram(bars, "x", str, "x", outline=False)))
+    drawn = ElementTree.fromstring(drawing.draw(drawing.histogram(bars, "x", str, "x")))
     tips = [t.text for t in drawn.iter("title")]
-    assert "a: 50.00 % of the weights are pruned" in tips and len(tips) == 9
-    ElementTree.fromstring(drawing.draw(drawing.histogram(bars, "x", str, "x", outline=True)))
+    assert tips == ["a", "a: 50.00 % of the weights are pruned", "b"]

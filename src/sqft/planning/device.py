@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from sqft.kernels.dispatch import product
+from sqft.kernels.dispatch import pick_device, product
 
 SIZE = 1024  # of the products
 COPIED = 1 << 26  # bytes of a copy: more than caches hold
@@ -30,11 +30,11 @@ class Speed:
 
 def measure_device(dtype: torch.dtype = torch.float32) -> Speed:
     """Measures the accelerator if there is one, else the processor with the threads that torch uses."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = pick_device()
     name = f"CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type.upper()
     x, w = (torch.randn(SIZE, SIZE, device=device) for _ in range(2))
     low_x, low_w = x.to(dtype), w.to(dtype)
-    source = torch.empty(COPIED, dtype=torch.uint8, device=device)
+    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     calls = (lambda: F.linear(low_x, low_w), lambda: product(low_x, low_w), lambda: product(x, w))
     with torch.no_grad():
@@ -43,15 +43,14 @@ def measure_device(dtype: torch.dtype = torch.float32) -> Speed:
 
 
 def _rate(call: Callable[[], object], device: torch.device) -> float:
-    """Calls a second."""
-    calls, started = -1, time.perf_counter()
-    while True:
+    """Calls a second, after one that warms up. What an accelerator has only queued does not count."""
+    synchronize = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
+    call()
+    synchronize()
+    calls, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < SECONDS:
         call()
         calls += 1
-        if not calls or time.perf_counter() - started >= SECONDS or calls % 64 == 0:
-            if device.type != "cpu":
-                torch.accelerator.synchronize()  # what was queued only, does not count
-            if not calls:  # the first call warms up
-                started = time.perf_counter()
-            elif (passed := time.perf_counter() - started) >= SECONDS:
-                return calls / passed
+        if calls % 64 == 0 or time.perf_counter() - started >= SECONDS:
+            synchronize()
+    return calls / passed

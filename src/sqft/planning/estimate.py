@@ -1,21 +1,8 @@
 """Estimates of a stage's time, memory and disk from a model's sizes, before anything is loaded.
 
-Time is work over speed: FLOPs of products and bytes moved, over what ``device.measure_device`` measured. In symbols:
-T tokens, W weights of the blocks' linear layers, A those of them that are adapted, H the head's, R rank, I inputs.
-
-    forward               2 T (W + H), attention 4 T^2 hidden a layer and sequence
-    sparsify              two forwards of the blocks, and a choice among W
-    quantize              one forward (two without true_sequential), T I^2 an input for its Hessian, 8 I^3 to factorize
-                          it, a search for ranges and a loop over columns
-    train, a step         2 T (W + H) forward and again to propagate back, 2 T W more with checkpointing; a masked
-                          adapter's gradient 2 T A, its weight built anew every time (2 R A, a pass over memory); with
-                          dropout base and adapter are multiplied apart: 2 T A more each time
-    search, a sub-adapter a forward over the completions, or a generation
-    generate              a forward over the prompts; then for each token the weights are read, and 2 (W + H) a sequence
-
-A stage's function has its name and takes (the model, its options, the text that it reads).
-
-The constants in front of memory passes were measured on SmolLM2-135M (``docs/recipes.md`` compares).
+Time is work over speed: FLOPs of products and bytes moved, over what ``device.measure_device`` measured.
+``docs/recipes.md`` has the formulas and compares them with runs of SmolLM2-135M, on which the constants in front of
+memory passes were measured. A stage's function has its name and takes (the model, its options, the text that it reads).
 """
 
 from __future__ import annotations
@@ -42,6 +29,7 @@ START = 3.0  # seconds to start a stage: libraries, tokenizer
 SHORT = 1.35  # times as long as their FLOPs: the products of short sequences, beside the large ones that are measured
 ADAM = 16  # bytes a trained weight: itself, gradient, two moments, float32
 LOGITS = 5  # float32 copies of the logits while training
+REUSES = (".k_proj", ".v_proj", ".up_proj")  # they read the same input as the linear layer before them
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ class Work:
 
 
 class Estimate(NamedTuple):
-    """Work of a stage; the most memory that it holds, in bytes, on the device that computes."""
+    """Work of a stage; the most bytes that it holds on the device that computes."""
 
     work: Work
     memory: float
@@ -117,7 +105,7 @@ def quantize(run: Run, config: QuantizeConfig, data: Workload) -> Estimate:
     tokens = config.samples * config.length if calibrated else 0
     once = forward(shape, tokens, config.length, head=False)
     work = run.load() + Work(fast=once.products, moved=once.moved).times(1 if config.true_sequential else 2)
-    inputs = [linear.inputs for linear in shape.linears if linear.own_input]
+    inputs = [linear.inputs for linear in shape.linears if not linear.name.endswith(REUSES)]
     if calibrated:
         work += Work(fast32=sum(tokens * i**2 + FACTORIZE * i**3 for i in inputs)
                      + sum(linear.weights * linear.inputs for linear in shape.linears),
@@ -180,11 +168,10 @@ def generate(run: Run, lengths: Lengths, batch_size: int, new_tokens: float) -> 
     """Greedy generation of ``new_tokens`` for each of the prompts, with the weights held as floats."""
     shape = run.shape
     prompts = [prompt for prompt, _ in lengths]
-    count = -(-len(prompts) // batch_size)
+    passes = -(-len(prompts) // batch_size) * new_tokens
     work = forward(shape, sum(prompts), sum(prompts) / max(1, len(prompts)))
     work += Work(products=2 * (shape.weights + shape.head) * len(prompts) * new_tokens,
-                 moved=count * new_tokens * shape.parameters * shape.itemsize,
-                 fixed=count * new_tokens * shape.layers * TOKEN)  # fmt: skip
+                 moved=passes * shape.parameters * shape.itemsize, fixed=passes * shape.layers * TOKEN)  # fmt: skip
     cache = batch_size * (max(prompts, default=0) + new_tokens) * shape.layers * 2 * shape.hidden * shape.itemsize
     return Estimate(work, shape.parameters * shape.itemsize + cache + batch_size * shape.vocabulary * 4)
 

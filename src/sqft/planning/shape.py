@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +10,6 @@ import torch
 from sqft.errors import SqftError
 from sqft.models.dense import locate
 from sqft.models.discover import Architecture, describe
-
-REUSES = ("k_proj", "v_proj", "up_proj")  # they read the same input as the linear layer before them
 
 
 def skeleton(source: str | Path) -> Any:
@@ -24,24 +21,23 @@ def skeleton(source: str | Path) -> Any:
 
     folder, gguf = locate(source)
     try:
-        config = copy.deepcopy(AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             delattr(config, "quantization_config")
         dtype = torch.float32 if gguf else getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; each means that there is nothing to count
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SqftError(f"the configuration of {source} is not here: {reason}") from error
 
 
 class Linear(NamedTuple):
-    """A linear layer of a decoder block. ``own_input``: no layer before it reads the same."""
+    """A linear layer of a decoder block."""
 
     name: str
     outputs: int
     inputs: int
-    own_input: bool
 
     @property
     def weights(self) -> int:
@@ -66,10 +62,9 @@ class Shape(NamedTuple):
 def shape_of(model: Any, architecture: Architecture | None = None) -> Shape:
     """The sizes of a model, live or a skeleton."""
     architecture = architecture or describe(model)
-    config = model.config.get_text_config()
-    linears = tuple(Linear(weight.name, *weight.shape, weight.name.rsplit(".", 1)[-1] not in REUSES)
-                    for weight in architecture.weights())  # fmt: skip
-    return Shape(sum(p.numel() for p in model.parameters()), linears, sum(linear.weights for linear in linears),
-                 max(max(linear.inputs, linear.outputs) for linear in linears), config.vocab_size * config.hidden_size,
-                 len(architecture.blocks), config.hidden_size, config.vocab_size,
-                 next(model.parameters()).element_size())  # fmt: skip
+    config, parameters = model.config.get_text_config(), list(model.parameters())
+    linears = tuple(Linear(weight.name, *weight.shape) for weight in architecture.weights())
+    inner = max(max(linear.inputs, linear.outputs) for linear in linears)
+    return Shape(sum(p.numel() for p in parameters), linears, sum(linear.weights for linear in linears), inner,
+                 config.vocab_size * config.hidden_size, len(architecture.blocks), config.hidden_size,
+                 config.vocab_size, parameters[0].element_size())  # fmt: skip

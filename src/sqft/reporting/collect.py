@@ -1,7 +1,6 @@
 """Folders of runs as plain data: stages and what they were made from, scores, comparisons, curves, predictions.
 
-Everything read here was written by some earlier process and may be missing, cut off or of another version: what cannot
-be read becomes a sentence in ``Section.notes``, and the report goes on without it.
+What cannot be read (missing, cut off, of another version) becomes a sentence in ``Section.notes``.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ SHARES = ("accuracy", "sparsity", "zeros_kept", "sparsity_kept")  # numbers that
 class Stage:
     """One stage folder of a section, or (its ``kind`` is 'model') the model that a run started from.
 
-    ``key`` is what other stages name it by: its absolute path, or a hub name. ``source`` is the key of what it was
-    made from. ``scores`` maps a task (or '' for perplexity alone) to what evaluate stages found.
+    ``key``: its absolute path, or a hub name; ``source``: the key of what it was made from; ``scores``: what evaluate
+    stages found, by task ('' for perplexity alone).
     """
 
     key: str
@@ -46,8 +45,8 @@ class Stage:
 
 @dataclass
 class Section:
-    """What one FOLDER of the command line holds. ``stages`` are in order: none comes before what it was made from;
-    ``evaluations`` are those that looked at one of them; ``methods`` are the rows of a comparison."""
+    """What one FOLDER of the command line holds. ``stages``: none comes before what it was made from; ``evaluations``:
+    the stages that looked at one of them."""
 
     root: Path
     title: str
@@ -71,21 +70,15 @@ class Section:
         """Stages and evaluations that have a manifest."""
         return [stage for stage in self.stages + self.evaluations if stage.kind != "model"]
 
-    @property
-    def reference(self) -> str:
-        """The name of the method that the others' accuracies are compared with."""
-        return str(self.comparison.get("reference") or "lora")
-
     @cached_property
     def methods(self) -> list[dict[str, Any]]:
-        """Numbers and texts of a comparison's rows; ``mergeable`` is absent of a model that was not adapted. ``title``
+        """Numbers and texts of a comparison's rows; ``mergeable`` is absent of a model that was not adapted, ``title``
         has the sparsity where there are several."""
         rows = self.comparison.get("rows")
         found = [_method(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         several = len({row["sparsity"] for row in found if "sparsity" in row}) > 1
         for row in found:
-            sparsity = f", {row['sparsity'] * 100:g} %" if several and "sparsity" in row else ""
-            row["title"] = row["method"] + sparsity
+            row["title"] += f", {row['sparsity'] * 100:g} %" if several and "sparsity" in row else ""
         return found
 
     def note(self, text: str) -> None:
@@ -110,7 +103,8 @@ def numbers(values: Any) -> dict[str, Any]:
 def _method(row: dict[str, Any]) -> dict[str, Any]:
     texts = {key: str(row[key]) for key in ("name", "precision", "folder", "evaluation") if row.get(key) is not None}
     merges = {"mergeable": row["mergeable"]} if isinstance(row.get("mergeable"), bool) else {}
-    return {**numbers(row), **texts, **merges, "method": str(row.get("method") or "?")}
+    name = str(row.get("method") or "?")
+    return {**numbers(row), **texts, **merges, "method": name, "title": name}
 
 
 def manifests(root: Path) -> list[tuple[Path, artifact.Manifest | SqftError]]:
@@ -118,21 +112,22 @@ def manifests(root: Path) -> list[tuple[Path, artifact.Manifest | SqftError]]:
     and no comparison."""
     if not root.is_dir():
         raise UsageError(f"there is no folder {root}")
-    found: list[tuple[Path, artifact.Manifest | SqftError]] = []
-    for file in sorted(root.rglob(artifact.MANIFEST)):
-        if any(part.startswith(".") for part in file.relative_to(root).parts):
-            continue  # a stage that is being written, or was interrupted
-        try:
-            manifest = artifact.read_manifest(file.parent)
-            if (type(manifest.stage), type(manifest.metrics), type(manifest.config)) != (str, dict, dict):
-                raise SqftError(f"{file} is corrupt (stage, metrics or config is of a wrong type): run the stage again")
-            found.append((file.parent, manifest))
-        except (SqftError, TypeError) as error:  # the latter: a field of a wrong type
-            wrong = error if isinstance(error, SqftError) else SqftError(f"{file} is corrupt ({error})")
-            found.append((file.parent, wrong))
-    if not found and not (root / RESULT).is_file():
+    # A folder whose name begins with a dot is a stage that is being written, or was interrupted.
+    files = [file for file in sorted(root.rglob(artifact.MANIFEST))
+             if not any(part.startswith(".") for part in file.relative_to(root).parts)]  # fmt: skip
+    if not files and not (root / RESULT).is_file():
         raise UsageError(f"no folder under {root} was written by sqft: give the output folder of 'sqft run', or any "
                          "folder that holds stage folders")  # fmt: skip
+    return [(file.parent, _manifest(file)) for file in files]
+
+
+def _manifest(file: Path) -> artifact.Manifest | SqftError:
+    try:
+        found = artifact.read_manifest(file.parent)
+    except SqftError as error:
+        return error
+    if (type(found.stage), type(found.metrics), type(found.config)) != (str, dict, dict):
+        return SqftError(f"{file} is corrupt (stage, metrics or config is of a wrong type): run the stage again")
     return found
 
 
@@ -145,13 +140,17 @@ def read_section(root: Path, title: str = "") -> Section:
             section.note(str(manifest))
             continue
         name = folder.relative_to(root).as_posix() if folder != root else folder.absolute().name
-        found.append(Stage(_key(str(folder)), name, folder, manifest, _source(folder, manifest)))
+        parent: Any = manifest.parent
+        source = _key(artifact.resolve_parent(folder, parent)) if parent and isinstance(parent, str) else ""
+        found.append(Stage(_key(str(folder)), name, folder, manifest, source))
     section.comparison = read(section, root / RESULT, json.loads, {})
     if not found and not section.methods:
         raise SqftError(section.notes[0] if section.notes else f"{root / RESULT} has no rows: compare again")
     section.evaluations = [stage for stage in found if stage.kind in LOOKS]
-    section.stages = _in_order([stage for stage in found if stage.kind not in LOOKS])
-    _add_models(section)
+    made = [stage for stage in found if stage.kind not in LOOKS]
+    known = {stage.key for stage in made}
+    outside = dict.fromkeys(s.source for s in made + section.evaluations if s.source and s.source not in known)
+    section.stages = _in_order([*(Stage(key, _name(key), Path(key)) for key in outside), *made])
     for evaluation in section.evaluations:
         if evaluation.kind == "evaluate":
             _attach(section, evaluation)
@@ -162,37 +161,21 @@ def _key(path: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else path
 
 
-def _source(folder: Path, manifest: artifact.Manifest) -> str:
-    parent: Any = manifest.parent
-    return _key(artifact.resolve_parent(folder, parent)) if parent and isinstance(parent, str) else ""
+def _name(key: str) -> str:
+    """Of a model that is no stage: its folder's name, or its name on the hub."""
+    return Path(key).name if os.path.isabs(key) or key.startswith(".") else key
 
 
 def _in_order(stages: list[Stage]) -> list[Stage]:
     """Depth first: each branch of a tree of runs stays together, and sources come before what was made from them."""
     known = {stage.key for stage in stages}
+    waiting = [stage for stage in stages if stage.source not in known] + stages  # the latter: circles
     ordered: list[Stage] = []
-
-    def visit(stage: Stage) -> None:
-        if stage in ordered:
-            return
-        ordered.append(stage)
-        for child in stages:
-            if child.source == stage.key:
-                visit(child)
-
-    for stage in [stage for stage in stages if stage.source not in known] + stages:  # the latter: circles
-        visit(stage)
+    while waiting:
+        if (stage := waiting.pop(0)) not in ordered:
+            ordered.append(stage)
+            waiting[:0] = [child for child in stages if child.source == stage.key]
     return ordered
-
-
-def _add_models(section: Section) -> None:
-    """Puts the models that stages or evaluations name, but that are no stages, before the first stage from them."""
-    for stage in [*section.stages, *section.evaluations]:
-        key = stage.source
-        if key and section.stage(key) is None:
-            place = section.stages.index(stage) if stage in section.stages else 0
-            name = Path(key).name if os.path.isabs(key) or key.startswith(".") else key
-            section.stages.insert(place, Stage(key, name, Path(key)))
 
 
 def _attach(section: Section, evaluation: Stage) -> None:
@@ -227,14 +210,11 @@ def read_lines(section: Section, path: Path) -> list[dict[str, Any]]:
 
 def serving_bytes(stage: Stage, section: Section) -> int | None:
     """Bytes of the weights that have to be there to answer: without masks; of an adapter with its base."""
-    path = stage.folder
-    if not path.exists() or stage.key in {evaluation.key for evaluation in section.evaluations}:
-        return None
-    size = size_of(path)
-    if _is_adapter(path):
+    size = size_of(stage.folder) if stage.folder.exists() else 0
+    if size and _is_adapter(stage.folder):
         base = next((s for s in section.lineage(stage)[1:] if not _is_adapter(s.folder)), None)
-        below = serving_bytes(base, section) if base is not None else None
-        return None if below is None else size + below
+        below = base and serving_bytes(base, section)
+        return below and size + below
     return size or None
 
 

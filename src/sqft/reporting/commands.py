@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from sqft.options import from_dict
 from sqft.reporting.collect import Section, Stage
 from sqft.stages import STAGES
 
-FROM_PYTHON = "from Python"
+LIVE = {"calibration": "calibration tokens", "ranks": "ranks"}  # options that can be objects of a program
 
 
 class Command(NamedTuple):
@@ -49,31 +48,27 @@ def flags(config: Any) -> list[str]:
 
 def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Command:
     """``sqft STAGE SOURCE OUT --flag ...``. A config of another version of sqft gives a note instead of a line."""
-    values, note = dict(config), ""
-    if stage == "extract":
-        choice = str(values.get("choice", "median"))
-        return Command(shlex.join(["sqft", stage, source, out, "--choice", choice]))
     if stage not in STAGES:
-        return Command("", f"{out}: written {FROM_PYTHON}")
-    first = values.pop("first", None)
-    if str(values.get("calibration", "")).startswith("tokens:"):
-        del values["calibration"]
-        note = f"{out}: the calibration tokens were given {FROM_PYTHON}"
-    if isinstance(values.get("ranks"), dict):
-        del values["ranks"]
-        note = f"{out}: the ranks were given {FROM_PYTHON}"
+        return Command("", f"{out}: written from Python")
+    values = {name: value for name, value in config.items() if name != "first" and not _is_live(name, value)}
+    given = [LIVE[name] for name, value in config.items() if _is_live(name, value)]
     if stage == "train" and not (values.get("task") or values.get("data")):
-        note = f"{out}: the training examples were given {FROM_PYTHON}"
+        given.append("training examples")
+    note = f"{out}: the {', '.join(given)} were given from Python" if given else ""
     try:
         words = flags(from_dict(STAGES[stage].config, values))
-        if first is not None:
-            pruning = {k: v for k, v in first.items() if not (k == "calibration" and str(v).startswith("tokens:"))}
-            words = [*flags(from_dict(SparsifyConfig, pruning)), "--then", "quantize", *words]
-            stage = "sparsify"
+        if config.get("first") is not None:
+            first = {name: value for name, value in config["first"].items() if not _is_live(name, value)}
+            stage, words = "sparsify", [*flags(from_dict(SparsifyConfig, first)), "--then", "quantize", *words]
     except (UsageError, TypeError, AttributeError, OverflowError) as error:
         return Command("", f"{out}: its options are those of another version of sqft ({error})")
     places = {"evaluate": [source, "--out", out], "measure": [source]}.get(stage, [source, out])
     return Command(shlex.join(["sqft", stage, *places, *words]), note)
+
+
+def _is_live(name: str, value: Any) -> bool:
+    """Whether an option was an object of a program, which no flag can say."""
+    return (name == "calibration" and str(value).startswith("tokens:")) or (name == "ranks" and isinstance(value, dict))
 
 
 def section_commands(section: Section) -> list[Command]:
@@ -85,7 +80,5 @@ def _stage_command(section: Section, stage: Stage) -> Command:
     source = section.stage(stage.source)
     path = str(source.folder) if source is not None else stage.source
     if not path or stage.source == stage.key:
-        return Command("", f"{stage.folder}: made {FROM_PYTHON} of a model that is in no folder")
-    if os.path.isabs(path) and not os.path.isabs(stage.folder):  # as the folders were named on the command line
-        path = min(path, os.path.relpath(path), key=len)
+        return Command("", f"{stage.folder}: made from Python of a model that is in no folder")
     return command(stage.kind, path, str(stage.folder), stage.config)

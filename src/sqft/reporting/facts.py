@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from sqft.measuring.size import human
 from sqft.reporting.collect import Section, Stage, serving_bytes
-from sqft.reporting.tables import Column, Table, count, duration, fixed, millions, percent, points, share
+from sqft.reporting.tables import Column, Table, count, duration, millions, percent, points, share
 
 ACCURACY = Column("accuracy (95 % interval)", "accuracy", percent)
 SIZE = Column("size to serve", "size", human)
 STAGES = (
-    Column("stage", "name"), ACCURACY, Column("perplexity (95 %)", "perplexity", fixed(2)),
-    Column("sparsity", "sparsity", share), Column("zeros kept", "zeros_kept", share),
-    Column("non-zero", "nonzero", lambda n: f"{n / 1e6:.1f} M"), SIZE, Column("took", "seconds", duration),
+    Column("stage", "name"), ACCURACY, Column("perplexity (95 %)", "perplexity", "{:.2f}".format),
+    Column("sparsity", "sparsity", share), Column("zeros kept", "zeros_kept", share), SIZE,
+    Column("took", "seconds", duration),
 )  # fmt: skip
 ZEROS = (
     Column("stage", "name"), Column("pruned weights", "pruned", count), Column("no longer zero", "filled", count),
@@ -23,10 +22,7 @@ ZEROS = (
     Column("integers compared", "integers_compared", lambda n: f"{count(n)}, all equal"),
     Column("largest logit difference", "max_logit_difference", "{:.2g}".format),
 )  # fmt: skip
-VERSIONS = (Column("package", "name"), Column("version", "version"))
-SEEDS = (Column("stage", "name"), Column("seed", "seed"), Column("written (UTC)", "created"), Column("key", "key"))
-
-
+WRITTEN = (Column("stage", "name"), Column("seed", "seed"), Column("written (UTC)", "created"), Column("key", "key"))
 TILES = {  # columns whose numbers of the best model stand on top of the page, and what is said of them
     "accuracy": "", "perplexity": "", "difference_ci95": "paired", "sparsity": "of the linear weights",
     "sparsity_kept": "of the linear weights", "zeros_kept": "of the pruned weights", "size": "of its weights",
@@ -49,44 +45,33 @@ def precision(stage: Stage) -> str:
 
 def label(stage: Stage) -> str:
     """How tables and charts name a stage."""
-    if stage.kind != "model":
-        return stage.name
-    gguf = stage.folder.suffix == ".gguf" or (stage.folder.is_dir() and any(stage.folder.glob("*.gguf")))
-    return f"{stage.name} (start, a GGUF file)" if gguf else f"{stage.name} (start)"
+    return f"{stage.name} (start)" if stage.kind == "model" else stage.name
 
 
 def stage_table(section: Section) -> Table:
     """A row a stage; one that was scored by several tasks has a row for each."""
     final, rows, strong = final_stage(section), [], None
     for stage in section.stages:
-        told = dict(stage.numbers)
-        if {"parameters", "zeros"} <= told.keys():
-            told["nonzero"] = told["parameters"] - told["zeros"]
-        elif stage.kind == "model":  # a dense one, counted when it was pruned
-            after = [
-                s.numbers.get("parameters") for s in section.stages if (s.source, s.kind) == (stage.key, "sparsify")
-            ]
-            told["nonzero"] = next(iter(after), None)
         strong = len(rows) if stage is final else strong
         tasks = [task for task in stage.scores if task] or [""]
         for task in tasks:  # the perplexity may come from an evaluation without a task
             scores = {**stage.scores.get("", {}), **stage.scores.get(task, {})}
             name = label(stage) + (f", {task}" if len(tasks) > 1 else "")
-            rows.append({**told, **scores, "name": name, "size": serving_bytes(stage, section)})
+            rows.append({**stage.numbers, **scores, "name": name, "size": serving_bytes(stage, section)})
     return Table(STAGES, rows, strong)
 
 
 def method_table(section: Section, folders: bool = False) -> Table:
     """The rows of a comparison: the paper's columns, and what serving costs; with the ``folders`` of the models."""
-    best = best_methods(section)[0]
-    reference = next((m["method"] for m in section.methods if m.get("name") == section.reference), "LoRA")
+    best, reference = best_methods(section)
     columns = [
         Column("method", "method"), Column("sparsity", "sparsity", lambda v: f"{v * 100:g} %"),
         Column("one model", "mergeable", lambda v: "yes" if v else "no"), Column("precision", "precision"), ACCURACY,
-        Column(f"points to {reference} (95 %)", "difference_ci95", points),
+        Column(f"points to {reference['method'] if reference else 'LoRA'} (95 %)", "difference_ci95", points),
         Column("sparsity kept", "sparsity_kept", share), SIZE, Column("trainable", "trainable_parameters", millions),
         Column("training", "train_seconds", lambda s: f"{s / 60:.1f} min"),
-        Column("peak memory", "train_peak_bytes", human), Column("tokens / s", "decode_tokens_per_second", fixed(1)),
+        Column("peak memory", "train_peak_bytes", human),
+        Column("tokens / s", "decode_tokens_per_second", "{:.1f}".format),
     ]  # fmt: skip
     strong = next((i for i, method in enumerate(section.methods) if method is best), None)
     return Table(columns + [Column("folder", "folder")] * folders, section.methods, strong)
@@ -98,24 +83,17 @@ def zeros_table(section: Section) -> Table:
     return Table(ZEROS, [row for row in rows if {"pruned", "filled"} <= row.keys()])
 
 
-def versions_table(section: Section) -> Table:
-    """Of packages, with the stages of each version where they differ."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for stage in section.written:
-        versions = stage.manifest.versions
-        for package, version in versions.items() if isinstance(versions, dict) else ():
-            found.setdefault(str(package), {}).setdefault(str(version), []).append(stage.name)
-
-    def text(versions: dict[str, list[str]]) -> str:
-        return "; ".join(f"{v} ({', '.join(who)})" if len(versions) > 1 else v for v, who in versions.items())
-
-    return Table(VERSIONS, [{"name": name, "version": text(versions)} for name, versions in found.items()])
+def written_table(section: Section) -> Table:
+    rows = [{"name": stage.name, "seed": stage.manifest.seed, "key": str(stage.manifest.key)[:12] or None,
+             "created": str(stage.manifest.created).replace("T", " ")[:16] or None}
+            for stage in section.written]  # fmt: skip
+    return Table(WRITTEN, rows)
 
 
-def seeds_table(section: Section) -> Table:
-    return Table(SEEDS, [{"name": stage.name, "seed": stage.manifest.seed, "key": str(stage.manifest.key)[:12] or None,
-                          "created": str(stage.manifest.created).replace("T", " ")[:16] or None}
-                         for stage in section.written])  # fmt: skip
+def versions(section: Section) -> str:
+    """Of the packages that wrote the stages; several of one package if they differ."""
+    known = [stage.manifest.versions for stage in section.written if isinstance(stage.manifest.versions, dict)]
+    return ", ".join(dict.fromkeys(f"{package} {version}" for one in known for package, version in one.items()))
 
 
 def scored(section: Section) -> list[dict[str, Any]]:
@@ -135,18 +113,17 @@ def scored(section: Section) -> list[dict[str, Any]]:
 def final_stage(section: Section) -> Stage | None:
     """What the section is about: the last merged model, else the last stage; scored ones first."""
     stages = [stage for stage in section.stages if stage.kind != "model"]
-    ranked = sorted(stages, key=lambda s: (bool(s.scores), s.kind == "merge"))  # stable: the last of the best
-    return ranked[-1] if ranked else None
+    return max(reversed(stages), key=lambda stage: (bool(stage.scores), stage.kind == "merge"), default=None)
 
 
 def best_methods(section: Section) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The most accurate method that merges, and the reference at its sparsity (LoRA)."""
+    """The most accurate method that merges, and what the others are compared with, at its sparsity (LoRA)."""
     rated = [m for m in section.methods if "accuracy" in m]
     best = max((m for m in rated if m.get("mergeable")), key=lambda m: m["accuracy"], default=None)
-    target = best.get("sparsity") if best else None
-    same = [m for m in rated if target is None or m.get("sparsity") in (target, None)]
-    found = next((m for m in same if m.get("name") == section.reference), None)
-    return best, None if found is best else found
+    name = section.comparison.get("reference") or "lora"
+    named = [m for m in rated if m.get("name") == name and m is not best]
+    same = [m for m in named if best is None or m.get("sparsity") == best.get("sparsity")]
+    return best, next(iter(same or named), None)
 
 
 def verdict(section: Section) -> str:
@@ -212,31 +189,24 @@ def tiles(section: Section) -> list[tuple[str, str, str]]:
 def samples(section: Section, limit: int = 6) -> list[Sample]:
     """Problems that all models with predictions answered: the first of each pattern of right and wrong, the most
     frequent pattern first, then more of the same until there are ``limit``."""
-    models = dict(_predictions(section))
-    patterns: dict[tuple[Any, ...], list[str]] = {}
+    models = _predictions(section)
+    patterns: dict[tuple[Any, ...], list[Sample]] = {}
     for prompt in next(iter(models.values()), {}):
         if all(prompt in answers for answers in models.values()):
-            patterns.setdefault(tuple(_correct(a[prompt]) for a in models.values()), []).append(prompt)
-    ordered = sorted(patterns.values(), key=lambda prompts: -len(prompts))
-    rounds = [prompts[i] for i in range(limit) for prompts in ordered if i < len(prompts)]
-    return [_sample(prompt, models) for prompt in rounds[:limit]]
+            records = {name: answers[prompt] for name, answers in models.items()}
+            answers = [(name, str(record.get("generated", "")), right if isinstance(right, bool) else None)
+                       for name, record in records.items() for right in [record.get("correct")]]  # fmt: skip
+            sample = Sample(prompt, str(next(iter(records.values())).get("answer", "")), answers)
+            patterns.setdefault(tuple(correct for *_, correct in answers), []).append(sample)
+    ordered = sorted(patterns.values(), key=len, reverse=True)
+    return [found[i] for i in range(limit) for found in ordered if i < len(found)][:limit]
 
 
-def _sample(prompt: str, models: dict[str, dict[str, dict[str, Any]]]) -> Sample:
-    records = {name: found[prompt] for name, found in models.items()}
-    answers = [(name, str(record.get("generated", "")), _correct(record)) for name, record in records.items()]
-    return Sample(prompt, str(next(iter(records.values())).get("answer", "")), answers)
-
-
-def _correct(record: dict[str, Any]) -> bool | None:
-    return record["correct"] if isinstance(record.get("correct"), bool) else None
-
-
-def _predictions(section: Section) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
-    """(name of the model, its predictions by prompt), at most ten models."""
+def _predictions(section: Section) -> dict[str, dict[str, dict[str, Any]]]:
+    """The predictions by prompt of at most ten models, by their names."""
     by_key = {evaluation.key: evaluation for evaluation in section.evaluations}
-    paths = ((m, os.path.abspath(section.root / m.get("evaluation", ""))) for m in section.methods)
-    named = [(m["title"], by_key[path]) for m, path in paths if path in by_key]
-    named = named or [(label(stage), stage) for stage in section.stages]
-    for name, stage in [(name, stage) for name, stage in named if stage.predictions][:10]:
-        yield name, {str(record["prompt"]): record for record in stage.predictions if "prompt" in record}
+    paths = [(m["title"], os.path.abspath(section.root / m.get("evaluation", ""))) for m in section.methods]
+    named = [(name, by_key[path]) for name, path in paths if path in by_key]
+    named = [(name, stage) for name, stage in named or [(label(s), s) for s in section.stages] if stage.predictions]
+    return {name: {str(record["prompt"]): record for record in stage.predictions if "prompt" in record}
+            for name, stage in named[:10]}  # fmt: skip

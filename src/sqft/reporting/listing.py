@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,11 @@ TOLD = {"accuracy": share, "perplexity": "{:.4g}".format, "sparsity": share, "ze
 
 def list_stages(root: Path) -> list[dict[str, Any]]:
     """Every stage folder under ``root``: path, stage, time, main numbers. Raises UsageError if there is none."""
-    found = []
-    for folder, manifest in manifests(root):
-        row: dict[str, Any] = {"folder": str(folder), "stage": "?", "created": "", "numbers": {"error": str(manifest)}}
-        if not isinstance(manifest, SqftError):
-            kept = {key: value for key, value in manifest.metrics.items() if isinstance(value, (int, float))}
-            row |= {"stage": manifest.stage, "created": manifest.created, "numbers": kept}
-        found.append(row)
-    return found
+    return [{"folder": str(folder), "stage": "?", "created": "", "numbers": {"error": str(manifest)}}
+            if isinstance(manifest, SqftError) else
+            {"folder": str(folder), "stage": manifest.stage, "created": manifest.created,
+             "numbers": {key: value for key, value in manifest.metrics.items() if isinstance(value, (int, float))}}
+            for folder, manifest in manifests(root)]  # fmt: skip
 
 
 def stages_table(stages: list[dict[str, Any]]) -> Table:
@@ -33,11 +29,9 @@ def stages_table(stages: list[dict[str, Any]]) -> Table:
                   Column("numbers", "numbers", _summary)), stages)  # fmt: skip
 
 
-def _summary(numbers: Mapping[str, Any]) -> str:
+def _summary(values: Mapping[str, Any]) -> str:
     """The few numbers that tell a stage folder's story, in one line."""
-    return ", ".join(
-        f"{name.replace('_', ' ')} {text(numbers[name])}" for name, text in TOLD.items() if name in numbers
-    )
+    return ", ".join(f"{name.replace('_', ' ')} {text(values[name])}" for name, text in TOLD.items() if name in values)
 
 
 def difference(left: Path, right: Path) -> Table:
@@ -48,9 +42,9 @@ def difference(left: Path, right: Path) -> Table:
     ours, theirs = _stages(left), _stages(right)
     rows = []
     for stage in sorted(ours.keys() | theirs.keys()):
-        there = {"stage": "there"}
-        a, b = (run.get(stage, {}) if stage in ours and stage in theirs else there if stage in run else {}
-                for run in (ours, theirs))  # fmt: skip
+        a, b = ours.get(stage), theirs.get(stage)
+        if a is None or b is None:
+            a, b = ({} if run is None else {"stage": "there"} for run in (a, b))
         rows += [{"stage": stage, "name": key, "left": _short(a.get(key)), "right": _short(b.get(key))}
                  for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]  # fmt: skip
     columns = ("stage", "stage"), ("option or number", "name"), (str(left), "left"), (str(right), "right")
@@ -59,12 +53,9 @@ def difference(left: Path, right: Path) -> Table:
 
 def _stages(root: Path) -> dict[str, dict[str, Any]]:
     """Config, metrics and versions of each stage folder below a run, by its relative name ('.' is the run)."""
-    found: dict[str, dict[str, Any]] = {}
-    for folder, manifest in manifests(root):
-        values = {"error": str(manifest)} if isinstance(manifest, SqftError) else {
-            "option": manifest.config, "number": manifest.metrics, "version": manifest.versions}  # fmt: skip
-        found[folder.relative_to(root).as_posix()] = dict(_pairs(values, ""))
-    return found
+    return {folder.relative_to(root).as_posix(): dict(_pairs({"error": str(manifest)} if isinstance(manifest, SqftError)
+            else {"option": manifest.config, "number": manifest.metrics, "version": manifest.versions}, ""))
+            for folder, manifest in manifests(root)}  # fmt: skip
 
 
 def _pairs(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -78,5 +69,5 @@ def _pairs(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def _short(value: Any) -> str:
     if value is None:
         return "-"
-    text = f"{value:.6g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, list) else str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

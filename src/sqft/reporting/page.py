@@ -24,28 +24,20 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> dict
     Returns where they are, and notes of what could not be read. Raises UsageError for a folder without stages.
     """
     roots = list(dict.fromkeys(Path(folder) for folder in folders))
-    sections = [read_section(root, title) for root, title in zip(roots, _titles(roots), strict=True)]
-    path = _check_out(Path(out) if out is not None else roots[0] / "report.html")
-    stages = sum(len(section.written) for section in sections)
-    page = _page(sections, stages)
-    for file, text in ((path, page), (path.with_suffix(".md"), "\n".join(map(_markdown, sections)))):
-        artifact.write_text(file, text.encode("utf-8", "replace").decode())  # data may hold halves of characters
-    notes = list(dict.fromkeys(note for section in sections for note in section.notes))
-    return {"report": str(path), "markdown": str(path.with_suffix(".md")), "sections": len(sections),
-            "stages": stages, **({"notes": "; ".join(notes)} if notes else {})}  # fmt: skip
-
-
-def _titles(roots: Sequence[Path]) -> list[str]:
-    names = [root.absolute().name or str(root) for root in roots]
-    return names if len(set(names)) == len(names) else [str(root) for root in roots]
-
-
-def _check_out(path: Path) -> Path:
+    path = Path(out) if out is not None else roots[0] / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {path}: name a file that ends in .html")
     if path.is_dir():
         raise UsageError(f"--out {path} is a folder: name a file in it, e.g. {path / 'report.html'}")
-    return path
+    names = [root.absolute().name for root in roots]
+    titles = names if len(set(names)) == len(names) and all(names) else map(str, roots)
+    sections = [read_section(root, title) for root, title in zip(roots, titles, strict=True)]
+    stages, markdown = sum(len(section.written) for section in sections), path.with_suffix(".md")
+    for file, text in ((path, _page(sections, stages)), (markdown, "\n".join(map(_markdown, sections)))):
+        artifact.write_text(file, text.encode("utf-8", "replace").decode())  # data may hold halves of characters
+    notes = dict.fromkeys(note for section in sections for note in section.notes)
+    return {"report": str(path), "markdown": str(markdown), "sections": len(sections), "stages": stages,
+            **({"notes": "; ".join(notes)} if notes else {})}  # fmt: skip
 
 
 def _page(sections: Sequence[Section], stages: int) -> str:

@@ -70,10 +70,6 @@ def points(pair: tuple[float, float]) -> str:
     return f"{pair[0] * 100:+.1f} to {pair[1] * 100:+.1f}"
 
 
-def fixed(digits: int) -> Callable[[float], str]:
-    return lambda value: f"{value:.{digits}f}"
-
-
 def count(value: float) -> str:
     return f"{value:,.0f}".replace(",", " ")
 
