@@ -43,18 +43,27 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _as_served(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and without the autocast that Accelerate (so Trainer, and TRL) leaves on what it has trained."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Holds a model in eval mode; afterwards each module is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
-    wrapped = {module: module.forward for module in modes if "_original_forward" in vars(module)}
-    for module in wrapped:
-        module.forward = _own_forward(module)
     model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def _as_served(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and without the autocast that Accelerate (so Trainer, and TRL) leaves on what it has trained."""
+    wrapped = {module: module.forward for module in model.modules() if "_original_forward" in vars(module)}
+    for module in wrapped:
+        module.forward = _own_forward(module)
+    try:
+        with evaluating(model):
+            yield
+    finally:
         for module, forward in wrapped.items():
             module.forward = forward
 

@@ -18,9 +18,10 @@ from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.evaluation import held, perplexity, stage
 from sqft.evaluation.choices import choose
 from sqft.evaluation.generation import generate
-from sqft.evaluation.held import evaluating, unpacked
-from sqft.evaluation.likelihood import completion_loss
-from sqft.models.placement import input_device
+from sqft.evaluation.held import unpacked
+from sqft.evaluation.scoring import completion_loss
+from sqft.models.discover import input_device
+from sqft.probe import evaluating
 
 
 def test_a_completion_loss_is_of_the_whole_text() -> None:

@@ -14,10 +14,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from sqft import artifact
-from sqft.adapters.config import PEFT_TYPE, SqftConfig, register
+from sqft.adapters.config import PEFT_TYPE, SqftConfig, check_initialisation, register
 from sqft.adapters.groups import make_groups
 from sqft.adapters.kinds import layer_kind
-from sqft.adapters.options import check_initialisation
 from sqft.adapters.quant_aware import FLOAT_BASE
 from sqft.adapters.sparse import give_mask
 from sqft.errors import SqftError, UsageError
@@ -156,12 +155,6 @@ def is_masked(model: nn.Module) -> bool:
     """Whether every adapter layer is masked, i.e. whether merging keeps the zeros."""
     layers = adapter_layers(model)
     return bool(layers) and all(layer_kind(layer).masked for layer in layers.values())
-
-
-def is_quant_aware(model: nn.Module) -> bool:
-    """Whether the adapters are on a packed base and merge into its integers."""
-    layers = adapter_layers(model)
-    return bool(layers) and all(layer_kind(layer).quantization_aware for layer in layers.values())
 
 
 def merged_weight(layer: Any, adapter: str) -> Any:

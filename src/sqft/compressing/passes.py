@@ -7,7 +7,6 @@ through the model's blocks. Methods see tensors alone: this is where they meet m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.method import Quantized, Quantizer
 from sqft.registry import QUANTIZERS, SPARSIFIERS, Registry
-from sqft.sparsity.masks import count_zeros
+from sqft.sparsity.masks import ZeroCounts, count_zeros
 from sqft.sparsity.method import Sparsifier
 from sqft.sparsity.pattern import Pattern
 
@@ -192,7 +191,7 @@ class Quantize(Pass):
         self.sequential, self.format = config.true_sequential, config.format
         self._spec = GridSpec(config.bits, config.group_size, config.symmetric, config.clip, config.scale_bits)
         self._packed: dict[str, QuantLinear] = {}
-        self._totals = Counter[str]()
+        self._counts, self._bits = ZeroCounts(), 0
 
     def plan(self, architecture: Architecture) -> None:
         self._chosen = self.layers = quantized_layers(architecture, self.config)
@@ -205,10 +204,10 @@ class Quantize(Pass):
                 if mask_OI is not None:
                     Weight(weight.name, layer).set_mask(mask_OI)
                 self._packed[weight.name] = layer
-                w_OI = result.weight()
-                self._count(layer, w_OI == 0, mask_OI)
+                self._counts.add(Weight(weight.name, layer))
+                self._bits += 8 * sum(t.nbytes for t in (layer.qweight, layer.qzeros, layer.scales))
                 # Until the block is finished it computes with the float form of its integers, which gives the same.
-                weight.write(w_OI)
+                weight.write(result.weight())
 
     def _together(self, weights: Sequence[Weight], masks: Sequence[Tensor | None],
                   value: list[Tensor]) -> list[Quantized]:  # fmt: skip
@@ -222,28 +221,15 @@ class Quantize(Pass):
         pieces = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), strict=True)
         return [Quantized(q, Grid(self._spec.bits, scale, zero)) for q, scale, zero in pieces]
 
-    def _count(self, layer: QuantLinear, zero_OI: Tensor, mask_OI: Tensor | None) -> None:
-        size = sum(t.numel() * t.element_size() for t in (layer.qweight, layer.qzeros, layer.scales))
-        self._totals.update(weights=zero_OI.numel(), zeros=int(zero_OI.sum()), bits=8 * size)
-        if mask_OI is not None:
-            pruned_OI = ~mask_OI.to(zero_OI.device)
-            self._totals.update(pruned=int(pruned_OI.sum()), filled=int((pruned_OI & ~zero_OI).sum()))
-
     def finish(self, block: Block) -> None:
         for name, weight in block.weights.items():
             if name in self._packed:
                 weight.replace(self._packed.pop(name).to(weight.device))
 
     def metrics(self, model: nn.Module) -> dict[str, Any]:
-        total = self._totals
-        others = sum(p.numel() for n, p in model.named_parameters() if "qweight" not in n)
-        return {
-            "bits": self.config.bits, "bits_per_weight": total["bits"] / total["weights"],
-            "sparsity": total["zeros"] / total["weights"],
-            **{name: total[name] for name in ("zeros", "weights", "pruned", "filled")},
-            "zeros_kept": (total["pruned"] - total["filled"]) / total["pruned"] if total["pruned"] else 1.0,
-            "parameters": total["weights"] + others,
-        }  # fmt: skip
+        weights = self._counts.weights
+        return {"bits": self.config.bits, "bits_per_weight": self._bits / weights, **self._counts.metrics(),
+                "parameters": weights + sum(p.numel() for p in model.parameters())}  # fmt: skip
 
 
 def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict[str, QuantLinear]:
@@ -252,6 +238,10 @@ def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict
     Raises UsageError for a pattern that matches nothing, or a group size, or a width at these bits, that does not fit.
     """
     chosen = _chosen_weights(architecture, config, "quantize")
+    for name, weight in chosen.items():
+        if any(width * config.bits % 32 for width in weight.shape):  # then no group size fits
+            raise UsageError(f"{name} is {list(weight.shape)}: at {config.bits} bits both have to fill 32-bit words; "
+                             "exclude the module")  # fmt: skip
     fitting = [s for s in GROUP_SIZES if s == -1 or all(w.shape[1] % s == 0 for w in chosen.values())]
     layers = {}
     for name, weight in chosen.items():
@@ -260,9 +250,6 @@ def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict
             sizes = ", ".join(map(str, fitting))
             raise UsageError(f"group size {config.group_size} does not divide the {inputs} inputs of "
                              f"{name}: these fit the whole model: {sizes}; or exclude the module")  # fmt: skip
-        if inputs * config.bits % 32 or outputs * config.bits % 32:
-            raise UsageError(f"{name} is [{outputs}, {inputs}]: at {config.bits} bits both "
-                             "have to fill 32-bit words; exclude the module")  # fmt: skip
         layers[name] = QuantLinear(inputs, outputs, config.bits, config.group_size, bias=weight.bias is not None,
                                    device="meta", dtype=weight.dtype)  # fmt: skip
         layers[name].symmetric = config.symmetric

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sqft.errors import UsageError
-from sqft.models.placement import input_device
+from sqft.models.discover import input_device
 from sqft.tasks.base import Example
 from sqft.training.data import padded
 

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sqft.evaluation.choices import start_token
-from sqft.models.placement import input_device
+from sqft.models.discover import input_device
 from sqft.tasks.base import Example, Task
 from sqft.training.data import padded, padding
 

@@ -1,43 +1,14 @@
-"""A live model held in another state while it is scored, and put back exactly, whatever happens meanwhile."""
+"""A live model held in the form in which it computes fastest while it is scored, and put back exactly."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from sqft.adapters.kinds import layer_kind
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
-from sqft.elastic.handle import get_ranks, set_ranks
-from sqft.elastic.heuristics import resolve_ranks
 from sqft.formats.checkpoint import packed_layers, repack, unpack_model
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Holds a model in eval mode; afterwards each module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextlib.contextmanager
-def at_ranks(model: Any, choice: str, folder: str | Path | None) -> Iterator[None]:
-    """Holds a super-adapter at the ranks that ``choice`` names. Raises UsageError as ``resolve_ranks``."""
-    ranks = resolve_ranks(model, choice, folder or "")
-    before = get_ranks(model)
-    set_ranks(model, ranks)
-    try:
-        yield
-    finally:
-        set_ranks(model, before)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from sqft.calibration.data import read_texts, token_stream, with_bos
 from sqft.errors import SqftError
 from sqft.evaluation.intervals import normal
-from sqft.models.placement import input_device
+from sqft.models.discover import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,12 +11,15 @@ from torch import nn
 
 from sqft import artifact
 from sqft.config import EvaluateConfig
+from sqft.elastic.handle import Elastic
+from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
 from sqft.evaluation.harness import require_harness, run_harness
-from sqft.evaluation.held import at_ranks, evaluating, unpacked
+from sqft.evaluation.held import unpacked
 from sqft.evaluation.perplexity import perplexity
 from sqft.evaluation.scoring import score
 from sqft.folders import load
+from sqft.probe import evaluating
 from sqft.tasks.base import Task
 from sqft.tasks.lookup import get_task
 
@@ -58,7 +61,8 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None, c
     with contextlib.ExitStack() as held:
         held.enter_context(evaluating(model))
         if config.ranks:
-            held.enter_context(at_ranks(model, config.ranks, source))
+            ranks = resolve_ranks(model, config.ranks, source)
+            held.enter_context(Elastic(model).at(ranks))
         if config.unpack:
             held.enter_context(unpacked(model))
         if task is not None:

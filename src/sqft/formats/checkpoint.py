@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from sqft.errors import SqftError
 from sqft.formats.gptq import GPTQ
 from sqft.formats.settings import Format, Settings
-from sqft.models.dense import DTYPES, reason, save_settings
+from sqft.models.dense import DTYPES, quant_method, reason, save_settings
 from sqft.models.discover import describe
 from sqft.models.reader import SafetensorsReader
 from sqft.models.tensors import ModelWriter, layout
@@ -46,12 +45,6 @@ def quantization_config(model: nn.Module, layers: Mapping[str, QuantLinear], for
     others = [name for name in describe(model).names() if name not in layers]
     coder, version = resolve(format, next(iter(layers.values())).symmetric)
     return coder.make_config(layers, others, version)
-
-
-def format_option(config: Mapping[str, Any]) -> str:
-    """The format option that gives this ``quantization_config``."""
-    method = config["quant_method"]
-    return GPTQ.read_config(config).version if method == "gptq" else method
 
 
 def encoded(module: nn.Module, format: str, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -106,19 +99,9 @@ def write_quantize_config(config: Mapping[str, Any], folder: Path) -> None:
         (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def packed_config(config: Any) -> dict[str, Any]:
-    """``quantization_config`` of a model's config as a dict; empty if there is none."""
-    values = getattr(config, "quantization_config", None) or {}
-    return dict(values) if isinstance(values, Mapping) else values.to_dict()
-
-
 def is_packed(folder: str | Path) -> bool:
     """Whether a folder's config says that its weights are quantized in a format that is read here."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] in FORMATS
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return quant_method(folder) in FORMATS
 
 
 def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
@@ -132,16 +115,17 @@ def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     folder = Path(folder)
     reader = SafetensorsReader(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        settings = packed_config(config)
-        plain = copy.deepcopy(config)
-        del plain.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        stored = dict(config.quantization_config)
+        del config.quantization_config
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
         raise SqftError(f"cannot load a model from {folder}: {reason(error)}") from error
-    coder: Format = FORMATS[settings["quant_method"]]
-    state = _take_packed(model, dict(reader), coder, coder.read_config(settings))
+    method = stored["quant_method"]
+    coder: Format = FORMATS[method]
+    settings = coder.read_config(stored)
+    state = _take_packed(model, dict(reader), coder, settings)
     tied = set(model.all_tied_weights_keys or ())
     result = model.load_state_dict(state, strict=False, assign=True)
     layers = packed_layers(model)
@@ -154,7 +138,7 @@ def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
         parameter.requires_grad_(False)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    mark_packed(model, format_option(settings))
+    mark_packed(model, settings.version if coder is GPTQ else method)
     model.name_or_path = str(folder)
     return (model if dtype == "auto" else model.to(DTYPES[dtype])).eval()  # pyright: ignore[reportArgumentType]
 

@@ -30,7 +30,8 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
     folder, gguf = locate(source)
     if gguf is None and Path(folder).is_dir():
         SafetensorsReader(folder)  # every file is whole
-        refuse_packed(Path(folder))
+        if (method := quant_method(folder)) is not None:
+            raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False
@@ -86,13 +87,13 @@ def locate(source: str | Path) -> tuple[str, str | None]:
     return text, None
 
 
-def refuse_packed(folder: Path) -> None:
-    """Raises SqftError for a folder whose weights are quantized: a float model is wanted."""
+def quant_method(folder: str | Path) -> str | None:
+    """What a folder's config says that its weights are quantized by, or None."""
     try:
-        method = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return str(config["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
+        return None
 
 
 def reason(error: Exception) -> str:

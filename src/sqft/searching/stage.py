@@ -20,19 +20,17 @@ from sqft import artifact
 from sqft.adapters.groups import Ranks
 from sqft.config import SearchConfig
 from sqft.drawing import standalone
-from sqft.elastic.handle import Elastic, get_ranks, set_ranks
+from sqft.elastic.handle import Elastic, SearchSpace, get_ranks, set_ranks
 from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
-from sqft.elastic.space import SearchSpace
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
 from sqft.options import recorded
-from sqft.probe import write_probe
 from sqft.searching.choose import TRIALS, write_sub_adapter
 from sqft.searching.evaluator import Evaluator, Scorer
 from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.plots import plots
 from sqft.searching.strategies import SEARCHES, ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +60,7 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
         raise UsageError("a live model is searched in memory by one process: give its folder for an output, workers or "
                          "a storage")  # fmt: skip
     space = Elastic(adapter).space
-    study = _in_memory()
+    study = open_study()
     before = get_ranks(adapter)
     try:
         _searcher(study, space, config, records, Evaluator(adapter, tokenizer, config, space, scorer)).run()
@@ -72,13 +70,6 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
     chosen = pick(_points(study, space, config, records), config.pick)
     set_ranks(adapter, chosen.ranks)
     return chosen.ranks
-
-
-def _in_memory() -> Study:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.create_study(directions=["maximize", "minimize"])
 
 
 def _searcher(study: Study, space: SearchSpace, config: SearchConfig, records: Records, judge: Evaluator) -> Search:
@@ -120,14 +111,11 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
             _share(adapter, replace(config, storage=url), name, left)
         else:
             searcher.run(left)
-        check_found(study)
         points = _points(study, space, config, records)
         chosen = pick(points, config.pick)
         made.metrics.update(_summary(study, points, chosen, space, config), **space.cost(chosen.ranks))
         _write_trials(made.folder, study, points, chosen, made.metrics, config)
-        write_sub_adapter(model, chosen.ranks, made.folder)
-        write_probe(model, tokenizer, made.folder)
-        tokenizer.save_pretrained(made.folder)
+        write_sub_adapter(model, tokenizer, chosen.ranks, made.folder)
     for stale in out.absolute().parent.glob(f".{out.name}.searching-*"):
         shutil.rmtree(stale, ignore_errors=True)
     return made.metrics
@@ -170,20 +158,21 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
 
 
 def _points(study: Study, space: SearchSpace, config: SearchConfig, records: Records) -> list[Evaluated]:
-    """The evaluated configurations, with the heuristics named."""
+    """The evaluated configurations, with the heuristics named. Raises SqftError if there is none."""
     known = {}
     for name in HEURISTICS:
         if name in ("maximal", "minimal", "median") or name in (config.start, config.strategy):
             known.setdefault(space.encode(heuristic(name, space, records)), name)
-    return [Evaluated(trial.number, ranks_of(trial), trial.values[0], trial.values[1],
-                  known.get(space.encode(ranks_of(trial)), ""))
-            for trial in study.get_trials(deepcopy=False)
-            if trial.values and trial.user_attrs.get(PURPOSE) == EVALUATED]  # fmt: skip
+    points = [Evaluated(trial.number, ranks_of(trial), *trial.values, known.get(space.encode(ranks_of(trial)), ""))
+              for trial in study.get_trials(deepcopy=False)
+              if trial.values and trial.user_attrs.get(PURPOSE) == EVALUATED]  # fmt: skip
+    if not points:
+        raise SqftError("the search evaluated no configuration: raise --evaluations")
+    return points
 
 
-def _summary(
-    study: Study, points: list[Evaluated], chosen: Evaluated, space: SearchSpace, config: SearchConfig
-) -> dict[str, Any]:
+def _summary(study: Study, points: list[Evaluated], chosen: Evaluated, space: SearchSpace,
+             config: SearchConfig) -> dict[str, Any]:  # fmt: skip
     screened = sum(t.user_attrs.get(PURPOSE) == SCREENED for t in study.get_trials(deepcopy=False))
     return {
         "score": chosen.score, "cost": chosen.cost, "ranks": chosen.ranks, "trial": chosen.number,

@@ -28,8 +28,7 @@ from sqft.elastic.handle import RECORDS, Elastic
 from sqft.elastic.scheduler import RankScheduler
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, write_files
-from sqft.kernels.dispatch import pick_device
-from sqft.kernels.memory import peak_memory
+from sqft.kernels.dispatch import peak_memory, pick_device
 from sqft.probe import write_probe
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import KINDS
