@@ -87,14 +87,12 @@ def write_probe(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
     (folder / PROBE).write_text(json.dumps({"largest_logits": largest.tolist()}))
 
 
-def check_probe(before: Tensor, folder: Path) -> float | None:
-    """Compares ``before``, the logits of a loaded adapter on the sample, with the probe that was written beside it.
-
-    Returns the largest difference, None where there is no probe. Raises VerificationError if it is too large.
-    """
+def check_probe(before: Tensor, folder: Path) -> None:
+    """Compares ``before``, the logits of a loaded adapter on the sample, with the probe that was written beside it, if
+    there is one. Raises VerificationError if they differ by too much."""
     path = folder / PROBE
     if not path.is_file():
-        return None
+        return
     try:
         expected = torch.tensor(json.loads(path.read_text())["largest_logits"])
         difference = float((before.float().amax(-1) - expected).abs().max())
@@ -106,4 +104,3 @@ def check_probe(before: Tensor, folder: Path) -> float | None:
             f"adapter {folder} does not compute what it did when it was trained (logits differ by {difference:.3g}, "
             f"allowed are {allowed:.3g}): its base or its files have changed"
         )
-    return difference

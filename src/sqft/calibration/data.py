@@ -30,8 +30,7 @@ def read_records(source: str) -> list[dict[str, Any]]:
     Raises UsageError for a missing file, SqftError for a line that is not JSON or a data set that does not load.
     """
     if source == "builtin":
-        text = (resources.files("sqft.calibration") / "builtin.txt").read_text(encoding="utf-8")
-        return [{"text": paragraph} for paragraph in text.split("\n\n") if paragraph.strip()]
+        source = str(resources.files("sqft.calibration") / "builtin.txt")
     path = Path(source)
     if source.endswith(SUFFIXES):
         return _read_file(path)

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from sqft.kernels.dispatch import product, release_memory
 from sqft.models.discover import Architecture, Block
 
+CACHE = ("past_key_values", "past_key_value", "layer_past")  # what blocks call theirs
 NewStatistic = Callable[[str], Any]
 Change = Callable[[Block, dict[str, Any]], None]
 
@@ -190,7 +191,7 @@ def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Call
 
     def recorder(index: int) -> Callable[..., Any]:
         def record(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-            keywords = {k: v for k, v in keywords.items() if not _is_cache(k)} | {"use_cache": False}
+            keywords = {k: v for k, v in keywords.items() if k not in CACHE} | {"use_cache": False}
             earlier = calls.arguments[index]
             earlier.append(_shared((arguments, keywords), earlier[0] if earlier else None))
             if index == 0:
@@ -267,10 +268,6 @@ def observing(block: Block, new_statistic: NewStatistic) -> Iterator[dict[str, A
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _is_cache(keyword: str) -> bool:
-    return keyword in ("past_key_values", "past_key_value", "layer_past", "use_cache")
 
 
 def _to(value: Any, device: torch.device | None) -> Any:

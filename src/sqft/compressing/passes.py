@@ -75,10 +75,17 @@ class Pass(ABC):
         model. Nothing for a method without calibration."""
         if self.method.needs is None:
             return
-        self._tokens = calibration_tokens(self.config, tokens, tokenizer)
+        if tokens is None:
+            if tokenizer is None:
+                raise UsageError("calibration text needs a tokenizer: pass tokenizer=..., or token ids as calibration")
+            config = self.config
+            tokens = token_blocks(tokenizer, config.calibration, config.samples, config.length, config.seed)
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise UsageError(f"calibration has to be int64 [N, T] token ids, not {tokens.dtype} {tuple(tokens.shape)}")
+        self._tokens = tokens
         if self.method.needs is Gradient:
             weights = [weight for weight in architecture.weights() if weight.name in self._chosen]
-            self._gradients, self._tokens = gradients(model, weights, self._tokens), None
+            self._gradients, self._tokens = gradients(model, weights, tokens), None
 
     def blocks(self, architecture: Architecture) -> Iterator[Block]:
         """Changes block after block; yields each when it is finished."""
@@ -102,17 +109,6 @@ class Pass(ABC):
             statistic = known[weights[0].name]
             yield weights, [] if statistic is None else [statistic.value()]
             self._done.update(weight.name for weight in weights)
-
-
-def calibration_tokens(config: Any, tokens: Tensor | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """int64 [N, T]: ``tokens``, or those of a stage's config."""
-    if tokens is not None:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise UsageError(f"calibration has to be int64 [N, T] token ids, not {tokens.dtype} {tuple(tokens.shape)}")
-        return tokens
-    if tokenizer is None:
-        raise UsageError("calibration text needs a tokenizer: pass tokenizer=..., or token ids as calibration")
-    return token_blocks(tokenizer, config.calibration, config.samples, config.length, config.seed)
 
 
 def _chosen_weights(architecture: Architecture, config: Any, verb: str) -> dict[str, Weight]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int,
-             stop: tuple[str, ...]) -> list[str]:  # fmt: skip
+             stop: Sequence[str]) -> list[str]:  # fmt: skip
     """Greedy continuations of a batch of prompts, each cut at the first of the ``stop`` strings."""
     rows: list[list[int]] = [ids or [start_token(tokenizer)] for ids in tokenizer(prompts)["input_ids"]]  # pyright: ignore
     fill, device = padding(tokenizer), input_device(model)
@@ -34,7 +34,7 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str],
     return [cut(text, stop) for text in texts]
 
 
-def cut(text: str, stop: tuple[str, ...]) -> str:
+def cut(text: str, stop: Sequence[str]) -> str:
     """``text`` up to the first stop string."""
     ends = [position for position in (text.find(s) for s in stop) if position >= 0]
     return text[: min(ends)] if ends else text

@@ -8,7 +8,8 @@ from typing import Any
 
 from sqft.adapters.kinds import layer_kind
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
-from sqft.formats.checkpoint import packed_layers, repack, unpack_model
+from sqft.formats.checkpoint import packed_layers, unpack_model
+from sqft.models.weights import put_module
 
 
 @contextlib.contextmanager
@@ -29,7 +30,8 @@ def unpacked(model: Any) -> Iterator[None]:
         unpack_model(model)
         yield
     finally:
-        repack(model, packed)
+        for name, module in packed.items():
+            put_module(model, name, module)
         for layer in layers:
             if layer in weights:  # subtracting the adapter again would round
                 layer.get_base_layer().weight.data = weights[layer]

@@ -160,23 +160,13 @@ def _take_packed(model: nn.Module, state: dict[str, Tensor], coder: Format, sett
 
 
 @torch.no_grad()
-def unpack_model(model: nn.Module) -> dict[str, QuantLinear]:
-    """Puts ``nn.Linear`` layers with the de-quantized weights in the place of packed ones; returns the packed ones.
-
-    The model gives the same results, faster, in the memory of a float model. ``repack`` undoes it.
-    """
-    layers = packed_layers(model)
+def unpack_model(model: nn.Module) -> None:
+    """Puts ``nn.Linear`` layers with the de-quantized weights in the place of packed ones: the same results, faster, in
+    the memory of a float model."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for name, layer in layers.items():
+    for name, layer in packed_layers(model).items():
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.in_features, linear.out_features = layer.in_features, layer.out_features
         linear.weight = nn.Parameter(layer.dequantize(dtype).contiguous(), requires_grad=False)
         linear.register_parameter("bias", layer.bias)
         put_module(model, name, linear)
-    return layers
-
-
-def repack(model: nn.Module, layers: Mapping[str, QuantLinear]) -> None:
-    """Undoes ``unpack_model``."""
-    for name, layer in layers.items():
-        put_module(model, name, layer)

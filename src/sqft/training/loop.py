@@ -28,9 +28,9 @@ from sqft.elastic.handle import RECORDS, Elastic
 from sqft.elastic.scheduler import RankScheduler
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, write_files
+from sqft.formats.checkpoint import packed_layers
 from sqft.kernels.dispatch import peak_memory, pick_device
 from sqft.probe import write_probe
-from sqft.quantization.linear import QuantLinear
 from sqft.registry import KINDS
 from sqft.tasks.base import Example
 from sqft.training.callbacks import Finished, Guard, ProgressBar, Stopwatch
@@ -72,7 +72,9 @@ def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data
     if isinstance(model, (str, Path)):
         if out is None:
             raise UsageError("training a model folder needs an output folder")
-        given = {} if data is None else {"examples": _digest([*data, *eval_data])}
+        given = {}
+        if data is not None:
+            given["examples"] = hashlib.sha256(repr([*data, *eval_data]).encode()).hexdigest()
         return _train_folder(str(model), config, examples, given, Path(out), overwrite)
     if tokenizer is None or out is not None:
         raise UsageError("a live model is trained in place with its tokenizer, and written with sqft.save")
@@ -102,11 +104,6 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
     return made.metrics
 
 
-def _digest(examples: Sequence[Example]) -> str:
-    """What examples that were given from Python are, as part of the result's key."""
-    return hashlib.sha256(repr([*examples]).encode()).hexdigest()
-
-
 def work_folder(out: Path, key: str) -> Path:
     """Where a training of this key keeps its checkpoints until it is done."""
     return out.absolute().with_name(f".{out.name}.training-{key[:12]}")
@@ -114,7 +111,7 @@ def work_folder(out: Path, key: str) -> Path:
 
 def check_kind(base: nn.Module, kind: Kind, source: str) -> None:
     """Raises UsageError if a kind for packed bases meets a float one, or the other way round."""
-    packed = any(isinstance(module, QuantLinear) for module in base.modules())
+    packed = bool(packed_layers(base))
     if packed == kind.packed:
         return
     if packed:
@@ -180,7 +177,7 @@ def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: T
 
 def training_device(config: TrainConfig) -> torch.device:
     """Raises UsageError for one that is not there, or that does not go with the config's precision."""
-    device = pick_device(getattr(config, "device", "auto"))
+    device = pick_device(config.device)
     if config.precision == "float16" and device.type == "cpu":
         raise UsageError("precision float16 needs an accelerator: on a CPU train in bfloat16 or float32")
     return device
@@ -250,9 +247,8 @@ def last_checkpoint(work: Path) -> Path | None:
     return None
 
 
-def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """Adds the trainer's log, one JSON object a line, record of ranks and probe to the folder of event files."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Adds the trainer's log, one JSON object a line, record of ranks and probe to the adapter's folder."""
     write_probe(model, tokenizer, folder)
     entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]  # not of a whole run
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
@@ -260,4 +256,3 @@ def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: PreTrainedTokeniz
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RankScheduler):
             (folder / RECORDS).write_text(json.dumps({"records": callback.records}))
-    return folder
