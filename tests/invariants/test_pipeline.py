@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers
-from sqft.evaluation.held import unpacked
+from sqft.evaluation.scoring import unpacked
 from sqft.models.discover import describe
 from sqft.models.weights import Weight
 from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, mask_of

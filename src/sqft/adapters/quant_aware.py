@@ -1,11 +1,8 @@
 """Adapters on a packed base: QA-SparsePEFT, which merges on the base's own grid, and plain LoRA, which cannot.
 
-QA-SparsePEFT (SQFT, arXiv 2410.03750, section 3.4) trains through the grid that the merged weight will be on:
-
-    y = x Q(W + (alpha / r) * M o (B A))^T        Q(w) = clamp(round(w / scale) + zero, 0, 2^bits - 1), de-quantized
-
-W is what the base's integers mean, or the un-quantized sparse weight they were made from (``float_base``, as in the
-paper). Merging stores the integers that training rounded to; nothing else changes.
+QA-SparsePEFT (SQFT, arXiv 2410.03750, section 3.4; ``kernels/reference.py``) trains through the grid that the merged
+weight will be on. W is what the base's integers mean, or the un-quantized sparse weight they were made from
+(``float_base``, as in the paper). Merging stores the integers that training rounded to; nothing else changes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,5 @@
-"""SparsePEFT: a LoRA layer whose product B A is masked by the base's sparsity (SQFT, arXiv 2410.03750, section 3.3).
-
-    W_merged = W + (alpha / r) * M o (B A)
-
-A pruned weight stays zero through training and merging, and what is trained is what is merged.
-"""
+"""SparsePEFT: a LoRA layer whose product B A is masked by the base's sparsity (SQFT, arXiv 2410.03750, section 3.3;
+``kernels/reference.py``). A pruned weight stays zero, and what is trained is what is merged."""
 
 from __future__ import annotations
 

@@ -3,22 +3,55 @@ loss of the completions, which takes one forward a batch and is finer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from sqft.adapters.kinds import layer_kind
+from sqft.adapters.peft_bridge import adapter_layers, is_masked
 from sqft.errors import SqftError
 from sqft.evaluation.choices import choose
 from sqft.evaluation.generation import solve
 from sqft.evaluation.intervals import wilson
+from sqft.formats.checkpoint import packed_layers, unpack_model
 from sqft.models.discover import input_device
+from sqft.models.weights import put_module
 from sqft.tasks.base import Example, Task
 from sqft.training.data import IGNORED, collate, is_learnt, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """Holds packed weights de-quantized, and masked adapters merged, for a while: the same results, much faster.
+
+    Every token of a generation would otherwise build the weights anew. Both are undone exactly; adapters that were
+    merged before stay merged.
+    """
+    layers: list[Any] = list(adapter_layers(model).values()) if is_masked(model) else []
+    if any(layer.merged for layer in layers):
+        layers = []
+    packed = packed_layers(model)
+    weights = {layer: layer.get_base_layer().weight.data for layer in layers if not layer_kind(layer).packed}
+    try:
+        if layers:
+            model.merge_adapter()
+        unpack_model(model)
+        yield
+    finally:
+        for name, module in packed.items():
+            put_module(model, name, module)
+        for layer in layers:
+            if layer in weights:  # subtracting the adapter again would round
+                layer.get_base_layer().weight.data = weights[layer]
+                layer.merged_adapters.clear()
+            elif layer.merged:
+                layer.unmerge()
 
 
 def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, split: str, limit: int | None, batch_size: int,

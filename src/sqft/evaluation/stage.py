@@ -15,9 +15,8 @@ from sqft.elastic.handle import Elastic
 from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
 from sqft.evaluation.harness import require_harness, run_harness
-from sqft.evaluation.held import unpacked
 from sqft.evaluation.perplexity import perplexity
-from sqft.evaluation.scoring import score
+from sqft.evaluation.scoring import score, unpacked
 from sqft.folders import load
 from sqft.probe import evaluating
 from sqft.tasks.base import Task

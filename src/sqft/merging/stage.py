@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from sqft import artifact
@@ -28,7 +27,8 @@ from sqft.formats.checkpoint import packed_layers, save_packed
 from sqft.merging.changes import Changes, check_mergeable, put, unload
 from sqft.merging.verify import verify
 from sqft.models.dense import save_settings
-from sqft.models.tensors import write_model
+from sqft.models.tensors import ModelWriter, layout
+from sqft.models.weights import stored_state
 from sqft.probe import check_probe, logits, sample_tokens
 from sqft.sparsity.masks import collect_masks, save_masks, stored_masks
 
@@ -116,13 +116,10 @@ def _write(base: Any, tokenizer: PreTrainedTokenizerBase, changes: Changes, fold
         put(base, changes, ExitStack())
         save_packed(base, tokenizer, folder, shard)
         return
+    writer = ModelWriter(layout(base), folder, shard)
     with tqdm(total=len(changes), desc="Merge", unit="tensor", disable=None) as bar, torch.no_grad():
-
-        def change(key: str, tensor: Tensor) -> Tensor:
-            if key not in changes:
-                return tensor
-            bar.update()
-            return changes[key]()
-
-        write_model(base, folder, shard, change)
+        for name, tensor in stored_state(base):
+            writer.add(name, changes[name]() if name in changes else tensor)
+            bar.update(name in changes)
+    writer.close()
     save_settings(base, tokenizer, folder)

@@ -7,7 +7,7 @@ any weight is computed. So the headers are written first and each tensor then go
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from sqft.errors import SqftError
-from sqft.models.weights import stored_state
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -124,11 +123,3 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
         raise _cannot_write(file, error) from error
-
-
-def write_model(model: nn.Module, folder: Path, max_shard_size: int, change: Callable[[str, Tensor], Tensor]) -> None:
-    """Writes every tensor of the model's state dict, passed through ``change(name, tensor)``, one at a time."""
-    writer = ModelWriter(layout(model), folder, max_shard_size)
-    for name, tensor in stored_state(model):
-        writer.add(name, change(name, tensor))
-    writer.close()

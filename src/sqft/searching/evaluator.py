@@ -13,8 +13,7 @@ from sqft.adapters.groups import Ranks
 from sqft.config import SearchConfig
 from sqft.elastic.handle import SearchSpace, set_ranks
 from sqft.errors import SqftError, UsageError
-from sqft.evaluation.held import unpacked
-from sqft.evaluation.scoring import completion_loss, score
+from sqft.evaluation.scoring import completion_loss, score, unpacked
 from sqft.models.discover import input_device
 from sqft.probe import evaluating
 from sqft.tasks.base import Task, without_duplicates
