@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils.operations import ConvertOutputsToFp32
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 
 from sqft.calibration.data import token_blocks
 from sqft.errors import SqftError, VerificationError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sqft.models.types import Tokenizer
 
 PROBE = "probe.json"
 SAMPLE_SHAPE = (4, 64)  # windows and tokens
 
 
-def sample_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def sample_tokens(model: Any, tokenizer: Tokenizer | None) -> Tensor:
     """int64 [4, 64]: from the built-in text, or seeded random ids without a tokenizer."""
     windows, length = SAMPLE_SHAPE
     if tokenizer is not None:
@@ -81,7 +79,7 @@ def tolerance(values: Tensor, dtype: torch.dtype) -> float:
     return (1e-3 if dtype == torch.float32 else 5e-2) * float(values.abs().max())
 
 
-def write_probe(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_probe(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the largest logit at each of the sample's positions."""
     largest = logits(model, sample_tokens(model, tokenizer)).float().amax(-1)
     (folder / PROBE).write_text(json.dumps({"largest_logits": largest.tolist()}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -19,14 +19,12 @@ from sqft.adapters.groups import make_groups
 from sqft.adapters.kinds import layer_kind
 from sqft.adapters.quant_aware import FLOAT_BASE
 from sqft.adapters.sparse import give_mask
-from sqft.errors import SqftError, UsageError
+from sqft.errors import SqftError, UsageError, first_line
 from sqft.models.dense import load_dense
 from sqft.models.discover import Architecture, describe, resolve_targets
+from sqft.models.types import PreTrainedModel
 from sqft.models.weights import is_linear
 from sqft.sparsity.masks import ensure_masks, packed_mask
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftModel:
@@ -127,8 +125,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
     except (SqftError, UsageError):
         raise
     except Exception as error:  # PEFT raises many kinds; each means adapter and model do not fit, or a corrupt file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: {reason}") from error
+        raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: {first_line(error)}") from error
     missing = [key for key in found.missing_keys if ".lora_" in key and ".default" in key]
     for what, keys in (("lacks", missing), ("has beside its base", found.unexpected_keys)):
         if keys:

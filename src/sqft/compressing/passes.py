@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.dispatch import pick_device
 from sqft.models.discover import Architecture, Block, match_modules
+from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight
 from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
@@ -28,9 +29,6 @@ from sqft.registry import QUANTIZERS, SPARSIFIERS, Registry
 from sqft.sparsity.masks import ZeroCounts, count_zeros
 from sqft.sparsity.method import Sparsifier
 from sqft.sparsity.pattern import Pattern
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Pass(ABC):
@@ -70,7 +68,7 @@ class Pass(ABC):
         """The numbers of all blocks."""
 
     def prepare(self, model: nn.Module, architecture: Architecture, tokens: Tensor | None,
-                tokenizer: PreTrainedTokenizerBase | None) -> None:  # fmt: skip
+                tokenizer: Tokenizer | None) -> None:  # fmt: skip
         """Takes the calibration tokens (int64 [N, T], or those of the config), and what has to be known of the whole
         model. Nothing for a method without calibration."""
         if self.method.needs is None:

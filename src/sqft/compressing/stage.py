@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -24,14 +24,12 @@ from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantiza
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Block, describe
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
+from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def sparsify(model: PreTrainedModel | str | Path, config: SparsifyConfig | None = None,
-             calibration: Tensor | str | None = None, *, tokenizer: PreTrainedTokenizerBase | None = None,
+             calibration: Tensor | str | None = None, *, tokenizer: Tokenizer | None = None,
              out: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Prunes the linear weights of the decoder blocks and records the masks.
 
@@ -51,7 +49,7 @@ def sparsify(model: PreTrainedModel | str | Path, config: SparsifyConfig | None 
 
 def quantize(model: PreTrainedModel | str | Path, config: QuantizeConfig | None = None,
              calibration: Tensor | str | None = None, *, first: SparsifyConfig | None = None,
-             tokenizer: PreTrainedTokenizerBase | None = None, out: str | Path | None = None,
+             tokenizer: Tokenizer | None = None, out: str | Path | None = None,
              overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Quantizes the linear weights of the decoder blocks; pruned weights stay exactly zero.
 
@@ -66,7 +64,7 @@ def quantize(model: PreTrainedModel | str | Path, config: QuantizeConfig | None 
 
 
 def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibration: Tensor | str | None = None, *,
-             tokenizer: PreTrainedTokenizerBase | None = None, out: str | Path | None = None,
+             tokenizer: Tokenizer | None = None, out: str | Path | None = None,
              overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Lets each of the passes (``Prune(config)``, ``Quantize(config)``) change each block, in this order.
 
@@ -103,8 +101,7 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     return result.metrics
 
 
-def _walk(model: Any, passes: Sequence[Pass], tokens: Tensor | None,
-          tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Block]:  # fmt: skip
+def _walk(model: Any, passes: Sequence[Pass], tokens: Tensor | None, tokenizer: Tokenizer | None) -> Iterator[Block]:
     """One walk over a model's blocks: all is planned at once, and a block is finished when it is asked for."""
     architecture = describe(model)
     for each in passes:
@@ -116,7 +113,7 @@ def _walk(model: Any, passes: Sequence[Pass], tokens: Tensor | None,
     return (blocks[-1] for blocks in zip(*walks, strict=False))
 
 
-def _write(blocks: Iterable[Block], model: Any, last: Pass, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _write(blocks: Iterable[Block], model: Any, last: Pass, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes a model as its blocks are finished, and drops them."""
     masks: dict[str, Tensor] = {}
     writer = ModelWriter(plan_tensors(model, last.layers, last.format), folder, MAX_SHARD_BYTES)

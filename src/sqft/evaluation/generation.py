@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,15 +11,13 @@ from tqdm.auto import tqdm
 
 from sqft.evaluation.choices import start_token
 from sqft.models.discover import input_device
+from sqft.models.types import Tokenizer
 from sqft.tasks.base import Example, Task
 from sqft.training.data import padded, padding
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int,
+def generate(model: Any, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int,
              stop: Sequence[str]) -> list[str]:  # fmt: skip
     """Greedy continuations of a batch of prompts, each cut at the first of the ``stop`` strings."""
     rows: list[list[int]] = [ids or [start_token(tokenizer)] for ids in tokenizer(prompts)["input_ids"]]  # pyright: ignore
@@ -40,7 +38,7 @@ def cut(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends)] if ends else text
 
 
-def solve(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example],
+def solve(model: nn.Module, tokenizer: Tokenizer, task: Task, examples: Sequence[Example],
           batch_size: int, quiet: bool = False) -> list[dict[str, Any]]:  # fmt: skip
     """One record a problem: prompt, generated, answer, correct. Prompts of like length are batched."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,10 @@ from sqft.evaluation.generation import solve
 from sqft.evaluation.intervals import wilson
 from sqft.formats.checkpoint import packed_layers, unpack_model
 from sqft.models.discover import input_device
+from sqft.models.types import Tokenizer
 from sqft.models.weights import put_module
 from sqft.tasks.base import Example, Task
 from sqft.training.data import IGNORED, collate, is_learnt, tokenize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @contextlib.contextmanager
@@ -54,7 +52,7 @@ def unpacked(model: Any) -> Iterator[None]:
                 layer.unmerge()
 
 
-def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, split: str, limit: int | None, batch_size: int,
+def score(model: Any, tokenizer: Tokenizer, task: Task, split: str, limit: int | None, batch_size: int,
           quiet: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """Metrics and one record a problem (prompt, generated, answer, correct), in the task's order."""
     examples = task.examples(split, limit)
@@ -95,8 +93,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def completion_loss(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example],
-                    batch_size: int) -> float:  # fmt: skip
+def completion_loss(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], batch_size: int) -> float:
     """Cross-entropy a token of all completions together, in nats. Nothing is cut: raises SqftError for an example that
     is longer than the model takes."""
     rows = sorted(filter(is_learnt, (tokenize(e, tokenizer) for e in examples)), key=lambda row: len(row["input_ids"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -18,15 +18,13 @@ from sqft.evaluation.harness import require_harness, run_harness
 from sqft.evaluation.perplexity import perplexity
 from sqft.evaluation.scoring import score, unpacked
 from sqft.folders import load
+from sqft.models.types import Tokenizer
 from sqft.probe import evaluating
 from sqft.tasks.base import Task
 from sqft.tasks.lookup import get_task
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer: PreTrainedTokenizerBase | None = None,
+def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer: Tokenizer | None = None,
              out: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Scores a live model (needs ``tokenizer``) or a folder or hub name of any stage.
 
@@ -52,7 +50,7 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
     return made.metrics
 
 
-def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None, config: EvaluateConfig,
+def _scores(model: Any, tokenizer: Tokenizer, task: Task | None, config: EvaluateConfig,
             source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """Metrics, and the texts of the files that go with them."""
     metrics: dict[str, Any] = {"ranks": config.ranks} if config.ranks else {}

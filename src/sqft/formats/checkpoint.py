@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,10 @@ from sqft.models.dense import DTYPES, quant_method, reason, save_settings
 from sqft.models.discover import describe
 from sqft.models.reader import SafetensorsReader
 from sqft.models.tensors import ModelWriter, layout
+from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.models.weights import Weight, is_linear, put_module, stored_state
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import FORMATS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -77,7 +75,7 @@ def mark_packed(model: Any, format: str) -> None:
     model.sqft_format = format
 
 
-def save_packed(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: int) -> None:
+def save_packed(model: Any, tokenizer: Tokenizer, folder: Path, max_shard_size: int) -> None:
     """Writes a live packed model and its tokenizer in the format noted on it."""
     layers = packed_layers(model)
     writer = ModelWriter(plan_tensors(model, layers, model.sqft_format), folder, max_shard_size)

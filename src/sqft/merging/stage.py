@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -28,17 +28,14 @@ from sqft.merging.changes import Changes, check_mergeable, put, unload
 from sqft.merging.verify import verify
 from sqft.models.dense import save_settings
 from sqft.models.tensors import ModelWriter, layout
+from sqft.models.types import PeftModel, Tokenizer
 from sqft.models.weights import stored_state
 from sqft.probe import check_probe, logits, sample_tokens
 from sqft.sparsity.masks import collect_masks, save_masks, stored_masks
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
 
 def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
-          ranks: Ranks | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+          ranks: Ranks | None = None, tokenizer: Tokenizer | None = None,
           out: str | Path | None = None, overwrite: bool = False) -> Any:  # fmt: skip
     """Merges an adapter into its base and verifies the result: all that the adapter trains, or none of it.
 
@@ -110,7 +107,7 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
     return made.metrics
 
 
-def _write(base: Any, tokenizer: PreTrainedTokenizerBase, changes: Changes, folder: Path, shard: int) -> None:
+def _write(base: Any, tokenizer: Tokenizer, changes: Changes, folder: Path, shard: int) -> None:
     """Writes the merged model: a float one tensor by tensor; the integers of a packed one are put into it before."""
     if packed_layers(base):
         put(base, changes, ExitStack())

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from sqft.errors import SqftError
+from sqft.errors import SqftError, first_line
 from sqft.models.reader import SafetensorsReader
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from sqft.models.types import PreTrainedModel, Tokenizer
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,7 +40,7 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
     return model.eval()
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer that belongs to ``source``; it pads with its end-of-text token if it has no padding token."""
     from transformers import AutoTokenizer
 
@@ -57,7 +54,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_settings(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Everything of a Hugging Face folder but the weights: configuration, generation settings, tokenizer."""
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
@@ -98,13 +95,14 @@ def quant_method(folder: str | Path) -> str | None:
 
 def reason(error: Exception) -> str:
     """The first line of what transformers says, or what it means."""
+    from huggingface_hub import constants
+
     if "trust_remote_code" in str(error):
         return (
             "it brings Python code of its own (auto_map), which sqft does not run; transformers has to know its family"
         )
-    lines = str(error).strip().splitlines()
-    first = lines[0] if lines else type(error).__name__
-    if os.environ.get("HF_HUB_OFFLINE") == "1" or "connect" in str(error).lower():
+    first = first_line(error)
+    if constants.HF_HUB_OFFLINE or "connect" in str(error).lower():
         first += " (the hub cannot be reached; a local folder would work)"
     return first
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,12 +15,10 @@ from sqft.elastic.handle import SearchSpace, set_ranks
 from sqft.errors import SqftError, UsageError
 from sqft.evaluation.scoring import completion_loss, score, unpacked
 from sqft.models.discover import input_device
+from sqft.models.types import Tokenizer
 from sqft.probe import evaluating
 from sqft.tasks.base import Task, without_duplicates
 from sqft.tasks.lookup import get_task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LATENCY_TOKENS, LATENCY_ROUNDS = 64, 5
 
@@ -51,7 +49,7 @@ class Evaluator:
     """Score and cost of a configuration, and its score on the first ``config.screen`` problems alone."""
 
     model: Any
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Tokenizer | None
     config: SearchConfig
     space: SearchSpace
     scorer: Scorer | None = None

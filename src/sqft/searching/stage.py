@@ -9,7 +9,7 @@ import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ from sqft.elastic.handle import Elastic, get_ranks, set_ranks
 from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
+from sqft.models.types import Tokenizer
 from sqft.options import recorded
 from sqft.searching.choose import TRIALS, write_sub_adapter
 from sqft.searching.evaluator import Evaluator, Scorer
@@ -32,12 +33,9 @@ from sqft.searching.plots import plots
 from sqft.searching.strategies import SEARCHES, ranks_of
 from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | None = None, *,
-           tokenizer: PreTrainedTokenizerBase | None = None, records: Records = (), out: str | Path | None = None,
+           tokenizer: Tokenizer | None = None, records: Records = (), out: str | Path | None = None,
            overwrite: bool = False) -> Any:  # fmt: skip
     """Searches the best sub-adapter.
 
@@ -71,7 +69,7 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
     return chosen.ranks
 
 
-def _searcher(study: Study, model: Any, tokenizer: PreTrainedTokenizerBase | None, config: SearchConfig,
+def _searcher(study: Study, model: Any, tokenizer: Tokenizer | None, config: SearchConfig,
               records: Records, scorer: Scorer | None = None) -> Search:  # fmt: skip
     space = Elastic(model).space
     judge = Evaluator(model, tokenizer, config, space, scorer)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from sqft.adapters.groups import Ranks
 from sqft.elastic.handle import SearchSpace
-from sqft.errors import UsageError
+from sqft.errors import UsageError, first_line
 from sqft.options import without_password
 from sqft.searching.strategies import PATIENCE, Exhausted, is_whole, ranks_of, sampler
 
@@ -67,9 +67,9 @@ def open_storage(url: str) -> BaseStorage:
             return JournalStorage(Journal(str(path)))
         return RDBStorage(url)
     except Exception as error:  # Optuna and SQLAlchemy raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"cannot open storage '{without_password(url)}' ({without_password(reason)}): write "
-                         "journal:PATH or sqlite:///PATH") from None  # fmt: skip
+        reason = without_password(first_line(error))
+        raise UsageError(f"cannot open storage '{without_password(url)}' ({reason}): write journal:PATH or "
+                         "sqlite:///PATH") from None  # fmt: skip
 
 
 def open_study(url: str | None = None, name: str | None = None) -> Study:

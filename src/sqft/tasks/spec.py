@@ -94,7 +94,7 @@ def make_task(spec: TaskSpec, data_dir: str | Path | None, where: str) -> SpecTa
         lacking.append("prompt")
     if lacking:
         raise UsageError(f"{where}it needs '{lacking[0]}'")
-    return SpecTask(**{**vars(spec), "data_dir": data_dir})
+    return SpecTask(**{**vars(spec), **({} if data_dir is None else {"data_dir": data_dir})})
 
 
 def shipped_file(name: str) -> Path:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,18 +30,15 @@ from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, write_files
 from sqft.formats.checkpoint import packed_layers
 from sqft.kernels.dispatch import peak_memory, pick_device
+from sqft.models.types import PeftModel, Tokenizer
 from sqft.probe import write_probe
 from sqft.registry import KINDS
 from sqft.tasks.base import Example
 from sqft.training.callbacks import Finished, Guard, ProgressBar, Stopwatch
 from sqft.training.data import TrainingData, collate, load_examples, padding, tokenize_all
 
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedTokenizerBase
 
-
-def adapter_config(config: TrainConfig) -> LoraConfig:
+def adapter_config(config: TrainConfig) -> SqftConfig:
     """The adapters that a training config asks for; plain LoRA for the kind 'lora'."""
     return SqftConfig(
         r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
@@ -52,7 +49,7 @@ def adapter_config(config: TrainConfig) -> LoraConfig:
 
 
 def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data: Sequence[Example] | None = None, *,
-          tokenizer: PreTrainedTokenizerBase | None = None, eval_data: Sequence[Example] = (),
+          tokenizer: Tokenizer | None = None, eval_data: Sequence[Example] = (),
           out: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Fine-tunes adapters.
 
@@ -121,7 +118,7 @@ def check_kind(base: nn.Module, kind: Kind, source: str) -> None:
                      "quantize), or use sparse-peft or lora")  # fmt: skip
 
 
-def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, data: TrainingData,
+def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, data: TrainingData,
                  work: Path, checkpoints: bool = True) -> Trainer:  # fmt: skip
     """A Hugging Face Trainer with this config; ``work`` takes event files and, unless switched off, checkpoints."""
     device = training_device(config)
@@ -247,7 +244,7 @@ def last_checkpoint(work: Path) -> Path | None:
     return None
 
 
-def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Adds the trainer's log, one JSON object a line, record of ranks and probe to the adapter's folder."""
     write_probe(model, tokenizer, folder)
     entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]  # not of a whole run
