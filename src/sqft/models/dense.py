@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 
 from sqft.errors import SqftError, first_line
@@ -95,14 +96,12 @@ def quant_method(folder: str | Path) -> str | None:
 
 def reason(error: Exception) -> str:
     """The first line of what transformers says, or what it means."""
-    from huggingface_hub import constants
-
     if "trust_remote_code" in str(error):
         return (
             "it brings Python code of its own (auto_map), which sqft does not run; transformers has to know its family"
         )
     first = first_line(error)
-    if constants.HF_HUB_OFFLINE or "connect" in str(error).lower():
+    if huggingface_hub.is_offline_mode() or "connect" in str(error).lower():
         first += " (the hub cannot be reached; a local folder would work)"
     return first
 
