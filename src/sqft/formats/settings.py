@@ -73,7 +73,7 @@ def make_layer(module: str, settings: Settings, words: Mapping[str, Tensor], ten
     low, high = (int(value) for value in group_I.aminmax())
     if low < 0 or high >= groups:
         raise SqftError(f"{module}.{g_idx} goes from {low} to {high}, expected 0 to {groups - 1}: the file is corrupt")
-    bias = {name: tensors[name] for name in ("bias",) if name in tensors}
+    bias = {"bias": tensors["bias"]} if "bias" in tensors else {}
     layer = QuantLinear(inputs, outputs, settings.bits, settings.group_size, bool(bias), device="meta")
     layer.symmetric = settings.symmetric
     layer.load_state_dict({**words, "g_idx": group_I.to(torch.int32), **bias}, assign=True)
