@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from sqft.adapters.groups import RankGroup
-from sqft.elastic.space import SearchSpace
+from sqft.elastic.handle import SearchSpace
 from sqft.searching.study import Search
 
 

@@ -25,3 +25,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean '{near[0]}'?"
     return f"known are: {', '.join(known)}" if known else "none is known"
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says first, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

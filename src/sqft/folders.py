@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -14,17 +14,15 @@ from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_
 from sqft.kernels.dispatch import pick_device
 from sqft.models.dense import load_dense, load_tokenizer
 from sqft.models.tensors import MAX_SHARD_BYTES
+from sqft.models.types import Tokenizer
 from sqft.models.weights import stored_state
 from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load(source: str | Path, *, dtype: str = "auto", device: str = "cpu", mask: str | None = None,
-         trainable: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:  # fmt: skip
+         trainable: bool = False) -> tuple[Any, Tokenizer]:  # fmt: skip
     """A model, of whatever stage, and its tokenizer.
 
     A dense, sparse, merged or packed (GPTQ, compressed-tensors) folder, a GGUF file or a hub name gives a
@@ -89,7 +87,7 @@ def base_of(adapter: str | Path) -> str:
     return base
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, *, parent: str | Path = "",
+def save(model: nn.Module, tokenizer: Tokenizer, out: str | Path, *, parent: str | Path = "",
          overwrite: bool = False) -> None:  # fmt: skip
     """Writes a live model (or a ``PeftModel``'s adapter), its tokenizer, masks and manifest as one stage folder, which
     its contents identify. ``parent``: what it was made from; of an adapter, the folder of its base.
@@ -100,7 +98,7 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, 
         write_files(model, tokenizer, made.folder)
 
 
-def write_files(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_files(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """What ``save`` writes, into a folder that is there."""
     if packed_layers(model) and not getattr(model, "peft_config", None):
         save_packed(model, tokenizer, folder, MAX_SHARD_BYTES)

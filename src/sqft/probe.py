@@ -10,7 +10,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils.operations import ConvertOutputsToFp32
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 
 from sqft.calibration.data import token_blocks
 from sqft.errors import SqftError, VerificationError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sqft.models.types import Tokenizer
 
 PROBE = "probe.json"
 SAMPLE_SHAPE = (4, 64)  # windows and tokens
 
 
-def sample_tokens(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def sample_tokens(model: Any, tokenizer: Tokenizer | None) -> Tensor:
     """int64 [4, 64]: from the built-in text, or seeded random ids without a tokenizer."""
     windows, length = SAMPLE_SHAPE
     if tokenizer is not None:
@@ -43,18 +41,27 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _as_served(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and without the autocast that Accelerate (so Trainer, and TRL) leaves on what it has trained."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Holds a model in eval mode; afterwards each module is in the mode that it was in."""
     modes = {module: module.training for module in model.modules()}
-    wrapped = {module: module.forward for module in modes if "_original_forward" in vars(module)}
-    for module in wrapped:
-        module.forward = _own_forward(module)
     model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def _as_served(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and without the autocast that Accelerate (so Trainer, and TRL) leaves on what it has trained."""
+    wrapped = {module: module.forward for module in model.modules() if "_original_forward" in vars(module)}
+    for module in wrapped:
+        module.forward = _own_forward(module)
+    try:
+        with evaluating(model):
+            yield
+    finally:
         for module, forward in wrapped.items():
             module.forward = forward
 
@@ -72,20 +79,18 @@ def tolerance(values: Tensor, dtype: torch.dtype) -> float:
     return (1e-3 if dtype == torch.float32 else 5e-2) * float(values.abs().max())
 
 
-def write_probe(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_probe(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the largest logit at each of the sample's positions."""
     largest = logits(model, sample_tokens(model, tokenizer)).float().amax(-1)
     (folder / PROBE).write_text(json.dumps({"largest_logits": largest.tolist()}))
 
 
-def check_probe(before: Tensor, folder: Path) -> float | None:
-    """Compares ``before``, the logits of a loaded adapter on the sample, with the probe that was written beside it.
-
-    Returns the largest difference, None where there is no probe. Raises VerificationError if it is too large.
-    """
+def check_probe(before: Tensor, folder: Path) -> None:
+    """Compares ``before``, the logits of a loaded adapter on the sample, with the probe that was written beside it, if
+    there is one. Raises VerificationError if they differ by too much."""
     path = folder / PROBE
     if not path.is_file():
-        return None
+        return
     try:
         expected = torch.tensor(json.loads(path.read_text())["largest_logits"])
         difference = float((before.float().amax(-1) - expected).abs().max())
@@ -97,4 +102,3 @@ def check_probe(before: Tensor, folder: Path) -> float | None:
             f"adapter {folder} does not compute what it did when it was trained (logits differ by {difference:.3g}, "
             f"allowed are {allowed:.3g}): its base or its files have changed"
         )
-    return difference

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from pico import pico_folder
+from pico import pico_folder, pico_model
 from safetensors.torch import load_file, save_file
 from test_cli import FAST, TRAIN, call, fails
 
@@ -120,6 +121,24 @@ def test_widths_that_do_not_fill_words_are_refused(tmp_path: Path, capsys) -> No
     linear.weight = type(linear.weight)(linear.weight[:63].detach())
     with pytest.raises(UsageError, match="have to fill 32-bit words"):
         quantized_layers(describe(model), QuantizeConfig(group_size=32))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_group_sizes_that_are_advised_are_accepted(bits: int) -> None:
+    """A width of 40 fills 32-bit words at 4 bits and not at 2: then no group size is advised, not even -1."""
+    from sqft.compressing.passes import quantized_layers
+    from sqft.config import QuantizeConfig
+    from sqft.errors import UsageError
+    from sqft.models.discover import describe
+
+    architecture = describe(pico_model("llama", hidden_size=40, intermediate_size=80, num_attention_heads=5,
+                                       num_key_value_heads=5, head_dim=8))  # fmt: skip
+    with pytest.raises(UsageError) as error:
+        quantized_layers(architecture, QuantizeConfig(bits=bits, group_size=64))
+    advised = re.findall(r"-?[0-9]+", str(error.value).partition("these fit the whole model: ")[2])
+    assert advised == (["-1"] if bits == 4 else [])
+    for size in advised:
+        quantized_layers(architecture, QuantizeConfig(bits=bits, group_size=int(size)))
 
 
 def test_corrupt_packed_folders(packed: Path, tmp_path: Path, capsys) -> None:

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers
-from sqft.evaluation.held import unpacked
+from sqft.evaluation.scoring import unpacked
 from sqft.models.discover import describe
-from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, mask_of, set_mask
+from sqft.models.weights import Weight
+from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, mask_of
 from sqft.training import loop
 
 
@@ -227,7 +228,7 @@ def test_masks_follow_the_model(tokens) -> None:
     linear = model.get_submodule("model.layers.0.self_attn.q_proj")
     assert "sqft_mask" not in linear.state_dict()
     assert torch.equal(mask_of(linear.half()), linear.weight != 0)
-    set_mask(linear, torch.ones(32, 32, dtype=torch.bool))
+    Weight("", linear).set_mask(torch.ones(32, 32, dtype=torch.bool))
     assert mask_of(linear).all()
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sqft
-from sqft.adapters.peft_bridge import adapter_layers, is_quant_aware
+from sqft.adapters.kinds import layer_kind
+from sqft.adapters.peft_bridge import adapter_layers
 from sqft.formats.checkpoint import packed_layers
 from sqft.models.discover import describe
 from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, mask_of
@@ -198,9 +199,8 @@ def test_the_un_quantized_weight_as_base(sparse: Path, packed: Path, tokens, exa
     model = sqft.attach(sqft.load(packed)[0], sqft.SqftConfig(quantization_aware=True, float_base=str(sparse)))
     floats = dict(sqft.load(sparse)[0].named_modules())
     for name, layer in adapter_layers(model).items():
-        assert torch.equal(
-            layer.effective_weight("default"), layer.get_base_layer().grid().fake_quantize(floats[name].weight)
-        )
+        grid = layer.get_base_layer().grid()
+        assert torch.equal(layer.effective_weight("default"), grid.dequantize(grid.integers(floats[name].weight)))
     sqft.sparsify(sparse, sqft.SparsifyConfig(sparsity=0.7), tokens, out=tmp_path / "other")
     adapter = tmp_path / "adapter" / "adapter_config.json"
     adapter.write_text(json.dumps({**json.loads(adapter.read_text()), "float_base": "../other"}))
@@ -274,7 +274,7 @@ def test_a_dense_packed_model_takes_unmasked_quantization_aware_adapters(
     assert not load_masks(tmp_path / "packed")
     model, tokenizer = sqft.load(tmp_path / "packed")
     peft_model = sqft.attach(model, sqft.SqftConfig(r=4, sparse_adapter=False, quantization_aware=True))
-    assert is_quant_aware(peft_model)
+    assert all(layer_kind(layer).quantization_aware for layer in adapter_layers(peft_model).values())
     sqft.train(peft_model, TRAIN, examples, tokenizer=tokenizer)
     merged = sqft.merge(peft_model)
     assert len(packed_layers(merged)) == len(describe(merged).names())

@@ -13,7 +13,6 @@ from pico import pico_model, pico_tokenizer
 from sqft.evaluation.harness import run_harness
 from sqft.evaluation.harness_tasks import documents, main_filter, task_config
 from sqft.tasks.base import Example
-from sqft.tasks.data import Source
 from sqft.tasks.lookup import get_task
 from sqft.tasks.spec import SpecTask
 
@@ -107,7 +106,7 @@ def check(name: str, examples: list[Example], records: list[dict[str, Any]], sqf
 def test_made_records(name: str, tmp_path: Path) -> None:
     task = get_task(name, tmp_path)
     assert isinstance(task, SpecTask)
-    write(tmp_path / task.spec.folder / f"{task.spec.splits['test']}.jsonl", RECORDS[name])
+    write(tmp_path / task.folder / f"{task.splits['test']}.jsonl", RECORDS[name])
     check(name, task.examples("test"), RECORDS[name], task)
 
 
@@ -116,8 +115,7 @@ def test_real_records(name: str, shared: Path) -> None:
     data, split = shared / "data", REAL.get(name, "test")
     task = get_task(name, data)
     assert isinstance(task, SpecTask)
-    source = Source(name, task.spec.hub, task.spec.folder, task.spec.files)
-    records = source.read(task.spec.splits[split], data)[:200]
+    records = task.records(task.splits[split])[:200]
     for record in records:
         if name == "boolq":  # the original files have 'answer' for the hub's 'label', of which it is the number
             record.setdefault("label", int(record["answer"]))
@@ -168,12 +166,12 @@ def test_few_shot_contexts_equal_the_stock_tasks(name: str, tmp_path: Path) -> N
     theirs.set_fewshot_seed(1234)
     known = get_task(name)
     assert isinstance(known, SpecTask)
-    spec = replace(known.spec, splits={"train": "train", "test": "test"}, files={}, max_new_tokens=1)
+    spec = replace(known, splits={"train": "train", "test": "test"}, files={}, max_new_tokens=1, data_dir=tmp_path)
     for split in ("train", "test"):
         write(tmp_path / spec.folder / f"{split}.jsonl", records)
     model = pico_model()
     model.config.max_position_embeddings = 2048
-    _, found, results = run_harness(model, pico_tokenizer(), SpecTask(spec, tmp_path), "test", fewshot=2)
+    _, found, results = run_harness(model, pico_tokenizer(), spec, "test", fewshot=2)
     assert results["n-shot"] == {f"sqft_{name}": 2}
     golds = [0] * 5
     if name != "gsm8k":

@@ -37,8 +37,9 @@ def evaluated(study) -> list[tuple[int, ...]]:
 def test_the_space() -> None:
     assert SPACE.size == 4**6
     for choices in itertools.product(range(4), repeat=6):
-        assert SPACE.encode(SPACE.decode(choices)) == choices
-    ranks = SPACE.decode((0, 1, 2, 3, 0, 1))
+        ranks = {group.name: group.choices[i] for group, i in zip(SPACE.groups, choices, strict=True)}
+        assert SPACE.encode(ranks) == choices
+    ranks = dict(zip((group.name for group in SPACE.groups), (32, 24, 16, 8, 32, 24), strict=True))
     expected = sum((10 + i) * r for i, r in enumerate((32, 24, 16, 8, 32, 24)))
     assert SPACE.cost(ranks) == {"parameters": expected, "bytes": 4 * expected, "flops": 2 * expected}
     with pytest.raises(sqft.UsageError, match="not a configuration"):

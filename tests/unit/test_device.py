@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import sqft
-from sqft.kernels.dispatch import pick_device
-from sqft.kernels.memory import peak_memory
+from sqft.kernels.dispatch import peak_memory, pick_device
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ import sqft
 from sqft import folders
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.elastic.handle import get_ranks, set_ranks
-from sqft.evaluation import held, perplexity, stage
+from sqft.evaluation import perplexity, scoring, stage
 from sqft.evaluation.choices import choose
 from sqft.evaluation.generation import generate
-from sqft.evaluation.held import evaluating, unpacked
-from sqft.evaluation.likelihood import completion_loss
-from sqft.models.placement import input_device
+from sqft.evaluation.scoring import completion_loss, unpacked
+from sqft.models.discover import input_device
+from sqft.probe import evaluating
 
 
 def test_a_completion_loss_is_of_the_whole_text() -> None:
@@ -130,7 +130,7 @@ def test_an_error_in_an_evaluation_leaves_the_model_as_it_was(where: str, kind: 
     if where == "merge":
         monkeypatch.setattr(layer, "merge", after(3, layer.merge))
     elif where == "unpack":
-        monkeypatch.setattr(held, "unpack_model", broken)
+        monkeypatch.setattr(scoring, "unpack_model", broken)
     elif where == "repeat":
         from sqft.quantization.linear import QuantLinear
 

@@ -55,7 +55,7 @@ def write(path: Path, records: list) -> None:
 
 def write_split(folder: Path, task: str, split: str, records: list) -> None:
     """As the task's file names it."""
-    spec = get_task(task, folder).spec
+    spec = get_task(task, folder)
     stem = spec.splits[split].split("[")[0]
     write(folder / spec.folder / f"{spec.files.get(stem, stem)}.jsonl", records)
 
@@ -191,9 +191,7 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     write(tmp_path / "capitals" / "test.jsonl", [{"country": "France", "capital": "Paris"}])
     task = get_task(str(file), tmp_path)
     assert task.examples("test") == [Example("France's capital is", " Paris.", "Paris", task="capitals")]
-    assert (
-        task.is_correct(" paris is it", task.examples("test")[0]) and task.max_new_tokens == 8 and task.stop == (".",)
-    )
+    assert task.is_correct(" paris is it", task.examples("test")[0]) and task.max_new_tokens == 8 and task.stop == ["."]
     child = tmp_path / "half.yaml"  # another split of a task that there is
     child.write_text("base: boolq\nfiles: {train: train_subset}\n")
     write(tmp_path / "boolq" / "train_subset.jsonl", [RECORDS["boolq"][0]] * 501)
@@ -258,16 +256,16 @@ def test_a_task_files_checked_values_are_used(tmp_path: Path) -> None:
     file = tmp_path / "capitals.yaml"
     file.write_text(CUSTOM.replace('stop: ["."]', 'stop: "END"\nignore: ","').replace("tokens: 8", 'tokens: "8"'))
     task = get_task(str(file))
-    assert task.stop == ("END",) and task.spec.ignore == [","] and task.max_new_tokens == 8
+    assert task.stop == ["END"] and task.ignore == [","] and task.max_new_tokens == 8
     file.write_text(CUSTOM.replace('stop: ["."]', 'stop: ["a,b", ","]'))
-    assert get_task(str(file)).stop == ("a,b", ",")
-    assert get_task("gsm8k").spec.ignore[0] == ","
+    assert get_task(str(file)).stop == ["a,b", ","]
+    assert get_task("gsm8k").ignore[0] == ","
 
 
 def test_tasks_of_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry point gives a task, a spec, or the path of a YAML file; it does not replace what comes with sqft."""
     (tmp_path / "capitals.yaml").write_text(CUSTOM)
-    spec = get_task(str(tmp_path / "capitals.yaml")).spec
+    spec = get_task(str(tmp_path / "capitals.yaml"))
     given = {
         "sums": ArithmeticTask(seed=1),
         "spec": spec,
@@ -286,7 +284,7 @@ def test_tasks_of_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(TASKS.__dict__, "_plugins", raising=False)
     try:
         write(tmp_path / "capitals" / "test.jsonl", [{"country": "France", "capital": "Paris"}])
-        assert get_task("sums") is given["sums"] and get_task("gsm8k").spec.name == "gsm8k"
+        assert get_task("sums") is given["sums"] and get_task("gsm8k").name == "gsm8k"
         assert get_task("spec", tmp_path).examples("test") == get_task("file", tmp_path).examples("test")
         assert get_task("sums+spec").name == "sums+spec"
         with pytest.raises(sqft.UsageError, match="makes its problems itself"):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor
 
+from sqft.adapters.config import check_options
 from sqft.adapters.kinds import LORA, Kind, kind_of
-from sqft.adapters.options import check_options
 from sqft.errors import SqftError, UsageError
 from sqft.quantization.linear import QuantLinear
 

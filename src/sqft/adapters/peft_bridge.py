@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -14,20 +14,17 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from sqft import artifact
-from sqft.adapters.config import PEFT_TYPE, SqftConfig, register
+from sqft.adapters.config import PEFT_TYPE, SqftConfig, check_initialisation, register
 from sqft.adapters.groups import make_groups
 from sqft.adapters.kinds import layer_kind
-from sqft.adapters.options import check_initialisation
 from sqft.adapters.quant_aware import FLOAT_BASE
 from sqft.adapters.sparse import give_mask
-from sqft.errors import SqftError, UsageError
+from sqft.errors import SqftError, UsageError, first_line
 from sqft.models.dense import load_dense
 from sqft.models.discover import Architecture, describe, resolve_targets
+from sqft.models.types import PreTrainedModel
 from sqft.models.weights import is_linear
 from sqft.sparsity.masks import ensure_masks, packed_mask
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftModel:
@@ -128,8 +125,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
     except (SqftError, UsageError):
         raise
     except Exception as error:  # PEFT raises many kinds; each means adapter and model do not fit, or a corrupt file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: {reason}") from error
+        raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: {first_line(error)}") from error
     missing = [key for key in found.missing_keys if ".lora_" in key and ".default" in key]
     for what, keys in (("lacks", missing), ("has beside its base", found.unexpected_keys)):
         if keys:
@@ -156,12 +152,6 @@ def is_masked(model: nn.Module) -> bool:
     """Whether every adapter layer is masked, i.e. whether merging keeps the zeros."""
     layers = adapter_layers(model)
     return bool(layers) and all(layer_kind(layer).masked for layer in layers.values())
-
-
-def is_quant_aware(model: nn.Module) -> bool:
-    """Whether the adapters are on a packed base and merge into its integers."""
-    layers = adapter_layers(model)
-    return bool(layers) and all(layer_kind(layer).quantization_aware for layer in layers.values())
 
 
 def merged_weight(layer: Any, adapter: str) -> Any:

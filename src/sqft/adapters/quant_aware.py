@@ -1,26 +1,21 @@
 """Adapters on a packed base: QA-SparsePEFT, which merges on the base's own grid, and plain LoRA, which cannot.
 
-QA-SparsePEFT (SQFT, arXiv 2410.03750, section 3.4) trains through the grid that the merged weight will be on:
-
-    y = x Q(W + (alpha / r) * M o (B A))^T        Q(w) = clamp(round(w / scale) + zero, 0, 2^bits - 1), de-quantized
-
-W is what the base's integers mean, or the un-quantized sparse weight they were made from (``float_base``, as in the
-paper). Merging stores the integers that training rounded to; nothing else changes.
+QA-SparsePEFT (SQFT, arXiv 2410.03750, section 3.4; ``kernels/reference.py``) trains through the grid that the merged
+weight will be on. W is what the base's integers mean, or the un-quantized sparse weight they were made from
+(``float_base``, as in the paper). Merging stores the integers that training rounded to; nothing else changes.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from sqft.adapters.kinds import QA_SPARSE_PEFT, SQFT
 from sqft.adapters.lora import ElasticLora, factors
-from sqft.adapters.sparse import MaskedLoraLinear
+from sqft.adapters.sparse import MaskedLoraLinear, check_finite
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.ops import linear, merge_packed, quant_aware_weight
 from sqft.kernels.packed import Packed
@@ -80,25 +75,16 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
         """What merging changes of the de-quantized weight, float32 [O, I]."""
         return self.effective_weight(adapter) - self._linear.dequantize()
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
-                continue
-            if safe_merge and not all(torch.isfinite(factor).all() for factor in factors(self, name)):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            linear, packed = self._linear, self.merged_packed(name)
-            self._before_merge.append(linear.packed())
-            linear.qweight, linear.scales = packed.qweight, packed.scales
-            self.merged_adapters.append(name)
+    def _put_in(self, adapter: str, safe: bool) -> None:
+        check_finite(adapter, safe, *factors(self, adapter))
+        linear, packed = self._linear, self.merged_packed(adapter)
+        self._before_merge.append(linear.packed())
+        linear.qweight, linear.scales = packed.qweight, packed.scales
 
-    def unmerge(self) -> None:
+    def _take_out(self, adapter: str) -> None:
         """Puts the base's integers back: rounding cannot be undone, so they were kept."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            self.merged_adapters.pop()
-            before = self._before_merge.pop()
-            self._linear.qweight, self._linear.scales = before.qweight, before.scales
+        before = self._before_merge.pop()
+        self._linear.qweight, self._linear.scales = before.qweight, before.scales
 
 
 class QuantLoraLinear(ElasticLora):

@@ -1,9 +1,5 @@
-"""SparsePEFT: a LoRA layer whose product B A is masked by the base's sparsity (SQFT, arXiv 2410.03750, section 3.3).
-
-    W_merged = W + (alpha / r) * M o (B A)
-
-A pruned weight stays zero through training and merging, and what is trained is what is merged.
-"""
+"""SparsePEFT: a LoRA layer whose product B A is masked by the base's sparsity (SQFT, arXiv 2410.03750, section 3.3;
+``kernels/reference.py``). A pruned weight stays zero, and what is trained is what is merged."""
 
 from __future__ import annotations
 
@@ -20,7 +16,8 @@ from sqft.adapters.lora import check_adapter, factors
 from sqft.errors import SqftError
 from sqft.kernels.ops import linear, masked_weight
 from sqft.kernels.reference import Adapter
-from sqft.sparsity.masks import packed_mask, set_mask
+from sqft.models.weights import Weight
+from sqft.sparsity.masks import packed_mask
 
 
 def give_mask(module: Any, sparse: bool, name: str = "") -> None:
@@ -32,7 +29,13 @@ def give_mask(module: Any, sparse: bool, name: str = "") -> None:
         raise SqftError(f"{name or 'a target'} is not sparse, or sqft has not seen it: it has no mask; use sqft.load "
                         "and sqft.attach, leave it out, or use plain LoRA (sparse_adapter=False)")  # fmt: skip
     device = next(iter(module.state_dict().values())).device
-    set_mask(module, torch.ones(module.out_features, module.in_features, dtype=torch.bool, device=device))
+    Weight(name, module).set_mask(torch.ones(module.out_features, module.in_features, dtype=torch.bool, device=device))
+
+
+def check_finite(adapter: str, safe: bool, *tensors: Tensor) -> None:
+    """PEFT's ``safe_merge``: raises ValueError for an adapter that has diverged."""
+    if safe and not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
 
 
 class MaskedLoraLinear(LoraLinear):
@@ -79,20 +82,24 @@ class MaskedLoraLinear(LoraLinear):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.lora_A:
-                continue
-            merged = self.merged_weight(name)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self.get_base_layer().weight.data = merged
-            self.merged_adapters.append(name)
+            if name in self.lora_A:
+                self._put_in(name, safe_merge)
+                self.merged_adapters.append(name)
+
+    def _put_in(self, adapter: str, safe: bool) -> None:
+        merged = self.merged_weight(adapter)
+        check_finite(adapter, safe, merged)
+        self.get_base_layer().weight.data = merged
+
+    def _take_out(self, adapter: str) -> None:
+        """Subtracts the adapter: zeros stay zero, other weights return to within rounding."""
+        self.get_base_layer().weight.data = self.merged_weight(adapter, sign=-1.0)
 
     def unmerge(self) -> None:
-        """Subtracts what ``merge`` added: zeros stay zero, other weights return to within rounding."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            self.get_base_layer().weight.data = self.merged_weight(self.merged_adapters.pop(), sign=-1.0)
+            self._take_out(self.merged_adapters.pop())
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "sqft.", 1)

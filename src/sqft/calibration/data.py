@@ -7,15 +7,13 @@ import json
 import random
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sqft.errors import SqftError, UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sqft.errors import SqftError, UsageError, first_line
+from sqft.models.types import Tokenizer
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
@@ -30,8 +28,7 @@ def read_records(source: str) -> list[dict[str, Any]]:
     Raises UsageError for a missing file, SqftError for a line that is not JSON or a data set that does not load.
     """
     if source == "builtin":
-        text = (resources.files("sqft.calibration") / "builtin.txt").read_text(encoding="utf-8")
-        return [{"text": paragraph} for paragraph in text.split("\n\n") if paragraph.strip()]
+        source = str(resources.files("sqft.calibration") / "builtin.txt")
     path = Path(source)
     if source.endswith(SUFFIXES):
         return _read_file(path)
@@ -75,7 +72,7 @@ def _read_dataset(source: str) -> list[dict[str, Any]]:
     try:
         return list(datasets.load_dataset(name, config or None, split=split or "train"))  # pyright: ignore
     except Exception as error:  # datasets raises many kinds; each is a source that cannot be read
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise SqftError(f"'{source}' is no file, and as a datasets name it does not load: {reason}") from error
 
 
@@ -87,7 +84,7 @@ def read_texts(source: str) -> list[str]:
     return [record["text"] for record in records if record["text"].strip()]
 
 
-def token_stream(tokenizer: PreTrainedTokenizerBase, texts: list[str], enough: int | None = None) -> Tensor:
+def token_stream(tokenizer: Tokenizer, texts: list[str], enough: int | None = None) -> Tensor:
     """All texts in one int64 [T], a blank line between them, or the first texts until T >= enough.
 
     A blank line is what Wanda's and GPTQ's evaluations join texts with; an end-of-text token would, in a chat model,
@@ -101,7 +98,7 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: list[str], enough: i
     return torch.tensor(tokens)
 
 
-def token_blocks(tokenizer: PreTrainedTokenizerBase, source: str, samples: int, length: int, seed: int) -> Tensor:
+def token_blocks(tokenizer: Tokenizer, source: str, samples: int, length: int, seed: int) -> Tensor:
     """int64 [samples, length]: blocks at seeded random places of the source's shuffled text.
 
     Raises SqftError if the source has fewer than ``length`` tokens.
@@ -116,7 +113,7 @@ def token_blocks(tokenizer: PreTrainedTokenizerBase, source: str, samples: int, 
     return with_bos(tokenizer, torch.stack([stream[start : start + length] for start in starts]))
 
 
-def with_bos(tokenizer: PreTrainedTokenizerBase, blocks_NT: Tensor) -> Tensor:
+def with_bos(tokenizer: Tokenizer, blocks_NT: Tensor) -> Tensor:
     """The blocks, each with the begin-of-text token in its first place, if the tokenizer itself puts one before a text.
 
     Families that were trained so (Gemma, Llama) are not themselves without it: Gemma's perplexity more than doubles.

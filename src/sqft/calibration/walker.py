@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from sqft.kernels.dispatch import product, release_memory
 from sqft.models.discover import Architecture, Block
 
+CACHE = ("past_key_values", "past_key_value", "layer_past")  # what blocks call theirs
 NewStatistic = Callable[[str], Any]
 Change = Callable[[Block, dict[str, Any]], None]
 
@@ -46,13 +47,10 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
 
     Args:
         tokens: int64 [N, T] calibration blocks, or None: then no forward is run and ``statistics`` is empty.
-        new_statistic: makes an empty statistic of a layer's inputs, by the layer's name; layers that share an input
-            tensor share one.
+        new_statistic: makes an empty statistic of inputs, by a layer's name; layers of one input tensor share one.
         change: ``statistics`` maps weights' full names to their statistics. It may replace the block's weights.
-        progress: what the progress bar says.
-        device: where a block that lies on the CPU is computed and changed; it goes back there afterwards. A block that
-            lies on an accelerator stays there, and one that accelerate has hooks on goes where these put it. The
-            activations stay where they are computed.
+        device: where a block that lies on the CPU is computed and changed, to go back afterwards. One on an accelerator
+            stays there, and one that accelerate has hooks on goes where these put it. Activations stay where they are.
         sequential: call ``change`` for each group of layers that share an input, in the order in which they run, with
             the inputs that the already changed layers give ("true sequential"). Costs one pass instead of two, and
             the memory of what a block's forward holds in its middle, for all tokens.
@@ -190,7 +188,7 @@ def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Call
 
     def recorder(index: int) -> Callable[..., Any]:
         def record(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-            keywords = {k: v for k, v in keywords.items() if not _is_cache(k)} | {"use_cache": False}
+            keywords = {k: v for k, v in keywords.items() if k not in CACHE} | {"use_cache": False}
             earlier = calls.arguments[index]
             earlier.append(_shared((arguments, keywords), earlier[0] if earlier else None))
             if index == 0:
@@ -267,10 +265,6 @@ def observing(block: Block, new_statistic: NewStatistic) -> Iterator[dict[str, A
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _is_cache(keyword: str) -> bool:
-    return keyword in ("past_key_values", "past_key_value", "layer_past", "use_cache")
 
 
 def _to(value: Any, device: torch.device | None) -> Any:

@@ -7,9 +7,8 @@ through the model's blocks. Methods see tensors alone: this is where they meet m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +20,15 @@ from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.dispatch import pick_device
 from sqft.models.discover import Architecture, Block, match_modules
+from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight
 from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.method import Quantized, Quantizer
 from sqft.registry import QUANTIZERS, SPARSIFIERS, Registry
-from sqft.sparsity.masks import count_zeros
+from sqft.sparsity.masks import ZeroCounts, count_zeros
 from sqft.sparsity.method import Sparsifier
 from sqft.sparsity.pattern import Pattern
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class Pass(ABC):
@@ -71,15 +68,22 @@ class Pass(ABC):
         """The numbers of all blocks."""
 
     def prepare(self, model: nn.Module, architecture: Architecture, tokens: Tensor | None,
-                tokenizer: PreTrainedTokenizerBase | None) -> None:  # fmt: skip
+                tokenizer: Tokenizer | None) -> None:  # fmt: skip
         """Takes the calibration tokens (int64 [N, T], or those of the config), and what has to be known of the whole
         model. Nothing for a method without calibration."""
         if self.method.needs is None:
             return
-        self._tokens = calibration_tokens(self.config, tokens, tokenizer)
+        if tokens is None:
+            if tokenizer is None:
+                raise UsageError("calibration text needs a tokenizer: pass tokenizer=..., or token ids as calibration")
+            config = self.config
+            tokens = token_blocks(tokenizer, config.calibration, config.samples, config.length, config.seed)
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise UsageError(f"calibration has to be int64 [N, T] token ids, not {tokens.dtype} {tuple(tokens.shape)}")
+        self._tokens = tokens
         if self.method.needs is Gradient:
             weights = [weight for weight in architecture.weights() if weight.name in self._chosen]
-            self._gradients, self._tokens = gradients(model, weights, self._tokens), None
+            self._gradients, self._tokens = gradients(model, weights, tokens), None
 
     def blocks(self, architecture: Architecture) -> Iterator[Block]:
         """Changes block after block; yields each when it is finished."""
@@ -103,17 +107,6 @@ class Pass(ABC):
             statistic = known[weights[0].name]
             yield weights, [] if statistic is None else [statistic.value()]
             self._done.update(weight.name for weight in weights)
-
-
-def calibration_tokens(config: Any, tokens: Tensor | None, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """int64 [N, T]: ``tokens``, or those of a stage's config."""
-    if tokens is not None:
-        if tokens.dim() != 2 or tokens.dtype != torch.int64:
-            raise UsageError(f"calibration has to be int64 [N, T] token ids, not {tokens.dtype} {tuple(tokens.shape)}")
-        return tokens
-    if tokenizer is None:
-        raise UsageError("calibration text needs a tokenizer: pass tokenizer=..., or token ids as calibration")
-    return token_blocks(tokenizer, config.calibration, config.samples, config.length, config.seed)
 
 
 def _chosen_weights(architecture: Architecture, config: Any, verb: str) -> dict[str, Weight]:
@@ -192,7 +185,7 @@ class Quantize(Pass):
         self.sequential, self.format = config.true_sequential, config.format
         self._spec = GridSpec(config.bits, config.group_size, config.symmetric, config.clip, config.scale_bits)
         self._packed: dict[str, QuantLinear] = {}
-        self._totals = Counter[str]()
+        self._counts, self._bits = ZeroCounts(), 0
 
     def plan(self, architecture: Architecture) -> None:
         self._chosen = self.layers = quantized_layers(architecture, self.config)
@@ -205,10 +198,10 @@ class Quantize(Pass):
                 if mask_OI is not None:
                     Weight(weight.name, layer).set_mask(mask_OI)
                 self._packed[weight.name] = layer
-                w_OI = result.weight()
-                self._count(layer, w_OI == 0, mask_OI)
+                self._counts.add(Weight(weight.name, layer))
+                self._bits += 8 * sum(t.nbytes for t in (layer.qweight, layer.qzeros, layer.scales))
                 # Until the block is finished it computes with the float form of its integers, which gives the same.
-                weight.write(w_OI)
+                weight.write(result.weight())
 
     def _together(self, weights: Sequence[Weight], masks: Sequence[Tensor | None],
                   value: list[Tensor]) -> list[Quantized]:  # fmt: skip
@@ -222,28 +215,15 @@ class Quantize(Pass):
         pieces = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), strict=True)
         return [Quantized(q, Grid(self._spec.bits, scale, zero)) for q, scale, zero in pieces]
 
-    def _count(self, layer: QuantLinear, zero_OI: Tensor, mask_OI: Tensor | None) -> None:
-        size = sum(t.numel() * t.element_size() for t in (layer.qweight, layer.qzeros, layer.scales))
-        self._totals.update(weights=zero_OI.numel(), zeros=int(zero_OI.sum()), bits=8 * size)
-        if mask_OI is not None:
-            pruned_OI = ~mask_OI.to(zero_OI.device)
-            self._totals.update(pruned=int(pruned_OI.sum()), filled=int((pruned_OI & ~zero_OI).sum()))
-
     def finish(self, block: Block) -> None:
         for name, weight in block.weights.items():
             if name in self._packed:
                 weight.replace(self._packed.pop(name).to(weight.device))
 
     def metrics(self, model: nn.Module) -> dict[str, Any]:
-        total = self._totals
-        others = sum(p.numel() for n, p in model.named_parameters() if "qweight" not in n)
-        return {
-            "bits": self.config.bits, "bits_per_weight": total["bits"] / total["weights"],
-            "sparsity": total["zeros"] / total["weights"],
-            **{name: total[name] for name in ("zeros", "weights", "pruned", "filled")},
-            "zeros_kept": (total["pruned"] - total["filled"]) / total["pruned"] if total["pruned"] else 1.0,
-            "parameters": total["weights"] + others,
-        }  # fmt: skip
+        weights = self._counts.weights
+        return {"bits": self.config.bits, "bits_per_weight": self._bits / weights, **self._counts.metrics(),
+                "parameters": weights + sum(p.numel() for p in model.parameters())}  # fmt: skip
 
 
 def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict[str, QuantLinear]:
@@ -252,6 +232,10 @@ def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict
     Raises UsageError for a pattern that matches nothing, or a group size, or a width at these bits, that does not fit.
     """
     chosen = _chosen_weights(architecture, config, "quantize")
+    for name, weight in chosen.items():
+        if any(width * config.bits % 32 for width in weight.shape):  # then no group size fits
+            raise UsageError(f"{name} is {list(weight.shape)}: at {config.bits} bits both have to fill 32-bit words; "
+                             "exclude the module")  # fmt: skip
     fitting = [s for s in GROUP_SIZES if s == -1 or all(w.shape[1] % s == 0 for w in chosen.values())]
     layers = {}
     for name, weight in chosen.items():
@@ -260,9 +244,6 @@ def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict
             sizes = ", ".join(map(str, fitting))
             raise UsageError(f"group size {config.group_size} does not divide the {inputs} inputs of "
                              f"{name}: these fit the whole model: {sizes}; or exclude the module")  # fmt: skip
-        if inputs * config.bits % 32 or outputs * config.bits % 32:
-            raise UsageError(f"{name} is [{outputs}, {inputs}]: at {config.bits} bits both "
-                             "have to fill 32-bit words; exclude the module")  # fmt: skip
         layers[name] = QuantLinear(inputs, outputs, config.bits, config.group_size, bias=weight.bias is not None,
                                    device="meta", dtype=weight.dtype)  # fmt: skip
         layers[name].symmetric = config.symmetric

@@ -1,35 +1,35 @@
 """The stages ``sqft.sparsify`` and ``sqft.quantize``, and ``sqft.compress`` for several passes in one walk.
 
-A live model is changed in place, a folder is read, changed and written block by block: the same path, with another
-sink. With several passes a walk each takes turns on every block: the first feeds blocks with what the pruned model
-gives, the second with what the pruned and quantized model gives. So the result is that of the stages run one after the
-other, bit for bit.
+A live model is changed in place; of a folder each block is written and dropped before the next one is touched: the same
+path but for that. With several passes a walk each takes turns on every block: the first feeds blocks with what the
+pruned model gives, the second with what the pruned and quantized model gives. So the result is that of the stages run
+one after the other, bit for bit.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from sqft import artifact
 from sqft.compressing.passes import Pass, Prune, Quantize
-from sqft.compressing.sinks import Folder, InPlace, Sink, load_float
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import UsageError
-from sqft.models.discover import describe
-from sqft.sparsity.masks import ensure_masks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantization_config, write_quantize_config
+from sqft.models.dense import load_dense, load_tokenizer, save_settings
+from sqft.models.discover import Block, describe
+from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
+from sqft.models.types import PreTrainedModel, Tokenizer
+from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
 
 
 def sparsify(model: PreTrainedModel | str | Path, config: SparsifyConfig | None = None,
-             calibration: Tensor | str | None = None, *, tokenizer: PreTrainedTokenizerBase | None = None,
+             calibration: Tensor | str | None = None, *, tokenizer: Tokenizer | None = None,
              out: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Prunes the linear weights of the decoder blocks and records the masks.
 
@@ -49,17 +49,12 @@ def sparsify(model: PreTrainedModel | str | Path, config: SparsifyConfig | None 
 
 def quantize(model: PreTrainedModel | str | Path, config: QuantizeConfig | None = None,
              calibration: Tensor | str | None = None, *, first: SparsifyConfig | None = None,
-             tokenizer: PreTrainedTokenizerBase | None = None, out: str | Path | None = None,
+             tokenizer: Tokenizer | None = None, out: str | Path | None = None,
              overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Quantizes the linear weights of the decoder blocks; pruned weights stay exactly zero.
 
-    Args:
-        model: a live float model (its ``nn.Linear`` become ``QuantLinear``, in place) or a folder or hub name (then
-            ``out`` is needed, and the model is read, quantized and written block by block).
-        calibration: int64 [N, T] token blocks, or a source as in ``config.calibration``, which it replaces.
-        first: prune in the same walk, with this config (its calibration is its own, unless ``calibration`` is given).
-        tokenizer: needed for a live model with a calibration source.
-        out: folder to write to; ``overwrite`` replaces an earlier stage folder there.
+    Of a live float model the ``nn.Linear`` become ``QuantLinear``. With ``first`` it is pruned in the same walk, by
+    that config (its calibration is its own, unless ``calibration`` is given). The others are as of ``sparsify``.
 
     Returns the metrics: bits, zeros kept, sparsity, seconds. Raises UsageError for options that do not fit the model
     (a group size that does not divide a width, before any work), SqftError otherwise.
@@ -69,7 +64,7 @@ def quantize(model: PreTrainedModel | str | Path, config: QuantizeConfig | None 
 
 
 def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibration: Tensor | str | None = None, *,
-             tokenizer: PreTrainedTokenizerBase | None = None, out: str | Path | None = None,
+             tokenizer: Tokenizer | None = None, out: str | Path | None = None,
              overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Lets each of the passes (``Prune(config)``, ``Quantize(config)``) change each block, in this order.
 
@@ -85,7 +80,11 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
         if out is not None:
             raise UsageError("a live model is changed in place: write it with sqft.save(model, tokenizer, folder)")
         with artifact.stage(last.stage, last.config, None) as result:
-            result.metrics.update(_walk(model, passes, calibration, tokenizer, InPlace()))
+            for _ in _walk(model, passes, calibration, tokenizer):
+                pass
+            if last.layers:
+                mark_packed(model, last.format)
+            result.metrics.update(last.metrics(model))
         return result.metrics
     if out is None:
         raise UsageError(f"{last.stage} of a folder needs an output folder")
@@ -93,14 +92,17 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     if calibration is not None:
         given["calibration"] = "tokens:" + hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
     with artifact.stage(last.stage, last.config, out, model, given=given, overwrite=overwrite) as result:
-        live, tokenizer = load_float(model, last.config.dtype)
-        result.metrics.update(_walk(live, passes, calibration, tokenizer, Folder(result, tokenizer)))
+        if artifact.is_stage(model):
+            artifact.check_files(model)
+        live, tokenizer = load_dense(model, last.config.dtype), load_tokenizer(model)
+        attach_masks(live, load_masks(model))
+        _write(_walk(live, passes, calibration, tokenizer), live, last, tokenizer, result.folder)
+        result.metrics.update(last.metrics(live))
     return result.metrics
 
 
-def _walk(model: Any, passes: Sequence[Pass], tokens: Tensor | None, tokenizer: PreTrainedTokenizerBase | None,
-          sink: Sink) -> dict[str, Any]:  # fmt: skip
-    """One walk over a model's blocks; returns the last pass's metrics."""
+def _walk(model: Any, passes: Sequence[Pass], tokens: Tensor | None, tokenizer: Tokenizer | None) -> Iterator[Block]:
+    """One walk over a model's blocks: all is planned at once, and a block is finished when it is asked for."""
     architecture = describe(model)
     for each in passes:
         each.plan(architecture)
@@ -108,5 +110,25 @@ def _walk(model: Any, passes: Sequence[Pass], tokens: Tensor | None, tokenizer: 
     for each in passes:
         each.prepare(model, architecture, tokens, tokenizer)
     walks = [each.blocks(architecture) for each in passes]
-    sink.receive((blocks[-1] for blocks in zip(*walks, strict=False)), model, passes[-1])
-    return passes[-1].metrics(model)
+    return (blocks[-1] for blocks in zip(*walks, strict=False))
+
+
+def _write(blocks: Iterable[Block], model: Any, last: Pass, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes a model as its blocks are finished, and drops them."""
+    masks: dict[str, Tensor] = {}
+    writer = ModelWriter(plan_tensors(model, last.layers, last.format), folder, MAX_SHARD_BYTES)
+    for block in blocks:
+        for name, tensor in encoded(block.module, last.format, block.name + "."):
+            writer.add(name, tensor)
+        masks |= {f"{block.name}.{name}": mask for name, mask in stored_masks(block.module).items()}
+        block.module.to("meta")
+    if last.layers:
+        model.config.quantization_config = quantization_config(model, last.layers, last.format)
+        write_quantize_config(model.config.quantization_config, folder)
+    for name, tensor in model.state_dict().items():  # what is not in the blocks
+        if tensor.device.type != "meta":
+            writer.add(name, tensor)
+    writer.close()
+    save_settings(model, tokenizer, folder)
+    if masks:
+        save_masks(masks, folder)

@@ -1,22 +1,58 @@
-"""``Elastic``: the handle on a live super-adapter: its rank groups and space, the ranks that are set, sub-adapters."""
+"""``Elastic``: the handle on a live super-adapter: its rank groups, the ranks that are set, sub-adapters, and their
+``SearchSpace``."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from sqft.adapters.groups import Ranks, make_groups
+from sqft.adapters.groups import RankGroup, Ranks, make_groups
 from sqft.adapters.lora import active_rank
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
-from sqft.elastic.space import SearchSpace
 from sqft.errors import UsageError, did_you_mean
 
 RECORDS = "ranks.json"  # in an adapter folder: the choices of every step of training, and the loss under them
 _FIXED = "the adapter's rank is fixed: train it with a search space (--search-space 32,24,16)"
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Rank groups and, for each, how many weights one rank takes: the sum of I + O over its modules.
+
+    ``fixed`` is the number of adapter weights outside the groups, ``itemsize`` the bytes of a weight.
+    """
+
+    groups: tuple[RankGroup, ...]
+    width: dict[str, int]
+    fixed: int = 0
+    itemsize: int = 4
+
+    @property
+    def size(self) -> int:
+        """Number of configurations."""
+        return math.prod(len(group.choices) for group in self.groups)
+
+    def encode(self, ranks: Ranks) -> tuple[int, ...]:
+        """The index of each group's choice, the largest rank first. Raises UsageError for a rank that is no choice."""
+        try:
+            return tuple(group.choices.index(ranks[group.name]) for group in self.groups)
+        except (KeyError, ValueError):
+            raise UsageError(f"{ranks} is not a configuration of this space") from None
+
+    def parameters(self, ranks: Ranks) -> int:
+        """Weights of the sub-adapter."""
+        return self.fixed + sum(self.width[group.name] * ranks[group.name] for group in self.groups)
+
+    def cost(self, ranks: Ranks) -> dict[str, int]:
+        """Weights, bytes and FLOPs a token (a multiplication and an addition for each weight) of the sub-adapter."""
+        count = self.parameters(ranks)
+        return {"parameters": count, "bytes": count * self.itemsize, "flops": 2 * count}
 
 
 class Elastic:

@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from sqft.adapters.groups import Ranks
-from sqft.elastic.handle import RECORDS, Elastic
-from sqft.elastic.space import SearchSpace
+from sqft.elastic.handle import RECORDS, Elastic, SearchSpace
 from sqft.errors import SqftError, UsageError, did_you_mean
 
 Records = Sequence[tuple[Sequence[int], float]]  # of training: each group's choice, and the loss under them

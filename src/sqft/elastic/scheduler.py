@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from sqft.adapters.groups import Ranks
@@ -62,8 +62,7 @@ class RankScheduler(TrainerCallback, ExportableState):
             return {group.name: rng.choices(group.choices, weights=group.choices)[0] for group in groups}
         return {group.name: rng.choice(group.choices) for group in groups}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                       **kwargs: Any) -> None:  # fmt: skip
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         self._elastic = Elastic(model)
         if not self._elastic.groups:
@@ -71,7 +70,8 @@ class RankScheduler(TrainerCallback, ExportableState):
         callbacks: Any = state.stateful_callbacks or {}
         stored = callbacks.get(type(self).__name__)
         if stored:  # of the checkpoint that is resumed
-            self.records = [(list(c), loss) for c, loss in _last(stored)["attributes"]["records"]]
+            last = stored[-1] if isinstance(stored, list) else stored
+            self.records = [(list(c), loss) for c, loss in last["attributes"]["records"]]
         self._hook = model.register_forward_hook(self._record)
 
     def _record(self, module: Any, arguments: Any, out: Any) -> None:
@@ -79,13 +79,11 @@ class RankScheduler(TrainerCallback, ExportableState):
         if module.training and isinstance(loss, Tensor):
             self._losses.append(loss.detach())
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                      **kwargs: Any) -> None:  # fmt: skip
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._micro, self._used, self._losses, self._step = 0, {}, [], []
         self._set(args, state)
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                       **kwargs: Any) -> None:  # fmt: skip
+    def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._micro += 1
         if self.micro_batches:
             self._note()
@@ -104,12 +102,10 @@ class RankScheduler(TrainerCallback, ExportableState):
             self._step.append((choices, torch.stack(self._losses).sum()))
         self._losses = []
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                              **kwargs: Any) -> None:  # fmt: skip
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._kept = [(part, part.clone()) for part in self._inactive()]
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                          **kwargs: Any) -> None:  # fmt: skip
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         with torch.no_grad():
             for part, before in self._kept:
                 part.copy_(before)
@@ -124,18 +120,12 @@ class RankScheduler(TrainerCallback, ExportableState):
                 yield layer.lora_A[name].weight.data[used:]
                 yield layer.lora_B[name].weight.data[:, used:]
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                    **kwargs: Any) -> None:  # fmt: skip
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._note()
         # A micro-batch's loss is its share of the step's mean.
         self.records += [(choices, float(loss) * len(self._step)) for choices, loss in self._step]
         self._elastic.set()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
-                     **kwargs: Any) -> None:  # fmt: skip
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._hook.remove()
         self._elastic.set()
-
-
-def _last(stored: Any) -> dict[str, Any]:
-    return stored[-1] if isinstance(stored, list) else stored

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sqft.errors import UsageError
-from sqft.models.placement import input_device
+from sqft.models.discover import input_device
+from sqft.models.types import Tokenizer
 from sqft.tasks.base import Example
 from sqft.training.data import padded
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-def choose(model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int,
+def choose(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], batch_size: int,
            quiet: bool = False) -> list[dict[str, Any]]:  # fmt: skip
     """One record a problem: prompt, generated (the text of the option chosen), answer, correct, correct_norm, and the
     options' log-likelihoods in nats. ``batch_size`` counts options."""
@@ -52,7 +50,7 @@ def option_texts(example: Example) -> list[str]:
     return [continuation.removeprefix(" ") for _, continuation in example.options]
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], int]:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
     """Tokens of both together, one of them or more before the continuation, and how many are the continuation's."""
     stripped = context.rstrip()  # a trailing space belongs to the next word's token
     whole: Any = tokenizer(stripped + context[len(stripped) :] + continuation)["input_ids"]
@@ -62,7 +60,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
     return whole, len(whole) - len(start)
 
 
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def start_token(tokenizer: Tokenizer) -> int:
     """What stands before a text that nothing stands before, as in lm-eval: begin of text, or else end of text."""
     token: Any = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if token is None:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from sqft.evaluation.choices import start_token
-from sqft.models.placement import input_device
+from sqft.models.discover import input_device
+from sqft.models.types import Tokenizer
 from sqft.tasks.base import Example, Task
 from sqft.training.data import padded, padding
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int,
-             stop: tuple[str, ...]) -> list[str]:  # fmt: skip
+def generate(model: Any, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int,
+             stop: Sequence[str]) -> list[str]:  # fmt: skip
     """Greedy continuations of a batch of prompts, each cut at the first of the ``stop`` strings."""
     rows: list[list[int]] = [ids or [start_token(tokenizer)] for ids in tokenizer(prompts)["input_ids"]]  # pyright: ignore
     fill, device = padding(tokenizer), input_device(model)
@@ -34,13 +32,13 @@ def generate(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str],
     return [cut(text, stop) for text in texts]
 
 
-def cut(text: str, stop: tuple[str, ...]) -> str:
+def cut(text: str, stop: Sequence[str]) -> str:
     """``text`` up to the first stop string."""
     ends = [position for position in (text.find(s) for s in stop) if position >= 0]
     return text[: min(ends)] if ends else text
 
 
-def solve(model: nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example],
+def solve(model: nn.Module, tokenizer: Tokenizer, task: Task, examples: Sequence[Example],
           batch_size: int, quiet: bool = False) -> list[dict[str, Any]]:  # fmt: skip
     """One record a problem: prompt, generated, answer, correct. Prompts of like length are batched."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))

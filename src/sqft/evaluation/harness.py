@@ -11,16 +11,14 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqft.errors import UsageError
 from sqft.evaluation.choices import option_texts
 from sqft.evaluation.harness_tasks import documents, harness_name, main_filter, scorer, task_config
 from sqft.evaluation.scoring import summarize
+from sqft.models.types import Tokenizer
 from sqft.tasks.base import Example, Task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
 
@@ -59,7 +57,7 @@ def command(arguments: Sequence[str]) -> None:
         sys.argv = before
 
 
-def run_harness(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, split: str, limit: int | None = None,
+def run_harness(model: Any, tokenizer: Tokenizer, task: Task, split: str, limit: int | None = None,
                 fewshot: int = 0, batch_size: int = 32) -> tuple[Record, list[Record], Record]:  # fmt: skip
     """Scores a live model by lm-eval, ``fewshot`` examples of the train split before each problem.
 

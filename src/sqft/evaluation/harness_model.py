@@ -13,7 +13,7 @@ from sqft.elastic.handle import set_ranks
 from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
 from sqft.evaluation.choices import likelihoods
-from sqft.evaluation.held import unpacked
+from sqft.evaluation.scoring import unpacked
 from sqft.folders import load
 
 _HFLM: Any = huggingface.HFLM  # lm-eval's decorator hides its type

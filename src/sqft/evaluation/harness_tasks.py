@@ -63,13 +63,12 @@ def task_config(task: Task, examples: Sequence[Example], split: str, fewshot: in
 def _scoring(task: Task) -> dict[str, Any]:
     """How generated texts are scored: as YAML where that can say it, else by the task's own function."""
     metric = {"metric": "exact_match", **_MEAN}
-    if not (isinstance(task, SpecTask) and task.spec.metric == "exact-match"):
+    if not (isinstance(task, SpecTask) and task.metric == "exact-match"):
         return {"metric_list": [metric], "process_results": _SCORER}
-    spec = task.spec
-    metric |= {"ignore_case": True, "ignore_punctuation": False, "regexes_to_ignore": [*spec.ignore, _EDGES]}
-    filters = [_regex(STRICT, spec.extract, 0 if spec.pick == "first" else -1)]
-    if spec.name in FLEXIBLE:
-        filters.append(_regex("flexible-extract", FLEXIBLE[spec.name], -1))
+    metric |= {"ignore_case": True, "ignore_punctuation": False, "regexes_to_ignore": [*task.ignore, _EDGES]}
+    filters = [_regex(STRICT, task.extract, 0 if task.pick == "first" else -1)]
+    if task.name in FLEXIBLE:
+        filters.append(_regex("flexible-extract", FLEXIBLE[task.name], -1))
     return {"metric_list": [metric], "filter_list": filters}
 
 

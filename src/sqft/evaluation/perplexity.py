@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +13,12 @@ from tqdm.auto import tqdm
 from sqft.calibration.data import read_texts, token_stream, with_bos
 from sqft.errors import SqftError
 from sqft.evaluation.intervals import normal
-from sqft.models.placement import input_device
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sqft.models.discover import input_device
+from sqft.models.types import Tokenizer
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, source: str, length: int,
+def perplexity(model: nn.Module, tokenizer: Tokenizer, source: str, length: int,
                max_tokens: int | None = None, batch_size: int = 1) -> dict[str, Any]:  # fmt: skip
     """exp of the mean negative log-likelihood a token, with a 95 % interval from the windows' means.
 

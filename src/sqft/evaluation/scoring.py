@@ -1,20 +1,58 @@
-"""Accuracy on a task: its multiple-choice problems by log-likelihood, the others by greedy generation."""
+"""Scores on a task: accuracy, of multiple choice by log-likelihood and of the others by greedy generation, and the mean
+loss of the completions, which takes one forward a batch and is finer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+
+from sqft.adapters.kinds import layer_kind
+from sqft.adapters.peft_bridge import adapter_layers, is_masked
+from sqft.errors import SqftError
 from sqft.evaluation.choices import choose
 from sqft.evaluation.generation import solve
 from sqft.evaluation.intervals import wilson
-from sqft.tasks.base import Task
+from sqft.formats.checkpoint import packed_layers, unpack_model
+from sqft.models.discover import input_device
+from sqft.models.types import Tokenizer
+from sqft.models.weights import put_module
+from sqft.tasks.base import Example, Task
+from sqft.training.data import IGNORED, collate, is_learnt, tokenize
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+@contextlib.contextmanager
+def unpacked(model: Any) -> Iterator[None]:
+    """Holds packed weights de-quantized, and masked adapters merged, for a while: the same results, much faster.
+
+    Every token of a generation would otherwise build the weights anew. Both are undone exactly; adapters that were
+    merged before stay merged.
+    """
+    layers: list[Any] = list(adapter_layers(model).values()) if is_masked(model) else []
+    if any(layer.merged for layer in layers):
+        layers = []
+    packed = packed_layers(model)
+    weights = {layer: layer.get_base_layer().weight.data for layer in layers if not layer_kind(layer).packed}
+    try:
+        if layers:
+            model.merge_adapter()
+        unpack_model(model)
+        yield
+    finally:
+        for name, module in packed.items():
+            put_module(model, name, module)
+        for layer in layers:
+            if layer in weights:  # subtracting the adapter again would round
+                layer.get_base_layer().weight.data = weights[layer]
+                layer.merged_adapters.clear()
+            elif layer.merged:
+                layer.unmerge()
 
 
-def score(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, split: str, limit: int | None, batch_size: int,
+def score(model: Any, tokenizer: Tokenizer, task: Task, split: str, limit: int | None, batch_size: int,
           quiet: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """Metrics and one record a problem (prompt, generated, answer, correct), in the task's order."""
     examples = task.examples(split, limit)
@@ -52,3 +90,27 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         metrics["tasks"] = parts
         metrics["accuracy"] = sum(part["accuracy"] for part in parts.values()) / len(parts)
     return metrics
+
+
+@torch.no_grad()
+def completion_loss(model: Any, tokenizer: Tokenizer, examples: Sequence[Example], batch_size: int) -> float:
+    """Cross-entropy a token of all completions together, in nats. Nothing is cut: raises SqftError for an example that
+    is longer than the model takes."""
+    rows = sorted(filter(is_learnt, (tokenize(e, tokenizer) for e in examples)), key=lambda row: len(row["input_ids"]))
+    if not rows:
+        raise SqftError("no completion to score: check the task's templates")
+    longest = len(rows[-1]["input_ids"])
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise SqftError(f"an example has {longest} tokens, but the model takes {limit}: choose shorter ones (with a "
+                        "limit, or another task)")  # fmt: skip
+    device = input_device(model)
+    total, count = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = {key: values.to(device) for key, values in collate(rows[start : start + batch_size], 0).items()}
+        target = batch.pop("labels")[:, 1:]
+        logits = model(**batch, use_cache=False).logits
+        kept = target != IGNORED
+        total += float(F.cross_entropy(logits[:, :-1][kept].float(), target[kept], reduction="sum"))
+        count += int(kept.sum())
+    return total / count

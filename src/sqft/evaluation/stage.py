@@ -5,26 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from sqft import artifact
 from sqft.config import EvaluateConfig
+from sqft.elastic.handle import Elastic
+from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
 from sqft.evaluation.harness import require_harness, run_harness
-from sqft.evaluation.held import at_ranks, evaluating, unpacked
 from sqft.evaluation.perplexity import perplexity
-from sqft.evaluation.scoring import score
+from sqft.evaluation.scoring import score, unpacked
 from sqft.folders import load
+from sqft.models.types import Tokenizer
+from sqft.probe import evaluating
 from sqft.tasks.base import Task
 from sqft.tasks.lookup import get_task
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer: PreTrainedTokenizerBase | None = None,
+def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer: Tokenizer | None = None,
              out: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Scores a live model (needs ``tokenizer``) or a folder or hub name of any stage.
 
@@ -50,7 +50,7 @@ def evaluate(model: nn.Module | str | Path, config: EvaluateConfig, *, tokenizer
     return made.metrics
 
 
-def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None, config: EvaluateConfig,
+def _scores(model: Any, tokenizer: Tokenizer, task: Task | None, config: EvaluateConfig,
             source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
     """Metrics, and the texts of the files that go with them."""
     metrics: dict[str, Any] = {"ranks": config.ranks} if config.ranks else {}
@@ -58,7 +58,8 @@ def _scores(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task | None, c
     with contextlib.ExitStack() as held:
         held.enter_context(evaluating(model))
         if config.ranks:
-            held.enter_context(at_ranks(model, config.ranks, source))
+            ranks = resolve_ranks(model, config.ranks, source)
+            held.enter_context(Elastic(model).at(ranks))
         if config.unpack:
             held.enter_context(unpacked(model))
         if task is not None:

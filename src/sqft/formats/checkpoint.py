@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +13,14 @@ from torch import Tensor, nn
 from sqft.errors import SqftError
 from sqft.formats.gptq import GPTQ
 from sqft.formats.settings import Format, Settings
-from sqft.models.dense import DTYPES, reason, save_settings
+from sqft.models.dense import DTYPES, quant_method, reason, save_settings
 from sqft.models.discover import describe
 from sqft.models.reader import SafetensorsReader
 from sqft.models.tensors import ModelWriter, layout
+from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.models.weights import Weight, is_linear, put_module, stored_state
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import FORMATS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -46,12 +43,6 @@ def quantization_config(model: nn.Module, layers: Mapping[str, QuantLinear], for
     others = [name for name in describe(model).names() if name not in layers]
     coder, version = resolve(format, next(iter(layers.values())).symmetric)
     return coder.make_config(layers, others, version)
-
-
-def format_option(config: Mapping[str, Any]) -> str:
-    """The format option that gives this ``quantization_config``."""
-    method = config["quant_method"]
-    return GPTQ.read_config(config).version if method == "gptq" else method
 
 
 def encoded(module: nn.Module, format: str, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -84,7 +75,7 @@ def mark_packed(model: Any, format: str) -> None:
     model.sqft_format = format
 
 
-def save_packed(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: int) -> None:
+def save_packed(model: Any, tokenizer: Tokenizer, folder: Path, max_shard_size: int) -> None:
     """Writes a live packed model and its tokenizer in the format noted on it."""
     layers = packed_layers(model)
     writer = ModelWriter(plan_tensors(model, layers, model.sqft_format), folder, max_shard_size)
@@ -106,19 +97,9 @@ def write_quantize_config(config: Mapping[str, Any], folder: Path) -> None:
         (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def packed_config(config: Any) -> dict[str, Any]:
-    """``quantization_config`` of a model's config as a dict; empty if there is none."""
-    values = getattr(config, "quantization_config", None) or {}
-    return dict(values) if isinstance(values, Mapping) else values.to_dict()
-
-
 def is_packed(folder: str | Path) -> bool:
     """Whether a folder's config says that its weights are quantized in a format that is read here."""
-    try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] in FORMATS
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return quant_method(folder) in FORMATS
 
 
 def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
@@ -132,16 +113,17 @@ def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     folder = Path(folder)
     reader = SafetensorsReader(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        settings = packed_config(config)
-        plain = copy.deepcopy(config)
-        del plain.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        stored = dict(config.quantization_config)
+        del config.quantization_config
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(plain, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
         raise SqftError(f"cannot load a model from {folder}: {reason(error)}") from error
-    coder: Format = FORMATS[settings["quant_method"]]
-    state = _take_packed(model, dict(reader), coder, coder.read_config(settings))
+    method = stored["quant_method"]
+    coder: Format = FORMATS[method]
+    settings = coder.read_config(stored)
+    state = _take_packed(model, dict(reader), coder, settings)
     tied = set(model.all_tied_weights_keys or ())
     result = model.load_state_dict(state, strict=False, assign=True)
     layers = packed_layers(model)
@@ -154,7 +136,7 @@ def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
         parameter.requires_grad_(False)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    mark_packed(model, format_option(settings))
+    mark_packed(model, settings.version if coder is GPTQ else method)
     model.name_or_path = str(folder)
     return (model if dtype == "auto" else model.to(DTYPES[dtype])).eval()  # pyright: ignore[reportArgumentType]
 
@@ -176,23 +158,13 @@ def _take_packed(model: nn.Module, state: dict[str, Tensor], coder: Format, sett
 
 
 @torch.no_grad()
-def unpack_model(model: nn.Module) -> dict[str, QuantLinear]:
-    """Puts ``nn.Linear`` layers with the de-quantized weights in the place of packed ones; returns the packed ones.
-
-    The model gives the same results, faster, in the memory of a float model. ``repack`` undoes it.
-    """
-    layers = packed_layers(model)
+def unpack_model(model: nn.Module) -> None:
+    """Puts ``nn.Linear`` layers with the de-quantized weights in the place of packed ones: the same results, faster, in
+    the memory of a float model."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for name, layer in layers.items():
+    for name, layer in packed_layers(model).items():
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.in_features, linear.out_features = layer.in_features, layer.out_features
         linear.weight = nn.Parameter(layer.dequantize(dtype).contiguous(), requires_grad=False)
         linear.register_parameter("bias", layer.bias)
         put_module(model, name, linear)
-    return layers
-
-
-def repack(model: nn.Module, layers: Mapping[str, QuantLinear]) -> None:
-    """Undoes ``unpack_model``."""
-    for name, layer in layers.items():
-        put_module(model, name, layer)

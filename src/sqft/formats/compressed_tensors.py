@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sqft.errors import SqftError
-from sqft.formats.settings import Format, Settings, check_groups, expect, group_columns, need, take
+from sqft.formats.settings import Format, Settings, expect, group_columns, make_layer, need, take
 from sqft.kernels.packed import pack_words, word_count
 from sqft.quantization.linear import QuantLinear
 
@@ -42,8 +42,7 @@ def decode(module: str, tensors: Mapping[str, Tensor], settings: Settings) -> Qu
     shape = take(tensors, "weight_shape", module, 1)
     expect(module, "weight_shape", shape, (2,), True)
     outputs, inputs = map(int, shape)
-    size = group_columns(module, inputs, settings.group_size)
-    groups = inputs // size
+    groups = inputs // group_columns(module, inputs, settings.group_size)
     packed, scale = take(tensors, "weight_packed", module, 2), take(tensors, "weight_scale", module, 2)
     expect(module, "weight_packed", packed, (outputs, word_count(inputs, bits)), True)
     expect(module, "weight_scale", scale, (outputs, groups), False)
@@ -52,17 +51,10 @@ def decode(module: str, tensors: Mapping[str, Tensor], settings: Settings) -> Qu
     else:
         qzeros = take(tensors, "weight_zero_point", module, 2)
         expect(module, "weight_zero_point", qzeros, (word_count(outputs, bits), groups), True)
-    bias = tensors.get("bias")
-    layer = QuantLinear(inputs, outputs, bits, settings.group_size, bias is not None, device="meta")
-    layer.symmetric = settings.symmetric
-    g_idx = tensors.get("weight_g_idx", torch.arange(inputs, dtype=torch.int32) // size)
-    check_groups(module, "weight_g_idx", g_idx, inputs, groups)
     if scale.dtype == torch.float32:  # as float16 if that loses nothing: half the size
         scale = half if torch.equal((half := scale.half()).float(), scale) else scale
-    state = {"qweight": packed.mT.contiguous(), "qzeros": qzeros.mT.contiguous(), "scales": scale.mT.contiguous(),
-             "g_idx": g_idx.to(torch.int32)}  # fmt: skip
-    layer.load_state_dict(state | ({} if bias is None else {"bias": bias}), assign=True)
-    return layer
+    words = {"qweight": packed.mT.contiguous(), "qzeros": qzeros.mT.contiguous(), "scales": scale.mT.contiguous()}
+    return make_layer(module, settings, words, tensors, inputs, "weight_g_idx")
 
 
 def read_config(config: Mapping[str, Any]) -> Settings:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sqft.errors import SqftError
-from sqft.formats.settings import Format, Settings, check_groups, expect, group_columns, need, take
+from sqft.formats.settings import Format, Settings, expect, group_columns, make_layer, need, take
 from sqft.kernels.packed import pack_words, unpack_words, word_count
 from sqft.quantization.linear import QuantLinear
 
@@ -36,21 +36,14 @@ def decode(module: str, tensors: Mapping[str, Tensor], settings: Settings) -> Qu
     qweight, scales = take(tensors, "qweight", module, 2), take(tensors, "scales", module, 2)
     # The last word may be partly empty: only g_idx has the width itself.
     inputs = take(tensors, "g_idx", module, 1).numel() if "g_idx" in tensors else qweight.shape[0] * 32 // bits
-    size = group_columns(module, inputs, settings.group_size)
-    groups, outputs = inputs // size, scales.shape[1]
+    groups, outputs = inputs // group_columns(module, inputs, settings.group_size), scales.shape[1]
     qzeros = take(tensors, "qzeros", module, 2)
     expect(module, "qweight", qweight, (word_count(inputs, bits), outputs), True)
     expect(module, "scales", scales, (groups, outputs), False)
     expect(module, "qzeros", qzeros, (groups, word_count(outputs, bits)), True)
-    bias = tensors.get("bias")
-    layer = QuantLinear(inputs, outputs, bits, settings.group_size, bias is not None, device="meta")
-    layer.symmetric = settings.symmetric
     qzeros = _shift(qzeros, bits, outputs, 1) if settings.version == "gptq" else qzeros
-    g_idx = tensors.get("g_idx", torch.arange(inputs, dtype=torch.int32) // size)
-    check_groups(module, "g_idx", g_idx, inputs, groups)
-    state = {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx.to(torch.int32)}
-    layer.load_state_dict(state | ({} if bias is None else {"bias": bias}), assign=True)
-    return layer
+    words = {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+    return make_layer(module, settings, words, tensors, inputs, "g_idx")
 
 
 def _shift(qzeros: Tensor, bits: int, outputs: int, by: int) -> Tensor:

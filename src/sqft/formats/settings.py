@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sqft.errors import SqftError
@@ -61,12 +62,22 @@ def group_columns(module: str, inputs: int, group_size: int) -> int:
     return size
 
 
-def check_groups(module: str, name: str, group_I: Tensor, inputs: int, groups: int) -> None:
-    """Raises SqftError unless every column belongs to one of the groups."""
-    expect(module, name, group_I, (inputs,), True)
+def make_layer(module: str, settings: Settings, words: Mapping[str, Tensor], tensors: Mapping[str, Tensor],
+               inputs: int, g_idx: str) -> QuantLinear:  # fmt: skip
+    """The layer of ``words`` (qweight, qzeros and scales in ``QuantLinear``'s layout), with the checkpoint's bias and
+    groups (its tensor ``g_idx``), if it has them. Raises SqftError unless every column belongs to one of the groups."""
+    groups, outputs = words["scales"].shape
+    columns = torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
+    group_I = tensors.get(g_idx, columns)
+    expect(module, g_idx, group_I, (inputs,), True)
     low, high = (int(value) for value in group_I.aminmax())
     if low < 0 or high >= groups:
-        raise SqftError(f"{module}.{name} goes from {low} to {high}, expected 0 to {groups - 1}: the file is corrupt")
+        raise SqftError(f"{module}.{g_idx} goes from {low} to {high}, expected 0 to {groups - 1}: the file is corrupt")
+    bias = {"bias": tensors["bias"]} if "bias" in tensors else {}
+    layer = QuantLinear(inputs, outputs, settings.bits, settings.group_size, bool(bias), device="meta")
+    layer.symmetric = settings.symmetric
+    layer.load_state_dict({**words, "g_idx": group_I.to(torch.int32), **bias}, assign=True)
+    return layer
 
 
 def expect(module: str, name: str, tensor: Tensor, shape: tuple[int, ...], integer: bool) -> None:

@@ -1,5 +1,5 @@
-"""Where things are computed and by what: the device, an operator's implementation for it, sizes of chunks. The only
-reader of the environment.
+"""Where things are computed and by what: the device, an operator's implementation for it, sizes of chunks, memory. The
+only reader of the environment.
 
 An operator is a row of ``registry.KERNELS``: its name, with the reference in plain torch. A row ``name.device`` (as in
 ``masked_weight.cuda``) is an implementation for a type of device: it has the same arguments and results, no autograd
@@ -8,10 +8,12 @@ and no autocast. Packages add rows by entry points in the group ``sqft.kernels``
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor
 from sqft.errors import UsageError
 from sqft.registry import KERNELS
 
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Weight elements a chunk: on a CPU 2 MiB of float32, which stay in the cache; elsewhere few launches matter more.
 CHUNK_ELEMENTS = {"cpu": 1 << 19}
 LARGE_CHUNK = 1 << 26
@@ -106,3 +109,35 @@ def release_memory() -> None:
     except (OSError, AttributeError):  # another C library
         return
     trim(0)
+
+
+class Peak:
+    """``bytes`` of the accelerator if there is one that counts them, else resident bytes of this process (with the
+    interpreter and what was loaded before); None where the system does not tell."""
+
+    bytes: int | None = None
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """Measures from here to the end of the block."""
+    release_memory()  # what earlier work left is not this work's
+    peak = Peak()
+    with contextlib.suppress(RuntimeError):  # there is no accelerator, or it does not count
+        torch.accelerator.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # not Linux, or not allowed
+        _RESET.write_text("5")  # the kernel's highest resident size starts anew
+    try:
+        yield peak
+    finally:
+        peak.bytes = _highest_resident()
+        with contextlib.suppress(RuntimeError):
+            peak.bytes = torch.accelerator.max_memory_allocated()
+
+
+def _highest_resident() -> int | None:
+    try:
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split()[1]) * 1024

@@ -5,10 +5,9 @@ has the mathematics, and ``dispatch`` picks the implementation. Forward, backwar
 function, so they are equal bit for bit.
 
 The masked adapter costs one large product in forward and two in backward (dX, and dY^T X which has to be masked before
-it can be contracted with A and B). Everything else is made to be small beside those: between forward and backward only
-x, the base, A, B and the mask (one bit a weight) are kept, and W' is built again, at R / T of the cost of a product;
-dropout keeps an 8-byte seed. Both directions are custom operators, so that ``torch.compile`` calls them as they are:
-were they traced, the compiler would see the same weight in forward and backward and keep it.
+it can be contracted with A and B). Between forward and backward only x, the base, A, B, the mask and the dropout's seed
+are kept; W' is built again, at R / T of the cost of a product. Both directions are custom operators: were they traced,
+``torch.compile`` would see the same weight in both and keep it.
 
 Shape letters: T tokens, O output features, I input features, R rank, G groups.
 """

@@ -89,10 +89,6 @@ class Packed(NamedTuple):
         """Per-group values as [G, 1, O], or [I, 1, O] with ``g_idx``: they fit a weight viewed as [that, -1, O]."""
         return (value_GO if self.g_idx is None else value_GO.index_select(0, self.g_idx))[:, None]
 
-    def integers(self, inputs: int) -> Tensor:
-        """uint8 [O, I]."""
-        return unpack_words(self.qweight, inputs, self.bits).to(torch.uint8).mT.contiguous()
-
 
 def pack_mask(mask_OI: Tensor) -> Tensor:
     """Packs bool [O, I], on any device, to uint8 [O, P], the first column in the lowest bit. Bits beyond I are 0."""

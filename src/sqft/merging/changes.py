@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
@@ -23,11 +23,9 @@ from sqft.adapters.peft_bridge import active_adapter, adapter_layers, is_masked,
 from sqft.config import MergeConfig
 from sqft.errors import UsageError, VerificationError
 from sqft.formats.checkpoint import packed_layers
+from sqft.models.types import PeftModel
 from sqft.quantization.linear import QuantLinear
 from sqft.sparsity.masks import count_zeros, mask_of, packed_mask
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 Changes = dict[str, Callable[[], Tensor]]  # by name in the merged model's state dict; computed when called
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from sqft import artifact
@@ -28,17 +27,15 @@ from sqft.formats.checkpoint import packed_layers, save_packed
 from sqft.merging.changes import Changes, check_mergeable, put, unload
 from sqft.merging.verify import verify
 from sqft.models.dense import save_settings
-from sqft.models.tensors import write_model
+from sqft.models.tensors import ModelWriter, layout
+from sqft.models.types import PeftModel, Tokenizer
+from sqft.models.weights import stored_state
 from sqft.probe import check_probe, logits, sample_tokens
 from sqft.sparsity.masks import collect_masks, save_masks, stored_masks
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
-
 
 def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
-          ranks: Ranks | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+          ranks: Ranks | None = None, tokenizer: Tokenizer | None = None,
           out: str | Path | None = None, overwrite: bool = False) -> Any:  # fmt: skip
     """Merges an adapter into its base and verifies the result: all that the adapter trains, or none of it.
 
@@ -110,19 +107,16 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
     return made.metrics
 
 
-def _write(base: Any, tokenizer: PreTrainedTokenizerBase, changes: Changes, folder: Path, shard: int) -> None:
+def _write(base: Any, tokenizer: Tokenizer, changes: Changes, folder: Path, shard: int) -> None:
     """Writes the merged model: a float one tensor by tensor; the integers of a packed one are put into it before."""
     if packed_layers(base):
         put(base, changes, ExitStack())
         save_packed(base, tokenizer, folder, shard)
         return
+    writer = ModelWriter(layout(base), folder, shard)
     with tqdm(total=len(changes), desc="Merge", unit="tensor", disable=None) as bar, torch.no_grad():
-
-        def change(key: str, tensor: Tensor) -> Tensor:
-            if key not in changes:
-                return tensor
-            bar.update()
-            return changes[key]()
-
-        write_model(base, folder, shard, change)
+        for name, tensor in stored_state(base):
+            writer.add(name, changes[name]() if name in changes else tensor)
+            bar.update(name in changes)
+    writer.close()
     save_settings(base, tokenizer, folder)

@@ -20,15 +20,9 @@ _BUG = "nothing was written; this is a bug in sqft, please report it"
 
 def verify(merged: nn.Module, before: Tensor, tokens: Tensor, config: MergeConfig, masks: Mapping[str, Tensor],
            masked: bool, expected: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:  # fmt: skip
-    """Checks zeros, masks, trained tensors and logits.
-
-    Args:
-        before: logits of the un-merged model on ``tokens``.
-        masks: the base's, packed, by weight name.
-        masked: False for a merge that is allowed to be dense: then zeros are counted only.
-        expected: what each trained tensor has to be, bit for bit, by name in the state dict.
-
-    Returns the metrics. Raises VerificationError.
+    """Checks zeros and the base's ``masks`` (packed, by weight name; if the merge is not ``masked``, zeros are counted
+    only), each trained tensor, which has to be the ``expected`` one of its name in the state dict, bit for bit, and the
+    logits on ``tokens``, which were ``before``. Returns the metrics. Raises VerificationError.
     """
     counts = ZeroCounts()
     for weight in describe(merged).weights():

@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 import torch
 
-from sqft.errors import SqftError
+from sqft.errors import SqftError, first_line
 from sqft.models.reader import SafetensorsReader
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from sqft.models.types import PreTrainedModel, Tokenizer
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,7 +28,8 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
     folder, gguf = locate(source)
     if gguf is None and Path(folder).is_dir():
         SafetensorsReader(folder)  # every file is whole
-        refuse_packed(Path(folder))
+        if (method := quant_method(folder)) is not None:
+            raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False
@@ -42,7 +41,7 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
     return model.eval()
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer that belongs to ``source``; it pads with its end-of-text token if it has no padding token."""
     from transformers import AutoTokenizer
 
@@ -56,7 +55,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_settings(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Everything of a Hugging Face folder but the weights: configuration, generation settings, tokenizer."""
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
@@ -86,13 +85,13 @@ def locate(source: str | Path) -> tuple[str, str | None]:
     return text, None
 
 
-def refuse_packed(folder: Path) -> None:
-    """Raises SqftError for a folder whose weights are quantized: a float model is wanted."""
+def quant_method(folder: str | Path) -> str | None:
+    """What a folder's config says that its weights are quantized by, or None."""
     try:
-        method = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return str(config["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
+        return None
 
 
 def reason(error: Exception) -> str:
@@ -101,8 +100,7 @@ def reason(error: Exception) -> str:
         return (
             "it brings Python code of its own (auto_map), which sqft does not run; transformers has to know its family"
         )
-    lines = str(error).strip().splitlines()
-    first = lines[0] if lines else type(error).__name__
+    first = first_line(error)
     if huggingface_hub.is_offline_mode() or "connect" in str(error).lower():
         first += " (the hub cannot be reached; a local folder would work)"
     return first

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import nn
 
 from sqft.errors import SqftError, UsageError, did_you_mean
@@ -82,6 +84,11 @@ def _describe_block(family: Family, path: str, module: nn.Module) -> Block:
     weights = (Weight(f"{path}.{name}", found[name], module.get_submodule(name.rpartition(".")[0]))
                for name in family.linears)  # fmt: skip
     return Block(path, module, {weight.name: weight for weight in weights})
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model's inputs go: to its input embedding, since it may lie on several devices (``device_map``)."""
+    return next(model.get_input_embeddings().parameters()).device
 
 
 def match_modules(patterns: Sequence[str], names: Sequence[str], what: str) -> dict[str, list[str]]:

@@ -7,15 +7,14 @@ any weight is computed. So the headers are written first and each tensor then go
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sqft.errors import SqftError
-from sqft.models.weights import stored_state
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,16 +24,7 @@ TORCH_DTYPES = {  # by safetensors' names
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-
 MAX_SHARD_BYTES = 5 * 10**9
-
-
-@dataclass(frozen=True)
-class _Place:
-    file: str
-    offset: int
-    size: int
 
 
 def layout(model: nn.Module) -> dict[str, Tensor]:
@@ -53,14 +43,14 @@ class ModelWriter:
         self.folder = folder
         self._tensors = dict(tensors)
         self._missing = set(self._tensors)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, tuple[str, int]] = {}  # file, and offset in it
         shards = self._plan(max_shard_size)
         try:
             for file, names in shards.items():
                 self._write_header(file, names)
             if len(shards) > 1:
-                total = sum(place.size for place in self._places.values())
-                weight_map = {name: place.file for name, place in self._places.items()}
+                total = sum(tensor.nbytes for tensor in self._tensors.values())
+                weight_map = {name: file for name, (file, _) in self._places.items()}
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         except OSError as error:
@@ -70,12 +60,11 @@ class ModelWriter:
         groups: list[list[str]] = [[]]
         filled = 0
         for name, tensor in self._tensors.items():
-            size = tensor.numel() * tensor.element_size()
-            if groups[-1] and filled + size > max_shard_size:
+            if groups[-1] and filled + tensor.nbytes > max_shard_size:
                 groups.append([])
                 filled = 0
             groups[-1].append(name)
-            filled += size
+            filled += tensor.nbytes
         count = len(groups)
         files = [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors"
                                                           for i in range(1, count + 1)]  # fmt: skip
@@ -83,41 +72,33 @@ class ModelWriter:
 
     def _write_header(self, file: str, names: list[str]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
+        *starts, end = accumulate((self._tensors[name].nbytes for name in names), initial=0)
+        for name, start in zip(names, starts, strict=True):
             tensor = self._tensors[name]
-            size = tensor.numel() * tensor.element_size()
-            header[name] = {
-                "dtype": _NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [end, end + size],
-            }
-            self._places[name] = _Place(file, end, size)
-            end += size
+            header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape),
+                            "data_offsets": [start, start + tensor.nbytes]}  # fmt: skip
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         with (self.folder / file).open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             stream.truncate(8 + len(text) + end)
-        for name in names:
-            place = self._places[name]
-            self._places[name] = _Place(file, 8 + len(text) + place.offset, place.size)
+        self._places |= {name: (file, 8 + len(text) + start) for name, start in zip(names, starts, strict=True)}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Writes one tensor to its place (a tied one's second name is passed over). SqftError on a full disk."""
         if name not in self._places:
             return
-        place, expected = self._places[name], self._tensors[name]
+        (file, offset), expected = self._places[name], self._tensors[name]
         if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             raise SqftError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned was {expected.dtype} "
                             f"{tuple(expected.shape)}")  # fmt: skip
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         try:
-            with (self.folder / place.file).open("r+b") as stream:
-                stream.seek(place.offset)
+            with (self.folder / file).open("r+b") as stream:
+                stream.seek(offset)
                 stream.write(data.data)
         except OSError as error:
-            raise _cannot_write(self.folder / place.file, error) from error
+            raise _cannot_write(self.folder / file, error) from error
         self._missing.discard(name)
 
     def close(self) -> None:
@@ -142,11 +123,3 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
     except (SafetensorError, OSError) as error:
         raise _cannot_write(file, error) from error
-
-
-def write_model(model: nn.Module, folder: Path, max_shard_size: int, change: Callable[[str, Tensor], Tensor]) -> None:
-    """Writes every tensor of the model's state dict, passed through ``change(name, tensor)``, one at a time."""
-    writer = ModelWriter(layout(model), folder, max_shard_size)
-    for name, tensor in stored_state(model):
-        writer.add(name, change(name, tensor))
-    writer.close()

@@ -87,10 +87,6 @@ class Grid:
         scale, zero = (self.spread(v, q_OI.shape[1]) for v in (self.scale_OG, self.zero_OG))
         return (q_OI.float() - zero) * scale
 
-    def fake_quantize(self, w_OI: Tensor) -> Tensor:
-        """float32 [O, I]: the nearest points of the grid, as weights."""
-        return self.dequantize(self.integers(w_OI))
-
 
 def fit(w_OI: Tensor, spec: GridSpec, importance_I: Tensor | None = None) -> Grid:
     """The grid of a weight: by minimum and maximum of each group, or by least squared error with ``clip='mse'``.

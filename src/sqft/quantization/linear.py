@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sqft.kernels.ops import dequantized, linear
-from sqft.kernels.packed import Packed, pack_words, word_count
+from sqft.kernels.packed import Packed, pack_words, unpack_words, word_count
 from sqft.quantization.grid import Grid
 from sqft.quantization.method import Quantized
 
@@ -87,7 +87,7 @@ class QuantLinear(nn.Module):
 
     def integers(self) -> Tensor:
         """uint8 [O, I]."""
-        return self.packed().integers(self.in_features)
+        return unpack_words(self.qweight, self.in_features, self.bits).to(torch.uint8).mT.contiguous()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [O, I], de-quantized."""

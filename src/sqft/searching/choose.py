@@ -60,16 +60,14 @@ def extract(adapter: str | Path, choice: str | ExtractConfig, out: str | Path, *
         model, tokenizer = load(folder)
         ranks = ranks or resolve_ranks(model, config.choice, folder)
         made.metrics.update(ranks=ranks, **Elastic(model).space.cost(ranks))
-        write_sub_adapter(model, ranks, made.folder)
-        write_probe(model, tokenizer, made.folder)
-        tokenizer.save_pretrained(made.folder)
+        write_sub_adapter(model, tokenizer, ranks, made.folder)
     return made.metrics
 
 
-def write_sub_adapter(model: Any, ranks: Ranks, folder: Path) -> None:
+def write_sub_adapter(model: Any, tokenizer: Any, ranks: Ranks, folder: Path) -> None:
     """Writes a super-adapter's weights cut to ``ranks``, with a config that has no search space but a rank and an alpha
     for each module (``rank_pattern``, ``alpha_pattern``), so that every module keeps its scaling, alpha / R. The ranks
-    stay set."""
+    stay set. Beside them: tokenizer and probe."""
     elastic = Elastic(model)
     elastic.set(ranks)
     name, layers, state = elastic.adapter, elastic.layers, elastic.slice(ranks)
@@ -80,6 +78,8 @@ def write_sub_adapter(model: Any, ranks: Ranks, folder: Path) -> None:
     config.inference_mode = True
     config.save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_probe(model, tokenizer, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def alpha_for(scaling: float, rank: int) -> float:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sqft.adapters.groups import Ranks
 from sqft.config import SearchConfig
-from sqft.elastic.handle import set_ranks
-from sqft.elastic.space import SearchSpace
+from sqft.elastic.handle import SearchSpace, set_ranks
 from sqft.errors import SqftError, UsageError
-from sqft.evaluation.held import evaluating, unpacked
-from sqft.evaluation.likelihood import completion_loss
-from sqft.evaluation.scoring import score
-from sqft.models.placement import input_device
+from sqft.evaluation.scoring import completion_loss, score, unpacked
+from sqft.models.discover import input_device
+from sqft.models.types import Tokenizer
+from sqft.probe import evaluating
 from sqft.tasks.base import Task, without_duplicates
 from sqft.tasks.lookup import get_task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LATENCY_TOKENS, LATENCY_ROUNDS = 64, 5
 
@@ -53,7 +49,7 @@ class Evaluator:
     """Score and cost of a configuration, and its score on the first ``config.screen`` problems alone."""
 
     model: Any
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Tokenizer | None
     config: SearchConfig
     space: SearchSpace
     scorer: Scorer | None = None
@@ -74,16 +70,13 @@ class Evaluator:
     def _scored(self, ranks: Ranks, limit: int | None) -> float:
         set_ranks(self.model, ranks)
         with evaluating(self.model), unpacked(self.model):
-            return float(self.scorer(self.model)) if self.scorer else self._on(limit)
-
-    def _on(self, limit: int | None) -> float:
-        assert self._task is not None and self.tokenizer is not None
-        if self.config.metric == "loss":
-            examples = self._task.examples(self.config.split, limit)
-            return -completion_loss(self.model, self.tokenizer, examples, self.config.batch_size)
-        metrics, _ = score(self.model, self.tokenizer, self._task, self.config.split, limit, self.config.batch_size,
-                           quiet=True)  # fmt: skip
-        return metrics["accuracy"]
+            if self.scorer:
+                return float(self.scorer(self.model))
+            assert self._task is not None and self.tokenizer is not None
+            split, size = self.config.split, self.config.batch_size
+            if self.config.metric == "loss":
+                return -completion_loss(self.model, self.tokenizer, self._task.examples(split, limit), size)
+            return score(self.model, self.tokenizer, self._task, split, limit, size, quiet=True)[0]["accuracy"]
 
     def cost(self, ranks: Ranks) -> float:
         """Adapter parameters, or with ``config.cost`` 'latency' the median seconds of a forward pass."""

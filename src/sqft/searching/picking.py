@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from sqft.adapters.groups import Ranks
 from sqft.errors import UsageError
@@ -21,9 +20,6 @@ class Evaluated:
     score: float
     cost: float
     kind: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def pareto_front(points: Sequence[Evaluated]) -> list[Evaluated]:

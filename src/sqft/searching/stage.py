@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -22,24 +22,20 @@ from sqft.config import SearchConfig
 from sqft.drawing import standalone
 from sqft.elastic.handle import Elastic, get_ranks, set_ranks
 from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
-from sqft.elastic.space import SearchSpace
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
+from sqft.models.types import Tokenizer
 from sqft.options import recorded
-from sqft.probe import write_probe
 from sqft.searching.choose import TRIALS, write_sub_adapter
 from sqft.searching.evaluator import Evaluator, Scorer
 from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.plots import plots
 from sqft.searching.strategies import SEARCHES, ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, check_found, left_over, open_study
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study
 
 
 def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | None = None, *,
-           tokenizer: PreTrainedTokenizerBase | None = None, records: Records = (), out: str | Path | None = None,
+           tokenizer: Tokenizer | None = None, records: Records = (), out: str | Path | None = None,
            overwrite: bool = False) -> Any:  # fmt: skip
     """Searches the best sub-adapter.
 
@@ -61,27 +57,22 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
     if out is not None or config.workers > 1 or config.storage:
         raise UsageError("a live model is searched in memory by one process: give its folder for an output, workers or "
                          "a storage")  # fmt: skip
-    space = Elastic(adapter).space
-    study = _in_memory()
+    searcher = _searcher(open_study(), adapter, tokenizer, config, records, scorer)
     before = get_ranks(adapter)
     try:
-        _searcher(study, space, config, records, Evaluator(adapter, tokenizer, config, space, scorer)).run()
+        searcher.run()
     except BaseException:
         set_ranks(adapter, before)
         raise
-    chosen = pick(_points(study, space, config, records), config.pick)
+    chosen = pick(_points(searcher, config, records), config.pick)
     set_ranks(adapter, chosen.ranks)
     return chosen.ranks
 
 
-def _in_memory() -> Study:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna.create_study(directions=["maximize", "minimize"])
-
-
-def _searcher(study: Study, space: SearchSpace, config: SearchConfig, records: Records, judge: Evaluator) -> Search:
+def _searcher(study: Study, model: Any, tokenizer: Tokenizer | None, config: SearchConfig,
+              records: Records, scorer: Scorer | None = None) -> Search:  # fmt: skip
+    space = Elastic(model).space
+    judge = Evaluator(model, tokenizer, config, space, scorer)
     names = (config.start, "maximal", "minimal") if config.strategy in SEARCHES else (config.strategy,)
     anchors: list[Ranks] = []
     for name in names:
@@ -111,23 +102,18 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
         work = work_folder(out, config, made.manifest.parent_key)
         url = config.storage or f"journal:{work / 'journal.log'}"
         model, tokenizer = load(adapter, device=config.device)
-        space, records = Elastic(model).space, read_records(adapter)
-        judge = Evaluator(model, tokenizer, config, space)
-        study = open_study(url, name)
-        left = left_over(study)
-        searcher = _searcher(study, space, config, records, judge)
+        records = read_records(adapter)
+        searcher = _searcher(open_study(url, name), model, tokenizer, config, records)
+        left = left_over(searcher.study)
         if config.workers > 1 and searcher.evaluations > 1:
             _share(adapter, replace(config, storage=url), name, left)
         else:
             searcher.run(left)
-        check_found(study)
-        points = _points(study, space, config, records)
+        points = _points(searcher, config, records)
         chosen = pick(points, config.pick)
-        made.metrics.update(_summary(study, points, chosen, space, config), **space.cost(chosen.ranks))
-        _write_trials(made.folder, study, points, chosen, made.metrics, config)
-        write_sub_adapter(model, chosen.ranks, made.folder)
-        write_probe(model, tokenizer, made.folder)
-        tokenizer.save_pretrained(made.folder)
+        made.metrics.update(_summary(searcher, points, chosen, config), **searcher.space.cost(chosen.ranks))
+        _write_trials(made.folder, searcher.study, points, chosen, made.metrics, config)
+        write_sub_adapter(model, tokenizer, chosen.ranks, made.folder)
     for stale in out.absolute().parent.glob(f".{out.name}.searching-*"):
         shutil.rmtree(stale, ignore_errors=True)
     return made.metrics
@@ -158,10 +144,8 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
     try:
         assert config.storage is not None
         model, tokenizer = load(adapter, device=config.device)
-        space = Elastic(model).space
-        judge = Evaluator(model, tokenizer, config, space)
-        searcher = _searcher(open_study(config.storage, name), space, config, read_records(adapter), judge)
-        searcher.run(left, quiet=not first)
+        study, records = open_study(config.storage, name), read_records(adapter)
+        _searcher(study, model, tokenizer, config, records).run(left, quiet=not first)
     except SqftError as error:
         print(f"sqft: {error}", file=sys.stderr)
         sys.exit(1)
@@ -169,36 +153,34 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
         sys.exit(1)
 
 
-def _points(study: Study, space: SearchSpace, config: SearchConfig, records: Records) -> list[Evaluated]:
-    """The evaluated configurations, with the heuristics named."""
-    known = {}
+def _points(searcher: Search, config: SearchConfig, records: Records) -> list[Evaluated]:
+    """The evaluated configurations, with the heuristics named. Raises SqftError if there is none."""
+    known, space = {}, searcher.space
     for name in HEURISTICS:
         if name in ("maximal", "minimal", "median") or name in (config.start, config.strategy):
             known.setdefault(space.encode(heuristic(name, space, records)), name)
-    return [Evaluated(trial.number, ranks_of(trial), trial.values[0], trial.values[1],
-                  known.get(space.encode(ranks_of(trial)), ""))
-            for trial in study.get_trials(deepcopy=False)
-            if trial.values and trial.user_attrs.get(PURPOSE) == EVALUATED]  # fmt: skip
+    points = [Evaluated(t.number, ranks_of(t), t.values[0], t.values[1], known.get(space.encode(ranks_of(t)), ""))
+              for t in searcher.study.get_trials(deepcopy=False)
+              if t.values and t.user_attrs.get(PURPOSE) == EVALUATED]  # fmt: skip
+    if not points:
+        raise SqftError("the search evaluated no configuration: raise --evaluations")
+    return points
 
 
-def _summary(
-    study: Study, points: list[Evaluated], chosen: Evaluated, space: SearchSpace, config: SearchConfig
-) -> dict[str, Any]:
-    screened = sum(t.user_attrs.get(PURPOSE) == SCREENED for t in study.get_trials(deepcopy=False))
+def _summary(searcher: Search, points: list[Evaluated], chosen: Evaluated, config: SearchConfig) -> dict[str, Any]:
+    screened = sum(t.user_attrs.get(PURPOSE) == SCREENED for t in searcher.study.get_trials(deepcopy=False))
     return {
         "score": chosen.score, "cost": chosen.cost, "ranks": chosen.ranks, "trial": chosen.number,
-        "configurations": space.size, "evaluated": len(points), "full_evaluations_saved": screened,
+        "configurations": searcher.space.size, "evaluated": len(points), "full_evaluations_saved": screened,
         "scored_on": f"{config.task} {config.split} ({config.metric}, first {config.limit or 'all'} problems)",
     }  # fmt: skip
 
 
 def _write_trials(folder: Path, study: Study, points: list[Evaluated], chosen: Evaluated, metrics: dict[str, Any],
                   config: SearchConfig) -> None:  # fmt: skip
-    trials = [
-        {"number": t.number, "ranks": ranks_of(t), "values": t.values, **t.user_attrs}
-        for t in study.get_trials(deepcopy=False)
-    ]
-    result = {**metrics, "chosen": chosen.to_dict(), "points": [p.to_dict() for p in points], "trials": trials,
+    trials = [{"number": t.number, "ranks": ranks_of(t), "values": t.values, **t.user_attrs}
+              for t in study.get_trials(deepcopy=False)]  # fmt: skip
+    result = {**metrics, "chosen": asdict(chosen), "points": [asdict(p) for p in points], "trials": trials,
               "front": [p.number for p in pareto_front(points)], "config": recorded(config)}  # fmt: skip
     (folder / TRIALS).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / "ranks.yaml").write_text(yaml.safe_dump(chosen.ranks, sort_keys=False), encoding="utf-8")

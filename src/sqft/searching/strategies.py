@@ -13,10 +13,10 @@ from typing import Any
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sqft.adapters.groups import Ranks
-from sqft.elastic.space import SearchSpace
+from sqft.elastic.handle import SearchSpace
 
 PATIENCE = 200  # draws, or repeated trials, until a strategy gives up finding something new
 POPULATION = 16  # of NSGA-II, at most
@@ -128,5 +128,5 @@ def is_whole(trial: FrozenTrial, space: SearchSpace) -> bool:
     return len(trial.params) == len(space.groups)
 
 
-def ranks_of(trial: FrozenTrial) -> Ranks:
+def ranks_of(trial: FrozenTrial | Trial) -> Ranks:
     return {name: int(rank) for name, rank in trial.params.items()}

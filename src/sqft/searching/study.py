@@ -21,8 +21,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm.auto import tqdm
 
 from sqft.adapters.groups import Ranks
-from sqft.elastic.space import SearchSpace
-from sqft.errors import SqftError, UsageError
+from sqft.elastic.handle import SearchSpace
+from sqft.errors import UsageError, first_line
 from sqft.options import without_password
 from sqft.searching.strategies import PATIENCE, Exhausted, is_whole, ranks_of, sampler
 
@@ -60,7 +60,6 @@ def uninterrupted() -> Iterator[None]:
 def open_storage(url: str) -> BaseStorage:
     """'journal:PATH' (a file that processes of one machine or network file system share) or a database URL as in
     'sqlite:///PATH'. Raises UsageError if it cannot be opened."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         if url.startswith("journal:"):
             path = Path(url.removeprefix("journal:"))
@@ -68,16 +67,16 @@ def open_storage(url: str) -> BaseStorage:
             return JournalStorage(Journal(str(path)))
         return RDBStorage(url)
     except Exception as error:  # Optuna and SQLAlchemy raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"cannot open storage '{without_password(url)}' ({without_password(reason)}): write "
-                         "journal:PATH or sqlite:///PATH") from None  # fmt: skip
+        reason = without_password(first_line(error))
+        raise UsageError(f"cannot open storage '{without_password(url)}' ({reason}): write journal:PATH or "
+                         "sqlite:///PATH") from None  # fmt: skip
 
 
-def open_study(url: str, name: str) -> Study:
-    """The study of that name, made if it is new: the score is maximized, the cost minimized."""
-    storage = open_storage(url)
-    return optuna.create_study(storage=storage, study_name=name, directions=["maximize", "minimize"],
-                               load_if_exists=True)  # fmt: skip
+def open_study(url: str | None = None, name: str | None = None) -> Study:
+    """The study of that name, made if it is new (in memory without a ``url``): more score and less cost are better."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study(storage=open_storage(url) if url else None, study_name=name,
+                               directions=["maximize", "minimize"], load_if_exists=True)  # fmt: skip
 
 
 @dataclass
@@ -151,7 +150,7 @@ class Search:
         except Exhausted:
             self.study.tell(trial, state=TrialState.FAIL)
             raise
-        ranks = {name: int(rank) for name, rank in trial.params.items()}
+        ranks = ranks_of(trial)
         same = any(ranks_of(t) == ranks for t in self._earlier(trial.number))
         if same or self._count(trial.number) >= self.evaluations:
             trial.set_user_attr(PURPOSE, REPEATED)
@@ -193,8 +192,7 @@ def left_over(study: Study) -> list[int]:
     numbers = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         host, _, pid = trial.user_attrs.get(OWNER, "").rpartition(":")
-        mine = not host or (host == socket.gethostname() and not _alive(int(pid)))
-        if mine:
+        if not host or (host == socket.gethostname() and not _alive(int(pid))):
             numbers.append(trial.number)
     return numbers
 
@@ -205,11 +203,5 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
-
-
-def check_found(study: Study) -> None:
-    """Raises SqftError if nothing was evaluated."""
-    if not any(t.user_attrs.get(PURPOSE) == EVALUATED for t in study.get_trials(deepcopy=False)):
-        raise SqftError("the search evaluated no configuration: raise --evaluations")

@@ -26,11 +26,6 @@ SPARSE_FROM = 0.2  # share of zeros from which another tool's float weight count
 logger = logging.getLogger(__name__)
 
 
-def set_mask(module: nn.Module, mask_OI: Tensor) -> None:
-    """Remembers bool [O, I] (True: may be non-zero) on a linear module, packed."""
-    Weight("", module).set_mask(mask_OI)
-
-
 def packed_mask(module: nn.Module) -> Tensor | None:
     """uint8 [O, ceil(I / 8)] of a linear module, or None if it was never pruned."""
     return getattr(module, MASK, None)

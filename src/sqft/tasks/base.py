@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,11 +33,11 @@ class Task(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def splits(self) -> tuple[str, ...]: ...
+    def splits(self) -> Collection[str]: ...
     @property
     def max_new_tokens(self) -> int: ...
     @property
-    def stop(self) -> tuple[str, ...]:
+    def stop(self) -> Sequence[str]:
         """Generation is cut at the first of these strings."""
         ...
 

@@ -6,6 +6,7 @@ lm-evaluation-harness; the mathematical word problems have those of LLM-Adapters
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,13 +18,15 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
-from sqft.errors import UsageError, did_you_mean
+from sqft.calibration.data import read_records
+from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.options import from_dict, load_yaml
 from sqft.tasks.base import SPLITS, Example, Task
-from sqft.tasks.data import Source
 
 METRICS = ("multiple-choice", "exact-match", "number")
+FILES = (".jsonl", ".jsonl.gz", ".json")
 TOLERANCE = 1e-3  # of two numbers that count as equal, as in LLM-Adapters
+_SPLIT = re.compile(r"([\w.-]+)(?:\[(-?[0-9]*):(-?[0-9]*)\])?")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def make_task(spec: TaskSpec, data_dir: str | Path | None, where: str) -> SpecTa
         lacking.append("prompt")
     if lacking:
         raise UsageError(f"{where}it needs '{lacking[0]}'")
-    return SpecTask(spec, data_dir)
+    return SpecTask(**{**vars(spec), **({} if data_dir is None else {"data_dir": data_dir})})
 
 
 def shipped_file(name: str) -> Path:
@@ -117,41 +120,24 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class SpecTask:
-    """A task that a ``TaskSpec`` defines, its data from ``data_dir`` or the hub."""
+class SpecTask(TaskSpec):
+    """A task that a ``TaskSpec`` defines, its data from a local folder or from the hub: never from the one when the
+    other was asked for."""
 
-    spec: TaskSpec
     data_dir: str | Path | None = None
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(self.spec.splits)
-
-    @property
-    def max_new_tokens(self) -> int:
-        return self.spec.max_new_tokens
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        return tuple(self.spec.stop)
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """The first ``limit`` examples of a split. Raises UsageError for an unknown split, and for a record that a
         template does not fit."""
-        if split not in self.spec.splits:
-            raise UsageError(f"task {self.name} has no split '{split}': it has {', '.join(self.spec.splits)}")
+        if split not in self.splits:
+            raise UsageError(f"task {self.name} has no split '{split}': it has {', '.join(self.splits)}")
         if limit is not None and limit < 0:
             raise UsageError(f"limit is {limit}: give a number >= 0")
-        source = Source(self.name, self.spec.hub, self.spec.folder, self.spec.files)
-        records = source.read(self.spec.splits[split], self.data_dir)
+        records = self.records(self.splits[split])
         if not records:
-            raise UsageError(f"task {self.name}: its split '{split}' ({self.spec.splits[split]}) has no examples: "
-                             "the data is too short")  # fmt: skip
-        make = _maker(self.spec)
+            raise UsageError(f"task {self.name}: its split '{split}' ({self.splits[split]}) has no examples: the data "
+                             "is too short")  # fmt: skip
+        make = _maker(self)
         return [self._example(make, record, number) for number, record in enumerate(records[:limit], 1)]
 
     def _example(self, make: Callable[[dict[str, Any]], Example], record: dict[str, Any], number: int) -> Example:
@@ -161,19 +147,66 @@ class SpecTask:
             raise UsageError(f"task {self.name}: record {number} does not fit its templates ({error}); it has "
                              f"{', '.join(record)}") from None  # fmt: skip
 
+    def records(self, split: str) -> list[dict[str, Any]]:
+        """The records of the data's 'train', say, or of a slice of it as in 'train[:-500]'.
+
+        A local split is FOLDER/SPLIT.jsonl, .jsonl.gz, or .json (a list). Raises UsageError naming the file that is
+        missing, SqftError for one that is corrupt and for a hub that does not answer.
+        """
+        match = _SPLIT.fullmatch(split)
+        if not match:
+            raise UsageError(f"task {self.name}: '{split}' is no split: write e.g. train or 'train[:-500]'")
+        stem, start, stop = match.groups()
+        records = self._local(stem, Path(self.data_dir)) if self.data_dir is not None else self._hub(stem)
+        if start is None:
+            return records
+        return records[int(start) if start else None : int(stop) if stop else None]
+
+    def _local(self, stem: str, data_dir: Path) -> list[dict[str, Any]]:
+        if not data_dir.is_dir():
+            raise UsageError(f"there is no folder {data_dir} (data_dir)")
+        folder, stem = data_dir / self.folder, self.files.get(stem, stem)
+        for suffix in FILES:
+            path = folder / f"{stem}{suffix}"
+            if path.is_file():
+                return _json_list(path) if suffix == ".json" else read_records(str(path))
+        there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        has = f"{folder} has {', '.join(there)}" if there else f"there is no folder {folder}"
+        raise UsageError(f"task {self.name} needs {folder / stem}.jsonl (or .jsonl.gz, .json), but {has}")
+
+    def _hub(self, stem: str) -> list[dict[str, Any]]:
+        if self.hub is None:
+            raise UsageError(f"the data of task {self.name} is on no hub: give data_dir, a folder with "
+                             f"{self.folder}/{stem}.jsonl")  # fmt: skip
+        try:
+            return read_records(f"{self.hub}@{stem}")
+        except SqftError as error:
+            raise SqftError(f"task {self.name}: {error}; or give data_dir, a folder with {self.folder}/{stem}.jsonl "
+                            "(--data-dir)") from error  # fmt: skip
+
     def is_correct(self, generated: str, example: Example) -> bool:
         """Whether a generated text gives the example's answer."""
-        if self.spec.metric == "multiple-choice":
+        if self.metric == "multiple-choice":
             return self._plain(generated) == self._plain(example.answer)
-        found = find_answer(self.spec, generated)
-        if self.spec.metric == "number":
+        found = find_answer(self, generated)
+        if self.metric == "number":
             return found is not None and abs(float(found) - float(example.answer.replace(",", ""))) <= TOLERANCE
         return found is not None and self._plain(found) == self._plain(example.answer)
 
     def _plain(self, text: str) -> str:
-        for pattern in self.spec.ignore:
+        for pattern in self.ignore:
             text = re.sub(pattern, "", text)
         return text.lower().strip()
+
+
+def _json_list(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SqftError(f"cannot read {path}: {error}") from None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records) or not records:
+        raise SqftError(f"{path} is not a list of JSON objects")
+    return records
 
 
 def find_answer(spec: TaskSpec, generated: str) -> str | None:

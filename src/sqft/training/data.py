@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from torch import Tensor
 from sqft.calibration.data import read_records
 from sqft.config import TrainConfig
 from sqft.errors import SqftError, UsageError
+from sqft.models.types import Tokenizer
 from sqft.tasks.base import Example, Task, without_duplicates
 from sqft.tasks.lookup import get_task
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of a token without loss, as in transformers
 
@@ -88,7 +86,7 @@ def fill_templates(records: Sequence[dict[str, Any]], prompt: str, completion: s
     return [Example(prompt.format(**record), completion.format(**record)) for record in records]
 
 
-def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, completion_only: bool = True) -> Row:
+def tokenize(example: Example, tokenizer: Tokenizer, completion_only: bool = True) -> Row:
     """``input_ids`` and ``labels`` of prompt + completion + end of text.
 
     Both are tokenized together, as generation will see them: alone, a completion would get another first token from
@@ -105,7 +103,7 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, completion_on
     return {"input_ids": ids, "labels": labels}
 
 
-def tokenize_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> list[Row]:
+def tokenize_all(examples: Sequence[Example], tokenizer: Tokenizer, config: TrainConfig) -> list[Row]:
     """All examples, cut to ``max_length``, or blocks of it when packing. Raises SqftError if no token is left to learn
     from."""
     rows = [tokenize(example, tokenizer, config.completion_only) for example in examples]
@@ -130,7 +128,7 @@ def pack_rows(rows: Sequence[Row], length: int) -> list[Row]:
     return [{key: values[i : i + length] for key, values in stream.items()} for i in starts]
 
 
-def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding(tokenizer: Tokenizer) -> int:
     """The token that fills rows up; what it is does not matter where it is masked."""
     token: Any = tokenizer.pad_token_id
     return token or 0

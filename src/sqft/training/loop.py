@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,21 +28,17 @@ from sqft.elastic.handle import RECORDS, Elastic
 from sqft.elastic.scheduler import RankScheduler
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, write_files
-from sqft.kernels.dispatch import pick_device
-from sqft.kernels.memory import peak_memory
+from sqft.formats.checkpoint import packed_layers
+from sqft.kernels.dispatch import peak_memory, pick_device
+from sqft.models.types import PeftModel, Tokenizer
 from sqft.probe import write_probe
-from sqft.quantization.linear import QuantLinear
 from sqft.registry import KINDS
 from sqft.tasks.base import Example
 from sqft.training.callbacks import Finished, Guard, ProgressBar, Stopwatch
 from sqft.training.data import TrainingData, collate, load_examples, padding, tokenize_all
 
-if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedTokenizerBase
 
-
-def adapter_config(config: TrainConfig) -> LoraConfig:
+def adapter_config(config: TrainConfig) -> SqftConfig:
     """The adapters that a training config asks for; plain LoRA for the kind 'lora'."""
     return SqftConfig(
         r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
@@ -53,7 +49,7 @@ def adapter_config(config: TrainConfig) -> LoraConfig:
 
 
 def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data: Sequence[Example] | None = None, *,
-          tokenizer: PreTrainedTokenizerBase | None = None, eval_data: Sequence[Example] = (),
+          tokenizer: Tokenizer | None = None, eval_data: Sequence[Example] = (),
           out: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
     """Fine-tunes adapters.
 
@@ -73,7 +69,9 @@ def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data
     if isinstance(model, (str, Path)):
         if out is None:
             raise UsageError("training a model folder needs an output folder")
-        given = {} if data is None else {"examples": _digest([*data, *eval_data])}
+        given = {}
+        if data is not None:
+            given["examples"] = hashlib.sha256(repr([*data, *eval_data]).encode()).hexdigest()
         return _train_folder(str(model), config, examples, given, Path(out), overwrite)
     if tokenizer is None or out is not None:
         raise UsageError("a live model is trained in place with its tokenizer, and written with sqft.save")
@@ -103,11 +101,6 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
     return made.metrics
 
 
-def _digest(examples: Sequence[Example]) -> str:
-    """What examples that were given from Python are, as part of the result's key."""
-    return hashlib.sha256(repr([*examples]).encode()).hexdigest()
-
-
 def work_folder(out: Path, key: str) -> Path:
     """Where a training of this key keeps its checkpoints until it is done."""
     return out.absolute().with_name(f".{out.name}.training-{key[:12]}")
@@ -115,7 +108,7 @@ def work_folder(out: Path, key: str) -> Path:
 
 def check_kind(base: nn.Module, kind: Kind, source: str) -> None:
     """Raises UsageError if a kind for packed bases meets a float one, or the other way round."""
-    packed = any(isinstance(module, QuantLinear) for module in base.modules())
+    packed = bool(packed_layers(base))
     if packed == kind.packed:
         return
     if packed:
@@ -125,7 +118,7 @@ def check_kind(base: nn.Module, kind: Kind, source: str) -> None:
                      "quantize), or use sparse-peft or lora")  # fmt: skip
 
 
-def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, data: TrainingData,
+def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, data: TrainingData,
                  work: Path, checkpoints: bool = True) -> Trainer:  # fmt: skip
     """A Hugging Face Trainer with this config; ``work`` takes event files and, unless switched off, checkpoints."""
     device = training_device(config)
@@ -181,7 +174,7 @@ def make_trainer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: T
 
 def training_device(config: TrainConfig) -> torch.device:
     """Raises UsageError for one that is not there, or that does not go with the config's precision."""
-    device = pick_device(getattr(config, "device", "auto"))
+    device = pick_device(config.device)
     if config.precision == "float16" and device.type == "cpu":
         raise UsageError("precision float16 needs an accelerator: on a CPU train in bfloat16 or float32")
     return device
@@ -251,9 +244,8 @@ def last_checkpoint(work: Path) -> Path | None:
     return None
 
 
-def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """Adds the trainer's log, one JSON object a line, record of ranks and probe to the folder of event files."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: Tokenizer, folder: Path) -> None:
+    """Adds the trainer's log, one JSON object a line, record of ranks and probe to the adapter's folder."""
     write_probe(model, tokenizer, folder)
     entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]  # not of a whole run
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
@@ -261,4 +253,3 @@ def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: PreTrainedTokeniz
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RankScheduler):
             (folder / RECORDS).write_text(json.dumps({"records": callback.records}))
-    return folder
