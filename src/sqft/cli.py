@@ -181,13 +181,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         if not arguments.json:
             show(found)
         return found
-    results = sqft.run(recipe, model=arguments.model, output=arguments.output,
-                       say=lambda text: print(text, file=sys.stderr))  # fmt: skip
-    output = Path(arguments.output or recipe.output)
-    table = stage_table(read_section(output))
-    (output / "table.md").write_text(table.markdown(), encoding="utf-8")
+    recipe = recipe.at(arguments.model, arguments.output)
+    results, output = sqft.run(recipe, say=_say), Path(recipe.output)
+    _tabulate(stage_table(read_section(output)), output, arguments)
     if not arguments.json:
-        table.show()
         if "merge" in results:
             difference = results["merge"]["max_logit_difference"]
             print(f"Merged model: {output / 'merge'} (largest logit difference to un-merged: {difference:.2g})")
@@ -214,21 +211,22 @@ def _compare(arguments: argparse.Namespace) -> Any:
         if not arguments.json:
             table.show()
         return table.rows
-    recipe = with_options(
-        load_recipe(*arguments.what or ["compare"]),
-        task=arguments.task,
-        data_dir=arguments.data_dir,
-        device=arguments.device,
-    )
-    recipe = with_methods(recipe, arguments.sparsity, arguments.methods)
-    result = compare(recipe, model=arguments.model, output=arguments.output,
-                     say=lambda text: print(text, file=sys.stderr))  # fmt: skip
-    output = Path(arguments.output or recipe.output)
-    table = method_table(read_section(output), folders=True)
+    recipe = load_recipe(*arguments.what or ["compare"])
+    recipe = with_options(recipe, task=arguments.task, data_dir=arguments.data_dir, device=arguments.device)
+    recipe = with_methods(recipe, arguments.sparsity, arguments.methods).at(arguments.model, arguments.output)
+    result = compare(recipe, say=_say)
+    _tabulate(method_table(read_section(Path(recipe.output)), folders=True), Path(recipe.output), arguments)
+    return result
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _tabulate(table: Any, output: Path, arguments: argparse.Namespace) -> None:
     (output / "table.md").write_text(table.markdown(), encoding="utf-8")
     if not arguments.json:
         table.show()
-    return result
 
 
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -331,9 +329,9 @@ def _main(given: list[str]) -> int:
     verbose = False
     try:
         if given[:1] == ["lm-eval"]:  # its flags are its own
-            from sqft.evaluation.harness import command
+            from sqft.evaluation.harness import lm_eval_command
 
-            command(given[1:])
+            lm_eval_command(given[1:])
             return 0
         parser = build_parser()
         given, then = _split_then(given)

@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Method:
+class Contender:
     """One row of the table. ``base``: model, sparsify or quantize; ``adapter``: the kind, if it is tuned."""
 
     title: str
@@ -39,17 +39,17 @@ class Method:
         return None if self.adapter is None else KINDS[self.adapter].merges
 
 
-METHODS: dict[str, Method] = {  # the paper's rows in its order, and one that tells the mask's part from the rank's
-    "dense": Method("w/o tune, dense", "model"),
-    "sparse": Method("w/o tune, sparse", "sparsify"),
-    "lora": Method("LoRA", "sparsify", "lora"),
-    "shears": Method("Shears", "sparsify", "lora", elastic=True),
-    "sparse-peft-fixed": Method("SparsePEFT, fixed rank", "sparsify", "sparse-peft"),
-    "sparse-peft": Method("SQFT + SparsePEFT", "sparsify", "sparse-peft", elastic=True),
-    "sparse-int4": Method("w/o tune, sparse, INT4", "quantize"),
-    "gptq-lora": Method("GPTQ + LoRA", "quantize", "sqft"),
-    "sqft": Method("SQFT", "quantize", "sqft", elastic=True),
-    "qa-sparse-peft": Method("SQFT + QA-SparsePEFT", "quantize", "qa-sparse-peft", elastic=True),
+METHODS: dict[str, Contender] = {  # the paper's rows in its order, and one that tells the mask's part from the rank's
+    "dense": Contender("w/o tune, dense", "model"),
+    "sparse": Contender("w/o tune, sparse", "sparsify"),
+    "lora": Contender("LoRA", "sparsify", "lora"),
+    "shears": Contender("Shears", "sparsify", "lora", elastic=True),
+    "sparse-peft-fixed": Contender("SparsePEFT, fixed rank", "sparsify", "sparse-peft"),
+    "sparse-peft": Contender("SQFT + SparsePEFT", "sparsify", "sparse-peft", elastic=True),
+    "sparse-int4": Contender("w/o tune, sparse, INT4", "quantize"),
+    "gptq-lora": Contender("GPTQ + LoRA", "quantize", "sqft"),
+    "sqft": Contender("SQFT", "quantize", "sqft", elastic=True),
+    "qa-sparse-peft": Contender("SQFT + QA-SparsePEFT", "quantize", "qa-sparse-peft", elastic=True),
 }
 
 
@@ -145,7 +145,7 @@ def run_method(name: str, recipe: Recipe, sparsity: float | None, out: Path, say
     }  # fmt: skip
 
 
-def adapter_stages(method: Method, recipe: Recipe, folders: Mapping[str, str]) -> list[tuple[str, Any]]:
+def adapter_stages(method: Contender, recipe: Recipe, folders: Mapping[str, str]) -> list[tuple[str, Any]]:
     """The stages after the base: train, search and merge with the recipe's options, as far as the method has them."""
     if method.adapter is None:
         return []

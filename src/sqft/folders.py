@@ -10,7 +10,7 @@ from torch import nn
 
 from sqft import artifact
 from sqft.errors import SqftError
-from sqft.formats.checkpoint import is_packed, load_packed, packed_layers, save_packed
+from sqft.formats.checkpoint import is_packed_folder, load_packed, packed_layers, save_packed
 from sqft.kernels.dispatch import pick_device
 from sqft.models.dense import load_dense, load_tokenizer
 from sqft.models.tensors import MAX_SHARD_BYTES
@@ -49,7 +49,7 @@ def load(source: str | Path, *, dtype: str = "auto", device: str = "cpu", mask: 
         return load_adapter(base, source, trainable).eval(), tokenizer
     if artifact.is_stage(source):
         artifact.check_files(source)
-    model: Any = load_packed(source, dtype) if is_packed(source) else load_dense(source, dtype)
+    model: Any = load_packed(source, dtype) if is_packed_folder(source) else load_dense(source, dtype)
     model.to(target)
     attach_masks(model, load_masks(source))
     ensure_masks(model, mask)

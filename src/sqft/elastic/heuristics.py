@@ -27,7 +27,7 @@ def resolve_ranks(model: Any, choice: str, folder: str | Path = "") -> Ranks:
         raise UsageError(f"ranks '{choice}' go with a super-adapter, and this model has no adapter: leave ranks out")
     space = Elastic(model).space
     if choice in HEURISTICS:
-        return heuristic(choice, space, read_records(folder) if folder else ())
+        return heuristic(choice, space, read_rank_records(folder) if folder else ())
     path = Path(choice)
     if not path.is_file():
         raise UsageError(f"'{choice}' is neither a file nor one of {', '.join(HEURISTICS)}")
@@ -40,7 +40,7 @@ def resolve_ranks(model: Any, choice: str, folder: str | Path = "") -> Ranks:
     return {**heuristic("maximal", space), **ranks}
 
 
-def read_records(folder: str | Path) -> Records:
+def read_rank_records(folder: str | Path) -> Records:
     """What training recorded beside an adapter; empty if it did not."""
     path = Path(folder) / RECORDS
     try:

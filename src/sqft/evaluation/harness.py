@@ -42,7 +42,7 @@ def register_model() -> None:
         model_registry.register("sqft", target="sqft.evaluation.harness_model:SqftLM")
 
 
-def command(arguments: Sequence[str]) -> None:
+def lm_eval_command(arguments: Sequence[str]) -> None:
     """lm-eval's own command line, with ``--model sqft``. Raises UsageError for what lm-eval does not find or take."""
     require_harness()
     from lm_eval.__main__ import cli_evaluate

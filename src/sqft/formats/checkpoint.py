@@ -97,7 +97,7 @@ def write_quantize_config(config: Mapping[str, Any], folder: Path) -> None:
         (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def is_packed(folder: str | Path) -> bool:
+def is_packed_folder(folder: str | Path) -> bool:
     """Whether a folder's config says that its weights are quantized in a format that is read here."""
     return quant_method(folder) in FORMATS
 

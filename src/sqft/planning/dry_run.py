@@ -17,7 +17,7 @@ from sqft.adapters.groups import make_groups
 from sqft.calibration.data import SUFFIXES, read_records
 from sqft.compressing.passes import patterns, quantized_layers
 from sqft.errors import SqftError
-from sqft.formats.checkpoint import is_packed, plan_tensors
+from sqft.formats.checkpoint import is_packed_folder, plan_tensors
 from sqft.keys import folder_key, stage_key
 from sqft.measuring.size import human
 from sqft.models.dense import DTYPES, locate
@@ -139,7 +139,7 @@ class Walk:
     def __init__(self, source: str) -> None:
         self.model = skeleton(source)
         self.architecture = describe(self.model)
-        self.packed = is_packed(source)  # its layers are float ones in the skeleton
+        self.packed = is_packed_folder(source)  # its layers are float ones in the skeleton
         self.count = counter(source)
         shape = shape_of(self.model, self.architecture)
         bits = 4.5 / 8 if self.packed else shape.itemsize

@@ -23,7 +23,7 @@ SHARES = ("accuracy", "sparsity", "zeros_kept", "sparsity_kept")  # numbers that
 
 
 @dataclass
-class Stage:
+class StageFolder:
     """One stage folder of a section, or (its ``kind`` is 'model') the model that a run started from.
 
     ``key``: its absolute path, or a hub name; ``source``: the key of what it was made from; ``scores``: what evaluate
@@ -50,15 +50,15 @@ class Section:
 
     root: Path
     title: str
-    stages: list[Stage] = field(default_factory=list)
-    evaluations: list[Stage] = field(default_factory=list)
+    stages: list[StageFolder] = field(default_factory=list)
+    evaluations: list[StageFolder] = field(default_factory=list)
     comparison: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def stage(self, key: str) -> Stage | None:
+    def stage(self, key: str) -> StageFolder | None:
         return next((stage for stage in self.stages if stage.key == key), None)
 
-    def lineage(self, stage: Stage) -> list[Stage]:
+    def lineage(self, stage: StageFolder) -> list[StageFolder]:
         """The stage and all that it was made from, the nearest first."""
         found = [stage]
         while (source := self.stage(found[-1].source)) is not None and source not in found:
@@ -66,7 +66,7 @@ class Section:
         return found
 
     @property
-    def written(self) -> list[Stage]:
+    def written(self) -> list[StageFolder]:
         """Stages and evaluations that have a manifest."""
         return [stage for stage in self.stages + self.evaluations if stage.kind != "model"]
 
@@ -134,7 +134,7 @@ def _manifest(file: Path) -> artifact.Manifest | SqftError:
 def read_section(root: Path, title: str = "") -> Section:
     """Everything below ``root``. Raises UsageError if there is no stage folder, SqftError if none can be read."""
     section = Section(root, title)
-    found: list[Stage] = []
+    found: list[StageFolder] = []
     for folder, manifest in manifests(root):
         if isinstance(manifest, SqftError):
             section.note(str(manifest))
@@ -142,7 +142,7 @@ def read_section(root: Path, title: str = "") -> Section:
         name = folder.relative_to(root).as_posix() if folder != root else folder.absolute().name
         parent: Any = manifest.parent
         source = _key(artifact.resolve_parent(folder, parent)) if parent and isinstance(parent, str) else ""
-        found.append(Stage(_key(str(folder)), name, folder, manifest, source))
+        found.append(StageFolder(_key(str(folder)), name, folder, manifest, source))
     section.comparison = read(section, root / RESULT, json.loads, {})
     if not found and not section.methods:
         raise SqftError(section.notes[0] if section.notes else f"{root / RESULT} has no rows: compare again")
@@ -150,7 +150,7 @@ def read_section(root: Path, title: str = "") -> Section:
     made = [stage for stage in found if stage.kind not in LOOKS]
     known = {stage.key for stage in made}
     outside = dict.fromkeys(s.source for s in made + section.evaluations if s.source and s.source not in known)
-    section.stages = _in_order([*(Stage(key, _name(key), Path(key)) for key in outside), *made])
+    section.stages = _in_order([*(StageFolder(key, _name(key), Path(key)) for key in outside), *made])
     for evaluation in section.evaluations:
         if evaluation.kind == "evaluate":
             _attach(section, evaluation)
@@ -166,11 +166,11 @@ def _name(key: str) -> str:
     return Path(key).name if os.path.isabs(key) or key.startswith(".") else key
 
 
-def _in_order(stages: list[Stage]) -> list[Stage]:
+def _in_order(stages: list[StageFolder]) -> list[StageFolder]:
     """Depth first: each branch of a tree of runs stays together, and sources come before what was made from them."""
     known = {stage.key for stage in stages}
     waiting = [stage for stage in stages if stage.source not in known] + stages  # the latter: circles
-    ordered: list[Stage] = []
+    ordered: list[StageFolder] = []
     while waiting:
         if (stage := waiting.pop(0)) not in ordered:
             ordered.append(stage)
@@ -178,11 +178,11 @@ def _in_order(stages: list[Stage]) -> list[Stage]:
     return ordered
 
 
-def _attach(section: Section, evaluation: Stage) -> None:
+def _attach(section: Section, evaluation: StageFolder) -> None:
     """Adds an evaluation's scores and predictions to the stage that it scored."""
     target = section.stage(evaluation.source)
     if target is None:  # a live model was scored: it has no folder
-        target = Stage(evaluation.key, evaluation.name, evaluation.folder)
+        target = StageFolder(evaluation.key, evaluation.name, evaluation.folder)
         section.stages.append(target)
     scores = target.scores.setdefault(str(evaluation.metrics.get("task") or ""), {})
     for name in SCORES:
@@ -208,7 +208,7 @@ def read_lines(section: Section, path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def serving_bytes(stage: Stage, section: Section) -> int | None:
+def serving_bytes(stage: StageFolder, section: Section) -> int | None:
     """Bytes of the weights that have to be there to answer: without masks; of an adapter with its base."""
     size = size_of(stage.folder) if stage.folder.exists() else 0
     if size and _is_adapter(stage.folder):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sqft.config import SparsifyConfig
 from sqft.errors import UsageError
 from sqft.options import from_dict
-from sqft.reporting.collect import Section, Stage
+from sqft.reporting.collect import Section, StageFolder
 from sqft.stages import STAGES
 
 LIVE = {"calibration": "calibration tokens", "ranks": "ranks"}  # options that can be objects of a program
@@ -76,7 +76,7 @@ def section_commands(section: Section) -> list[Command]:
     return [_stage_command(section, stage) for stage in section.written]
 
 
-def _stage_command(section: Section, stage: Stage) -> Command:
+def _stage_command(section: Section, stage: StageFolder) -> Command:
     source = section.stage(stage.source)
     path = str(source.folder) if source is not None else stage.source
     if not path or stage.source == stage.key:

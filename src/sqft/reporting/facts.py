@@ -6,7 +6,7 @@ import os
 from typing import Any, NamedTuple
 
 from sqft.measuring.size import human
-from sqft.reporting.collect import Section, Stage, serving_bytes
+from sqft.reporting.collect import Section, StageFolder, serving_bytes
 from sqft.reporting.tables import Column, Table, count, duration, millions, percent, points, share
 
 ACCURACY = Column("accuracy (95 % interval)", "accuracy", percent)
@@ -38,12 +38,12 @@ class Sample(NamedTuple):
     answers: list[tuple[str, str, bool | None]]
 
 
-def precision(stage: Stage) -> str:
+def precision(stage: StageFolder) -> str:
     bits = stage.numbers.get("bits")
     return f"INT{bits:.0f}" if bits else "float"
 
 
-def label(stage: Stage) -> str:
+def label(stage: StageFolder) -> str:
     """How tables and charts name a stage."""
     return f"{stage.name} (start)" if stage.kind == "model" else stage.name
 
@@ -110,7 +110,7 @@ def scored(section: Section) -> list[dict[str, Any]]:
             if size and kind in scores]  # fmt: skip
 
 
-def final_stage(section: Section) -> Stage | None:
+def final_stage(section: Section) -> StageFolder | None:
     """What the section is about: the last merged model, else the last stage; scored ones first."""
     stages = [stage for stage in section.stages if stage.kind != "model"]
     return max(reversed(stages), key=lambda stage: (bool(stage.scores), stage.kind == "merge"), default=None)
@@ -146,7 +146,7 @@ def verdict(section: Section) -> str:
     return f"Not evaluated yet: {what}."
 
 
-def _what(section: Section, final: Stage) -> str:
+def _what(section: Section, final: StageFolder) -> str:
     """'one 50 % sparse INT4 model of 171 MB in which ...'"""
     sparsity, size = final.numbers.get("sparsity"), serving_bytes(final, section)
     words = f"one{f' {percent(sparsity)} sparse' if sparsity else ''} {precision(final)} model"

@@ -10,7 +10,7 @@ from sqft.drawing import COLOURS, Bars, Chart, Curve, Mark, histogram, make_axis
 from sqft.errors import SqftError
 from sqft.measuring.size import human
 from sqft.measuring.weights import BINS, WeightFolder, chosen, count_levels, count_values, spread
-from sqft.reporting.collect import Section, Stage, numbers, read_lines, serving_bytes
+from sqft.reporting.collect import Section, StageFolder, numbers, read_lines, serving_bytes
 from sqft.reporting.facts import final_stage, label, precision, scored
 from sqft.reporting.tables import millions, percent, share
 from sqft.searching.choose import read_points
@@ -52,7 +52,7 @@ def pipeline(section: Section) -> list[tuple[str, list[dict[str, str]]]]:
     return chains
 
 
-def _card(section: Section, stage: Stage) -> dict[str, str]:
+def _card(section: Section, stage: StageFolder) -> dict[str, str]:
     key, text, detail, option = CARDS.get(stage.kind, ("", str, stage.kind, ""))
     size = serving_bytes(stage, section)
     value = text(stage.numbers[key]) if key in stage.numbers else human(size) if size else "-"
@@ -163,7 +163,7 @@ def heat_map(title: str, values: Mapping[str, float], high: float, text: Callabl
 def weights(section: Section) -> list[Figure]:
     """Histograms before and after, of the model that the section is about: of its packed folders, of its float ones."""
     end = final_stage(section)
-    groups: dict[bool, list[tuple[Stage, WeightFolder]]] = {}
+    groups: dict[bool, list[tuple[StageFolder, WeightFolder]]] = {}
     found = []
     for stage in section.lineage(end)[::-1] if end else ():
         if any(stage.folder.glob("model*.safetensors")):
@@ -180,7 +180,7 @@ def weights(section: Section) -> list[Figure]:
     return found
 
 
-def _before_and_after(group: Sequence[tuple[Stage, WeightFolder]]) -> Figure:
+def _before_and_after(group: Sequence[tuple[StageFolder, WeightFolder]]) -> Figure:
     """A histogram of folders of one kind, all packed or all float, over the modules that all of them have."""
     (start, first), (end, last) = group[0], group[-1]
     sizes = {name: size for name, size in first.sizes.items() if all(name in folder.sizes for _, folder in group)}

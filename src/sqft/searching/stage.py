@@ -21,7 +21,7 @@ from sqft.adapters.groups import Ranks
 from sqft.config import SearchConfig
 from sqft.drawing import standalone
 from sqft.elastic.handle import Elastic, get_ranks, set_ranks
-from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_records
+from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_rank_records
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
 from sqft.models.types import Tokenizer
@@ -102,7 +102,7 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
         work = work_folder(out, config, made.manifest.parent_key)
         url = config.storage or f"journal:{work / 'journal.log'}"
         model, tokenizer = load(adapter, device=config.device)
-        records = read_records(adapter)
+        records = read_rank_records(adapter)
         searcher = _searcher(open_study(url, name), model, tokenizer, config, records)
         left = left_over(searcher.study)
         if config.workers > 1 and searcher.evaluations > 1:
@@ -144,7 +144,7 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
     try:
         assert config.storage is not None
         model, tokenizer = load(adapter, device=config.device)
-        study, records = open_study(config.storage, name), read_records(adapter)
+        study, records = open_study(config.storage, name), read_rank_records(adapter)
         _searcher(study, model, tokenizer, config, records).run(left, quiet=not first)
     except SqftError as error:
         print(f"sqft: {error}", file=sys.stderr)
