@@ -1,7 +1,5 @@
-"""sqft: adapt a sparse language model with low-rank adapters that merge back without losing a zero.
-
-The public API, imported lazily: ``import sqft`` does no work.
-"""
+"""sqft: adapt a sparse language model with low-rank adapters that merge back without losing a zero. The public API,
+imported lazily: ``import sqft`` does no work."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""The command line: one sub-command a stage, every flag made from the stage's config class.
-
-Exit codes: 0 done, 1 failed or interrupted, 2 wrong usage. Results go to standard output (``--json`` for machines),
-progress and messages to standard error.
-"""
+"""The command line: one sub-command a stage, flags from its config class. Exit codes: 0 done, 1 failed or interrupted,
+2 wrong usage. Results go to standard output (``--json`` for machines), progress and messages to standard error."""
 
 from __future__ import annotations
 

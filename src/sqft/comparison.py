@@ -1,8 +1,7 @@
 """``sqft compare``: the paper's table for one's own model and task, every method from the same recipe; and two runs.
 
-A method is a base (dense, sparse, INT4), perhaps an adapter on it, and whether that merges. All methods share the
-stages that they have in common, and every stage is skipped when it is there already, so that a comparison goes on
-where it was interrupted.
+A method is a base (dense, sparse, INT4), perhaps an adapter on it, and whether that merges. Methods share the
+stages that they have in common; one that is there already is skipped: an interrupted comparison goes on where it was.
 """
 
 from __future__ import annotations

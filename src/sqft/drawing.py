@@ -1,7 +1,5 @@
-"""Charts as SVG, for the report's page and a search's folder: no script, no image files, every text escaped.
-
-A mark of colour k has the class ``ck``; the colours are the page's, so that charts follow its theme.
-"""
+"""Charts as SVG, for the report's page and a search's folder: no script, no image files, every text escaped. A mark of
+colour k has the class ``ck``; the colours are the page's, so that charts follow its theme."""
 
 from __future__ import annotations
 
@@ -100,9 +98,7 @@ def make_axis(label: str, values: Sequence[float], text: Callable[[float], str] 
               margin: float = 0.06, limits: tuple[float, float] = (-math.inf, math.inf),
               count: int = 5, whole: bool = False) -> Axis:  # fmt: skip
     """An axis around the values: with ``margin`` on both sides, or from 0; beyond ``limits`` only if values are.
-
-    ``count``: about so many ticks; ``whole``: at whole numbers only.
-    """
+    ``count``: about so many ticks; ``whole``: at whole numbers only."""
     least, most = min(values), max(values)
     spread = (most - least) or abs(most) * 0.2 or 1.0
     low = min(0.0, least) if zero else max(least - margin * spread, min(limits[0], least))

@@ -89,11 +89,9 @@ def base_of(adapter: str | Path) -> str:
 
 def save(model: nn.Module, tokenizer: Tokenizer, out: str | Path, *, parent: str | Path = "",
          overwrite: bool = False) -> None:  # fmt: skip
-    """Writes a live model (or a ``PeftModel``'s adapter), its tokenizer, masks and manifest as one stage folder, which
-    its contents identify. ``parent``: what it was made from; of an adapter, the folder of its base.
-
-    Raises UsageError or SqftError if it cannot be written.
-    """
+    """Writes a live model (or a ``PeftModel``'s adapter), its tokenizer, masks and manifest as one stage folder,
+    identified by its contents. ``parent``: what it was made from; of an adapter, its base's folder. Raises UsageError
+    or SqftError if it cannot be written."""
     with artifact.stage("save", None, out, parent, overwrite=overwrite) as made:
         write_files(model, tokenizer, made.folder)
 

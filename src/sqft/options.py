@@ -1,7 +1,5 @@
-"""Options: the fields of config classes, from which flags, YAML and docs are made, and how values become them.
-
-Unknown keys and values of the wrong type are errors that name the near miss (and, in a YAML file, the line).
-"""
+"""Options: the fields of config classes, from which flags, YAML and docs are made, and how values become them. Unknown
+keys and values of the wrong type are errors that name the near miss (and, in a YAML file, the line)."""
 
 from __future__ import annotations
 
@@ -31,8 +29,7 @@ def option(default: Any = MISSING, help: str = "", choices: Iterable[str] = (), 
     """A dataclass field with its help text and, where the set is closed, its choices.
 
     ``kind`` says what its value names, for keys (``keys.stage_key``): "plain", "text" (a file or data set), "folder",
-    "task", "data_dir", "ranks", or "machine": how it is computed, which does not change the result. ``alias`` is an
-    old name, still read.
+    "task", "data_dir", "ranks", or "machine", which does not change the result. ``alias``: an old name, still read.
     """
     metadata = {"help": help, "choices": choices, "kind": kind, "alias": alias}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)

@@ -1,8 +1,5 @@
-"""What a model computes on a few fixed tokens: kept beside a trained adapter, so that loading another is noticed.
-
-Merging proves that the merged model equals the adapter that was loaded. The probe proves that what was loaded is what
-was trained.
-"""
+"""What a model computes on a few fixed tokens, kept beside a trained adapter: it proves that what was loaded is what
+was trained. (Merging proves that the merged model equals the adapter that was loaded.)"""
 
 from __future__ import annotations
 

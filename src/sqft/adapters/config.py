@@ -156,10 +156,8 @@ def register(config: LoraConfig) -> None:
 
 
 def _make_layer(base: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> Any:
-    """The layer of the config's kind on a base layer; None for plain LoRA on a float one, which is PEFT's own.
-
-    Raises SqftError if the kind is for other bases.
-    """
+    """The layer of the config's kind on a base layer; None for plain LoRA on a float one, which is PEFT's own. Raises
+    SqftError if the kind is for other bases."""
     packed = isinstance(base, QuantLinear)
     kind = kind_of(config, packed)
     if kind == LORA and not packed and not getattr(config, "search_space", None):

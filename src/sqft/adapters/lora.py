@@ -19,11 +19,8 @@ from sqft.quantization.linear import QuantLinear
 
 
 def check_adapter(layer: Any, config: Any) -> None:
-    """What must hold for every adapter that PEFT puts on one of our layers, by whatever door it came.
-
-    Raises UsageError for an option that the layer would ignore, SqftError for an adapter of another kind than those
-    that the layer has: it would be computed as they are.
-    """
+    """What must hold for every adapter that PEFT puts on our layers. Raises UsageError for an option that
+    the layer would ignore, SqftError for another kind than the layer's adapters: it would be computed as they are."""
     kind: Kind = kind_of(config, isinstance(layer.get_base_layer(), QuantLinear))
     if layer.lora_A and kind != layer.kind:
         raise SqftError(

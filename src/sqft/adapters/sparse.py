@@ -39,11 +39,8 @@ def check_finite(adapter: str, safe: bool, *tensors: Tensor) -> None:
 
 
 class MaskedLoraLinear(LoraLinear):
-    """What all masked adapters share: one adapter at a time, on a base layer with a mask.
-
-    A kind of its own gives ``_adapted`` and ``merged_weight``; ``mask``, ``factors(self, adapter)`` and
-    ``self.scaling[adapter]`` are what it computes with.
-    """
+    """What masked adapters share: one adapter on a base layer with a mask. A kind of its own gives ``_adapted`` and
+    ``merged_weight``, computed with ``mask``, ``factors(self, adapter)`` and ``self.scaling[adapter]``."""
 
     kind = SPARSE_PEFT
 

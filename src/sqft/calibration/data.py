@@ -85,11 +85,8 @@ def read_texts(source: str) -> list[str]:
 
 
 def token_stream(tokenizer: Tokenizer, texts: list[str], enough: int | None = None) -> Tensor:
-    """All texts in one int64 [T], a blank line between them, or the first texts until T >= enough.
-
-    A blank line is what Wanda's and GPTQ's evaluations join texts with; an end-of-text token would, in a chat model,
-    be the end of a turn.
-    """
+    """All texts in one int64 [T], or the first ones until T >= enough, with a blank line between them: Wanda's and
+    GPTQ's evaluations do so, and an end-of-text token would, in a chat model, be the end of a turn."""
     tokens: list[int] = []
     for text in texts:
         tokens += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]  # pyright: ignore
@@ -99,10 +96,8 @@ def token_stream(tokenizer: Tokenizer, texts: list[str], enough: int | None = No
 
 
 def token_blocks(tokenizer: Tokenizer, source: str, samples: int, length: int, seed: int) -> Tensor:
-    """int64 [samples, length]: blocks at seeded random places of the source's shuffled text.
-
-    Raises SqftError if the source has fewer than ``length`` tokens.
-    """
+    """int64 [samples, length]: blocks at seeded random places of the source's shuffled text. Raises SqftError if the
+    source has fewer than ``length`` tokens."""
     texts = read_texts(source)
     order = random.Random(seed)
     order.shuffle(texts)

@@ -44,10 +44,8 @@ class ColumnNorms:
 
 
 class Hessian:
-    """``X^T X`` over all tokens seen: GPTQ's Hessian up to a factor, summed in float32.
-
-    It is symmetric: of each strip of rows only the part up to the diagonal is computed.
-    """
+    """``X^T X`` over all tokens seen: GPTQ's Hessian up to a factor, summed in float32. It is symmetric: of each strip
+    of rows only the part up to the diagonal is computed."""
 
     def __init__(self, name: str = "a layer") -> None:
         self._name, self._sum_II = name, None

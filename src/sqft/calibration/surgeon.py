@@ -45,11 +45,8 @@ def sweep(w_IO: Tensor, u_II: Tensor, choose: Callable[[int], Tensor], step: int
 
 
 def inverse_factor(h_II: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse, float64 [I, I]; with few copies, they are large.
-
-    Added to the diagonal is ``damping`` of its mean, and ten times as much after each failure. Raises SqftError if that
-    does not help.
-    """
+    """Upper Cholesky factor of the damped Hessian's inverse, float64 [I, I], with few copies. ``damping`` of its
+    mean is added to the diagonal, ten times as much after each failure; raises SqftError if that does not help."""
     h_II = h_II.to(widest(h_II.device), copy=True)
     diagonal = h_II.diagonal()
     dead = diagonal == 0

@@ -235,10 +235,8 @@ def _returns_tuple(architecture: Architecture, token: Tensor) -> bool:
 
 @contextlib.contextmanager
 def observing(block: Block, new_statistic: NewStatistic) -> Iterator[dict[str, Any]]:
-    """Feeds the inputs of the block's linear layers to statistics while the block runs.
-
-    Layers that are called with the very same tensor (q, k and v) share one statistic, which is updated once.
-    """
+    """Feeds the inputs of the block's linear layers to statistics while the block runs. Layers that are called with the
+    very same tensor (q, k and v) share one statistic, which is updated once."""
     statistics: dict[str, Any] = {}
     leaders: dict[str, str] = {}
     seen: list[tuple[str, Tensor]] = []
@@ -283,10 +281,8 @@ def _shared(value: Any, first: Any) -> Any:
 
 
 def _mapped(value: Any, change: Callable[[Tensor, Any], Tensor], other: Any = None) -> Any:
-    """``change(tensor, what other has at its place)`` for the tensors inside tuples, lists and dicts.
-
-    A container in which nothing changes stays the same object: blocks may share one and write to it.
-    """
+    """``change(tensor, what other has at its place)`` for the tensors inside tuples, lists and dicts. A container in
+    which nothing changes stays the same object: blocks may share one and write to it."""
     if isinstance(value, Tensor):
         return change(value, other)
     if not isinstance(value, (dict, tuple, list)):

@@ -159,11 +159,8 @@ class Prune(Pass):
 
 
 def patterns(architecture: Architecture, config: SparsifyConfig) -> dict[str, Pattern]:
-    """How much of each weight is kept, by full name; excluded ones are absent.
-
-    Raises UsageError for a module pattern that matches nothing, an N:M that does not divide, or a ratio that prunes
-    nothing.
-    """
+    """How much of each weight is kept, by full name; excluded ones are absent. Raises UsageError for a module pattern
+    that matches nothing, an N:M that does not divide, or a ratio that prunes nothing."""
     chosen = _chosen_weights(architecture, config, "prune")
     pattern = Pattern.parse(config.pattern) if config.pattern else Pattern(config.sparsity)
     found = dict.fromkeys(chosen, pattern)
@@ -227,10 +224,8 @@ class Quantize(Pass):
 
 
 def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict[str, QuantLinear]:
-    """An empty packed layer (on ``meta``) for each module to quantize, by full name.
-
-    Raises UsageError for a pattern that matches nothing, or a group size, or a width at these bits, that does not fit.
-    """
+    """An empty packed layer (on ``meta``) for each module to quantize, by full name. Raises UsageError for a pattern
+    that matches nothing, or a group size, or a width at these bits, that does not fit."""
     chosen = _chosen_weights(architecture, config, "quantize")
     for name, weight in chosen.items():
         if any(width * config.bits % 32 for width in weight.shape):  # then no group size fits

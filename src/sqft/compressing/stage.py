@@ -1,9 +1,8 @@
 """The stages ``sqft.sparsify`` and ``sqft.quantize``, and ``sqft.compress`` for several passes in one walk.
 
-A live model is changed in place; of a folder each block is written and dropped before the next one is touched: the same
-path but for that. With several passes a walk each takes turns on every block: the first feeds blocks with what the
-pruned model gives, the second with what the pruned and quantized model gives. So the result is that of the stages run
-one after the other, bit for bit.
+A live model is changed in place; of a folder each block is written and dropped before the next one is touched. With
+several passes a walk each takes turns on every block: the first feeds blocks with what the pruned model gives, the
+second with what the pruned and quantized one gives. The result is that of one stage after the other, bit for bit.
 """
 
 from __future__ import annotations
@@ -66,11 +65,8 @@ def quantize(model: PreTrainedModel | str | Path, config: QuantizeConfig | None 
 def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibration: Tensor | str | None = None, *,
              tokenizer: Tokenizer | None = None, out: str | Path | None = None,
              overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Lets each of the passes (``Prune(config)``, ``Quantize(config)``) change each block, in this order.
-
-    The other arguments are those of ``sparsify``. Returns the last pass's metrics; a folder is of its stage, and has
-    its dtype.
-    """
+    """Lets each of the passes (``Prune(config)``, ``Quantize(config)``) change each block, in this order; the rest is
+    as of ``sparsify``. Returns the last pass's metrics; a folder is of its stage, and has its dtype."""
     last = passes[-1]
     if isinstance(calibration, str):
         for each in passes:

@@ -23,10 +23,8 @@ _FIXED = "the adapter's rank is fixed: train it with a search space (--search-sp
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Rank groups and, for each, how many weights one rank takes: the sum of I + O over its modules.
-
-    ``fixed`` is the number of adapter weights outside the groups, ``itemsize`` the bytes of a weight.
-    """
+    """Rank groups and, for each, how many weights one rank takes: the sum of I + O over its modules. ``fixed`` is the
+    number of adapter weights outside the groups, ``itemsize`` the bytes of a weight."""
 
     groups: tuple[RankGroup, ...]
     width: dict[str, int]
@@ -56,10 +54,8 @@ class SearchSpace:
 
 
 class Elastic:
-    """A handle on the adapter that is active when it is made.
-
-    ``groups``: its rank groups, none if its rank is fixed. ``layers``: those that it adapts, by module name.
-    """
+    """A handle on the adapter that is active when it is made. ``groups``: its rank groups, none if its rank is fixed.
+    ``layers``: those that it adapts, by module name."""
 
     def __init__(self, model: Any) -> None:
         """Raises UsageError if several adapters are active."""

@@ -20,9 +20,7 @@ WINDOW = 16  # steps before and after one, whose mean loss its own is compared w
 
 def resolve_ranks(model: Any, choice: str, folder: str | Path = "") -> Ranks:
     """The ranks that ``choice`` names for a live super-adapter: a heuristic, or a YAML or JSON file (group: rank).
-
-    ``folder`` is the super-adapter's, for heuristics that need its training records. Raises UsageError.
-    """
+    ``folder`` is the super-adapter's, for heuristics that need its training records. Raises UsageError."""
     if not getattr(model, "peft_config", None):
         raise UsageError(f"ranks '{choice}' go with a super-adapter, and this model has no adapter: leave ranks out")
     space = Elastic(model).space

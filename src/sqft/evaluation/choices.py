@@ -1,8 +1,7 @@
 """Multiple choice by log-likelihood: of the options, the one that the model finds likeliest.
 
-As in lm-evaluation-harness: a continuation's tokens are what context and continuation together have after the
-context's own; ``accuracy`` compares log-likelihoods, ``accuracy_norm`` those divided by the option's length in
-characters.
+As in lm-evaluation-harness: a continuation's tokens are what it and its context together have after the context's;
+``accuracy`` compares log-likelihoods, ``accuracy_norm`` those divided by the option's length in characters.
 """
 
 from __future__ import annotations

@@ -59,11 +59,9 @@ def lm_eval_command(arguments: Sequence[str]) -> None:
 
 def run_harness(model: Any, tokenizer: Tokenizer, task: Task, split: str, limit: int | None = None,
                 fewshot: int = 0, batch_size: int = 32) -> tuple[Record, list[Record], Record]:  # fmt: skip
-    """Scores a live model by lm-eval, ``fewshot`` examples of the train split before each problem.
-
-    Returns metrics and one record a problem, as sqft's own scorer gives them, and lm-eval's results, in the form of its
-    results.json. Raises UsageError, also if lm-eval is not installed.
-    """
+    """Scores a live model by lm-eval, ``fewshot`` examples of the train split before each problem. Returns metrics and
+    one record a problem, as sqft's own scorer gives them, and lm-eval's results, in the form of its results.json.
+    Raises UsageError, also if lm-eval is not installed."""
     version = require_harness()
     from lm_eval import evaluator
     from lm_eval.api.task import ConfigurableTask

@@ -1,8 +1,5 @@
-"""sqft's tasks as tasks of lm-evaluation-harness: what a problem becomes, and YAML files that any lm-eval reads.
-
-A problem becomes a record of strings that the task's own templates made, so the harness sees what training and sqft's
-own scorers see.
-"""
+"""sqft's tasks as tasks of lm-evaluation-harness, in YAML files that any lm-eval reads. A problem becomes a record of
+strings that the task's own templates made, so the harness sees what training and sqft's own scorers see."""
 
 from __future__ import annotations
 
@@ -37,10 +34,8 @@ def harness_name(task: Task) -> str:
 
 
 def task_config(task: Task, examples: Sequence[Example], split: str, fewshot: int) -> dict[str, Any]:
-    """lm-eval's config of a task, without its data: only what YAML can hold.
-
-    ``process_results``, where there is one, is the name of the function that calls the task's own ``is_correct``.
-    """
+    """lm-eval's config of a task, without its data: only what YAML can hold. ``process_results``, where there is one,
+    is the name of the function that calls the task's own ``is_correct``."""
     config: dict[str, Any] = {"task": harness_name(task), "test_split": split, "num_fewshot": fewshot}
     if fewshot:
         config["fewshot_split"] = SHOTS
@@ -144,9 +139,8 @@ def write_tasks(name: str, folder: str | Path, *, data_dir: str | Path | None = 
     """Writes a task (a name, a YAML file, or several: 'piqa+boolq') as tasks of lm-eval: for each a YAML file, and its
     problems beside it, with the train split if ``fewshot`` examples are wanted. Returns lm-eval's names of them.
 
-    ``lm-eval --include_path FOLDER --tasks NAME`` then runs them on any model, without a network; a task whose answers
-    YAML cannot score needs sqft installed. ``datasets`` wants absolute paths: moved, a folder has to be written anew.
-    Raises UsageError.
+    ``lm-eval --include_path FOLDER --tasks NAME`` then runs them on any model, offline; a task that YAML cannot score
+    needs sqft installed. ``datasets`` wants absolute paths: a moved folder is to be written anew. Raises UsageError.
     """
     names, home = [], Path(folder).resolve()
     given = {"task": name, "split": split, "limit": limit, "fewshot": fewshot}

@@ -26,11 +26,8 @@ from sqft.training.data import IGNORED, collate, is_learnt, tokenize
 
 @contextlib.contextmanager
 def unpacked(model: Any) -> Iterator[None]:
-    """Holds packed weights de-quantized, and masked adapters merged, for a while: the same results, much faster.
-
-    Every token of a generation would otherwise build the weights anew. Both are undone exactly; adapters that were
-    merged before stay merged.
-    """
+    """Holds packed weights de-quantized, and masked adapters merged, for a while: the same results, much faster than to
+    build them for every token. Both are undone exactly; adapters that were merged before stay merged."""
     layers: list[Any] = list(adapter_layers(model).values()) if is_masked(model) else []
     if any(layer.merged for layer in layers):
         layers = []
@@ -70,11 +67,8 @@ def score(model: Any, tokenizer: Tokenizer, task: Task, split: str, limit: int |
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy with Wilson's 95 % interval, and ``accuracy_norm`` if every record has it.
-
-    Of several tasks the accuracies of each and, as ``accuracy``, their mean (each task counts the same); the interval
-    is then that of all problems together.
-    """
+    """Accuracy with Wilson's 95 % interval, and ``accuracy_norm`` if every record has it; of several tasks that of each
+    and, as ``accuracy``, their mean (tasks count the same), with the interval of all problems together."""
     correct = sum(record["correct"] for record in records)
     metrics: dict[str, Any] = {
         "accuracy": correct / len(records),

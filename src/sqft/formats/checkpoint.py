@@ -67,10 +67,8 @@ def plan_tensors(model: PreTrainedModel, layers: Mapping[str, QuantLinear], form
 
 
 def mark_packed(model: Any, format: str) -> None:
-    """Notes on a live packed model in which format it is to be saved.
-
-    Its config describes its state dict, which is always GPTQ version 2: so ``save_pretrained`` is right as well.
-    """
+    """Notes on a live packed model in which format it is to be saved. Its config describes its state dict, which is
+    always GPTQ version 2: so ``save_pretrained`` is right as well."""
     model.config.quantization_config = quantization_config(model, packed_layers(model), "gptq_v2")
     model.sqft_format = format
 
@@ -103,10 +101,8 @@ def is_packed_folder(folder: str | Path) -> bool:
 
 
 def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
-    """A causal language model in eval mode whose packed weights are ``QuantLinear`` layers.
-
-    ``dtype`` of what is not packed. Raises SqftError for a format that is not read, or a file that is incomplete.
-    """
+    """A causal language model in eval mode whose packed weights are ``QuantLinear`` layers. ``dtype`` of what is not
+    packed. Raises SqftError for a format that is not read, or a file that is incomplete."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 

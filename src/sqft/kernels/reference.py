@@ -43,10 +43,8 @@ class Adapter(NamedTuple):
 
 
 def masked_weight(adapter: Adapter, dtype: torch.dtype) -> Tensor:
-    """``W + s * M o (B A)`` [O, I] in ``dtype``, computed in float32 at least; without W the masked adapter alone.
-
-    A pruned weight is exactly 0: W's own pruned entries are zero, so masking the sum equals masking the adapter.
-    """
+    """``W + s * M o (B A)`` [O, I] in ``dtype``, computed in float32 at least; without W the masked adapter alone. A
+    pruned weight is exactly 0: W's own pruned entries are zero, so masking the sum equals masking the adapter."""
     accumulate = accumulation_dtype(dtype)
     a_RI, b_OR = adapter.a_RI.to(accumulate), adapter.b_OR.to(accumulate)
     rows, columns = b_OR.shape[0], a_RI.shape[1]

@@ -39,9 +39,7 @@ class Histogram:
 
 class WeightFolder:
     """The linear weights of the decoder blocks in a folder's safetensors files; ``sizes``: weights by module name.
-
-    Raises SqftError if the folder cannot be read.
-    """
+    Raises SqftError if the folder cannot be read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

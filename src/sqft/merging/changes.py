@@ -1,7 +1,5 @@
-"""What merging changes: every tensor that an adapter trains, as it will be in the merged model.
-
-What is trained is merged, or refused by name before anything is written.
-"""
+"""What merging changes: every tensor that an adapter trains, as it will be in the merged model. What is trained is
+merged, or refused by name before anything is written."""
 
 from __future__ import annotations
 
@@ -33,11 +31,8 @@ _FACTOR = re.compile(r"\.lora_(A\.weight|B\.weight|embedding_A|embedding_B|scale
 
 
 def merged_tensors(model: PeftModel) -> Changes:
-    """Every tensor of the merged model that the active adapter trains.
-
-    Raises UsageError, naming it, for a trained tensor that a merged model has no place for, and VerificationError for
-    one that is not finite.
-    """
+    """Every tensor of the merged model that the active adapter trains. Raises UsageError, naming it, for a trained
+    tensor that a merged model has no place for, and VerificationError for one that is not finite."""
     name = active_adapter(model)
     found: Changes = {}
     for path, layer in adapter_layers(model).items():

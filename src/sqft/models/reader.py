@@ -27,9 +27,7 @@ class Reader(Protocol):
 
 class SafetensorsReader:
     """``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists. Tensors are mapped, not read.
-
-    Raises SqftError naming the file unless every one is there, readable, and as long as its header says.
-    """
+    Raises SqftError naming the file unless every one is there, readable, and as long as its header says."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

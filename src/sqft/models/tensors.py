@@ -34,10 +34,8 @@ def layout(model: nn.Module) -> dict[str, Tensor]:
 
 
 class ModelWriter:
-    """``model.safetensors``, or several numbered files of at most ``max_shard_size`` bytes and their index.
-
-    ``tensors`` gives names, shapes and dtypes, as ``layout(model)`` does.
-    """
+    """``model.safetensors``, or several numbered files of at most ``max_shard_size`` bytes and their index. ``tensors``
+    gives names, shapes and dtypes, as ``layout(model)`` does."""
 
     def __init__(self, tensors: Mapping[str, Tensor], folder: Path, max_shard_size: int) -> None:
         self.folder = folder
@@ -112,10 +110,8 @@ def _cannot_write(file: Path, error: Exception) -> SqftError:
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """One safetensors file; the same tensors give the same bytes (which more than one metadata entry would not).
-
-    Raises SqftError if it cannot be written (a full disk, say).
-    """
+    """One safetensors file; the same tensors give the same bytes (which more than one metadata entry would not). Raises
+    SqftError if it cannot be written (a full disk, say)."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

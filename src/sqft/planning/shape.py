@@ -13,10 +13,8 @@ from sqft.models.discover import Architecture, describe
 
 
 def skeleton(source: str | Path) -> Any:
-    """The model of a folder, .gguf file or hub name without weights. Code that comes with a model is not run.
-
-    Raises SqftError if there is no configuration to be had, or it is not of a causal language model.
-    """
+    """The model of a folder, .gguf file or hub name without weights. Code that comes with a model is not run. Raises
+    SqftError if there is no configuration to be had, or it is not of a causal language model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder, gguf = locate(source)

@@ -1,13 +1,11 @@
 """GPTQ (arXiv 2210.17323) that keeps the zeros of a pruned weight.
 
-Columns are rounded one after the other; the error of each is made good by the columns that are still to come, by the
-inverse of the Hessian ``H = X^T X`` of the layer's inputs. With U the upper Cholesky factor of H^-1 (section 3.3,
-step 3), rounding column j to q_j changes the later columns by ``- (w_j - q_j) / U_jj * U_j,later``.
+With U the upper Cholesky factor of the inverse of the inputs' Hessian ``H = X^T X`` (section 3.3, step 3), rounding
+column j to q_j changes the later columns, which make good its error, by ``- (w_j - q_j) / U_jj * U_j,later``.
 
 A pruned weight is "rounded" to exactly 0, whatever corrections it has received: they are passed on as its error to
 the columns after it, as SparseGPT (arXiv 2301.00774, section 3) does with a weight that it prunes. Dropping them
-instead leaves a larger error of the layer's outputs (``tests/oracles/test_gptq.py``); what it does to perplexity,
-``benchmarks/bench_quantize.py`` prints.
+leaves a larger error of the outputs (``tests/oracles/test_gptq.py``; perplexity: ``benchmarks/bench_quantize.py``).
 
 Shape letters: O output features, I input features, S columns a group.
 """

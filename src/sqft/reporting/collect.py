@@ -1,7 +1,5 @@
-"""Folders of runs as plain data: stages and what they were made from, scores, comparisons, curves, predictions.
-
-What cannot be read (missing, cut off, of another version) becomes a sentence in ``Section.notes``.
-"""
+"""Folders of runs as plain data: stages and what they were made from, scores, comparisons, curves, predictions. What
+cannot be read (missing, cut off, of another version) becomes a sentence in ``Section.notes``."""
 
 from __future__ import annotations
 

@@ -36,9 +36,7 @@ def _summary(values: Mapping[str, Any]) -> str:
 
 def difference(left: Path, right: Path) -> Table:
     """What differs between two runs, stage by stage: rows of stage, name (of an option or number), left and right.
-
-    Times, and versions that are equal, are left out. Raises UsageError for a folder without stages.
-    """
+    Times, and versions that are equal, are left out. Raises UsageError for a folder without stages."""
     ours, theirs = _stages(left), _stages(right)
     rows = []
     for stage in sorted(ours.keys() | theirs.keys()):

@@ -20,9 +20,7 @@ from sqft.reporting.tables import escape_cell
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> dict[str, Any]:
     """Writes the report of the folders to ``out`` (default: report.html in the first one) and its Markdown beside it.
-
-    Returns where they are, and notes of what could not be read. Raises UsageError for a folder without stages.
-    """
+    Returns where they are, and notes of what could not be read. Raises UsageError for a folder without stages."""
     roots = list(dict.fromkeys(Path(folder) for folder in folders))
     path = Path(out) if out is not None else roots[0] / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):

@@ -1,7 +1,5 @@
 """How a search proposes sub-adapters: each strategy is a function of what has been tried and of a seeded generator.
-
-NSGA-II is Optuna's; hill climbing is the paper's (SQFT, arXiv 2410.03750, section 3.2; Shears, arXiv 2404.10934).
-"""
+NSGA-II is Optuna's; hill climbing is the paper's (SQFT, arXiv 2410.03750, section 3.2; Shears, arXiv 2404.10934)."""
 
 from __future__ import annotations
 
@@ -101,11 +99,8 @@ class _Proposing(BaseSampler):
 
 def sampler(strategy: str, space: SearchSpace, anchors: Sequence[Ranks], number: int, seed: int,
             evaluations: int) -> BaseSampler:  # fmt: skip
-    """What proposes trial ``number``: first the anchors, then the strategy, seeded by the number.
-
-    So a proposal depends on the trials before it and on nothing else, and a search that was killed goes on as if it had
-    not been.
-    """
+    """What proposes trial ``number``: first the anchors, then the strategy, seeded by the number. So a proposal depends
+    on the trials before it and on nothing else, and a search that was killed goes on as if it had not been."""
     if number < len(anchors):
         return _Proposing(space, lambda study, trial: anchors[number])
     mixed = random.Random(f"{seed}/{number}")

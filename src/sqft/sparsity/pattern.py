@@ -41,11 +41,8 @@ class Pattern:
             raise UsageError(f"sparsity {self} prunes nothing of {name} {list(shape)}: a row has too few inputs")
 
     def kept(self, score_OI: Tensor) -> Tensor:
-        """bool [O, I], False at the smallest scores: ``int(I * ratio)`` of each row, or M - N of each N:M group.
-
-        The comparison group is a row because Wanda's is (arXiv 2306.11695, section 3). Raises UsageError if M does not
-        divide I.
-        """
+        """bool [O, I], False at the smallest scores: ``int(I * ratio)`` of each row, as in Wanda (arXiv 2306.11695,
+        section 3), or M - N of each N:M group. Raises UsageError if M does not divide I."""
         rows, columns = score_OI.shape
         if self.ratio is not None:
             score, pruned = score_OI, int(columns * self.ratio)

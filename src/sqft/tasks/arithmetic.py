@@ -150,10 +150,8 @@ def _work(operations: str, values: Mapping[str, int]) -> tuple[list[str], int] |
 
 
 def extract_answer(text: str) -> str | None:
-    """The first number after the first ``####``, else the last number of the text; None if there is none.
-
-    Dollar signs, commas between thousands and needless zeros are dropped: "$1,200.00" is "1200".
-    """
+    """The first number after the first ``####``, else the last number of the text; None if there is none. Dollar signs,
+    commas between thousands and needless zeros are dropped: "$1,200.00" is "1200"."""
     _, mark, after = text.partition("####")
     found = _NUMBER.findall(_THOUSANDS_COMMA.sub("", (after if mark else text).replace("$", "")))
     if not found:

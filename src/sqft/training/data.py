@@ -70,10 +70,8 @@ def first_of_each(examples: Sequence[Example], limit: int | None) -> list[Exampl
 
 
 def fill_templates(records: Sequence[dict[str, Any]], prompt: str, completion: str, source: str) -> list[Example]:
-    r"""Fills ``{field}`` in both templates from each record; ``\n`` in a template is a line break.
-
-    Raises UsageError for a field that a record lacks.
-    """
+    r"""Fills ``{field}`` in both templates from each record; ``\n`` in a template is a line break. Raises UsageError
+    for a field that a record lacks."""
     prompt, completion = prompt.replace("\\n", "\n"), completion.replace("\\n", "\n")
     fields = {name for template in (prompt, completion) for _, name, _, _ in string.Formatter().parse(template) if name}
     for number, record in enumerate(records, 1):

@@ -56,12 +56,11 @@ def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data
     Args:
         model: a ``PeftModel`` from ``attach`` (trained in place; needs ``tokenizer``), or the folder of a sparse model
             (then ``out`` is needed: adapters are attached, trained and written there). A folder's training leaves
-            checkpoints beside ``out`` while it runs and resumes from them if it is started again after an
-            interruption; the result is the same, bit for bit.
+            checkpoints beside ``out`` and resumes from them after an interruption, with the same result, bit for bit.
         data, eval_data: examples, instead of the config's task or data.
 
-    Returns metrics: loss, eval_loss, steps, seconds, trainable parameters. Raises UsageError for options that do not
-    fit the model or data.
+    Returns metrics: loss, eval_loss, steps, seconds, trainable parameters. Raises UsageError for options
+    that do not fit the model or data.
     """
     config = config or TrainConfig()
     training_device(config)
