@@ -118,8 +118,11 @@ def make_adapter(draw: Draw, model: Any, tokens) -> Any:
     return adapter.eval()
 
 
-def pipeline(draw: Draw, tokens, folder: Path) -> None:
-    tokenizer = pico_tokenizer()
+@pytest.mark.parametrize("draw", [
+    pytest.param(draw, id=str(draw), marks=[pytest.mark.slow] if i >= FAST else []) for i, draw in enumerate(ALL)
+])  # fmt: skip
+def test_a_random_pipeline(draw: Draw, tokens, tmp_path: Path) -> None:
+    tokenizer, tokens, folder = pico_tokenizer(), tokens[:4], tmp_path
     sqft.save(make_base(draw, tokens), tokenizer, folder / "base")
     base, _ = sqft.load(folder / "base")
     masks = {weight.name: weight.mask for weight in describe(base).weights() if weight.mask is not None}
@@ -167,14 +170,3 @@ def pipeline(draw: Draw, tokens, folder: Path) -> None:
         assert all(torch.equal(reloaded[key], state[key]) for key in state), name
         with torch.no_grad():
             assert torch.equal(again(tokens).logits, merged(tokens).logits)
-
-
-@pytest.mark.parametrize("draw", ALL[:FAST], ids=str)
-def test_a_random_pipeline(draw: Draw, tokens, tmp_path: Path) -> None:
-    pipeline(draw, tokens[:4], tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("draw", ALL[FAST:], ids=str)
-def test_more_random_pipelines(draw: Draw, tokens, tmp_path: Path) -> None:
-    pipeline(draw, tokens[:4], tmp_path)
