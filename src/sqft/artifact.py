@@ -161,7 +161,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     if found != FORMAT:
         raise SqftError(f"{path} has format {found}, this sqft reads {FORMAT}: run the stage again")
     try:
-        return Manifest(**values)
+        manifest = Manifest(**values)
+        if (type(manifest.stage), type(manifest.metrics), type(manifest.config)) != (str, dict, dict):
+            raise TypeError("stage, metrics or config is of a wrong type")
+        return manifest
     except TypeError as error:
         raise SqftError(f"{path} is corrupt ({error}): run the stage again") from None
 

@@ -232,13 +232,13 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     return report(arguments.folders, arguments.out)
 
 
-def _ls(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from sqft.reporting.listing import list_stages, stages_table
+def _ls(arguments: argparse.Namespace) -> Any:
+    from sqft.reporting.listing import stages_table
 
-    found = list_stages(Path(arguments.root))
+    table = stages_table(Path(arguments.root))
     if not arguments.json:
-        stages_table(found).show()
-    return found
+        table.show()
+    return table.rows
 
 
 def _show(command: str, result: Any) -> None:

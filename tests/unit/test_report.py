@@ -129,7 +129,10 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path, tmp_path: Pat
 def test_what_it_says(run: Path) -> None:
     section = read_section(run, "run")
     assert [s.name for s in section.stages] == ["some/model", "sparsify", "train", "merge"]
-    assert facts.verdict(section).startswith("**75.0 %** on sums, from 25.0 % before adapting: one 50.0 % sparse float")
+    assert facts.verdict(section) == (
+        "**merge**: **75.0 %** on sums, one 50.0 % sparse float model in which **every pruned weight is still exactly zero**; "
+        "sparsify has 25.0 %."
+    )
     rows = {row[0]: row for row in facts.stage_table(section).cells()}
     assert rows["merge"][1] == "75.0 % (65.0 - 85.0 %)" and rows["merge"][4] == "100.000 %"
     assert rows["train"][1] == "-"
@@ -174,9 +177,9 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 def test_samples_show_each_pattern_once_before_more_of_the_same(run: Path) -> None:
     found = facts.samples(read_section(run, "run"), limit=3)
     # Q0 and Q2: wrong then right (twice, so first); Q1: both right; Q3: both wrong; then Q2.
-    assert [sample.prompt for sample in found] == ["Q0", "Q1", "Q3"]
-    assert found[0].answers == [("sparsify", "0", False), ("merge", "1", True)] and found[0].answer == "1"
-    assert [s.prompt for s in facts.samples(read_section(run, "run"), limit=9)] == ["Q0", "Q1", "Q3", "Q2"]
+    assert [prompt for prompt, *_ in found] == ["Q0", "Q1", "Q3"]
+    assert found[0][1:] == ("1", [("sparsify", "0", False), ("merge", "1", True)])
+    assert [prompt for prompt, *_ in facts.samples(read_section(run, "run"), limit=9)] == ["Q0", "Q1", "Q3", "Q2"]
 
 
 def comparison(root: Path, rows: list[dict]) -> Path:
@@ -197,14 +200,14 @@ def test_a_comparison(run: Path, capsys) -> None:
     comparison(run, rows)
     section = read_section(run, "cmp")
     assert facts.verdict(section) == (
-        "**SparsePEFT** is the best that merges into one model: **48.0 %** in 1.0 MB; LoRA, whose adapter stays beside its "
-        "base, has 50.0 % in 2.0 MB (paired difference -5.0 to +1.0 points, 95 %)."
+        "**SparsePEFT**: **48.0 %** on sums, one 100.0 % sparse model of 1.0 MB; LoRA, whose adapter stays beside its base, has "
+        "50.0 % in 2.0 MB (paired difference -5.0 to +1.0 points, 95 %)."
     )
     cells = facts.method_table(section).cells()
     assert cells[0][:6] == ["LoRA", "50 %", "no", "FP32", "50.0 % (40.0 - 60.0 %)", "-"]
     assert cells[1][5] == "-5.0 to +1.0" and cells[2][0] == "<b>new</b>" and cells[3] == ["?", *["-"] * 11]
     assert [model["name"] for model in facts.scored(section)] == ["LoRA", "SparsePEFT"]
-    assert [name for name, _, _ in facts.samples(section)[0].answers] == ["SparsePEFT"]
+    assert [name for name, _, _ in facts.samples(section)[0][2]] == ["SparsePEFT"]
     assert cli.main(["report", str(run), "--out", str(run / "x.html")]) == 0
     assert "sections                 1" in capsys.readouterr().out
     page = Page((run / "x.html").read_text())
@@ -327,9 +330,9 @@ CONFIGS = [
 
 @pytest.mark.parametrize(("name", "config"), CONFIGS, ids=lambda value: value if isinstance(value, str) else "")
 def test_commands_parse_back_to_their_config(name: str, config: object) -> None:
-    made = command(name, "in put", "out", json.loads(json.dumps(to_dict(config))))
-    words = shlex.split(made.line)
-    assert words[0] == "sqft" and made.note == ""
+    line = command(name, "in put", "out", json.loads(json.dumps(to_dict(config))))
+    words = shlex.split(line)
+    assert words[0] == "sqft" and "given from Python" not in line
     parsed = cli.build_parser().parse_args(words[1:])
     assert cli.read_flags(parsed, type(config)) == config
     assert parsed.out == "out" and "in put" in vars(parsed).values()
@@ -337,15 +340,19 @@ def test_commands_parse_back_to_their_config(name: str, config: object) -> None:
 
 def test_commands_of_what_flags_cannot_say() -> None:
     both = {**to_dict(QuantizeConfig(bits=8)), "first": to_dict(SparsifyConfig(samples=2))}
-    head, then = cli._split_then(shlex.split(command("quantize", "m", "o", both).line)[1:])
+    head, then = cli._split_then(shlex.split(command("quantize", "m", "o", both))[1:])
     assert then == QuantizeConfig(bits=8)
     assert cli.read_flags(cli.build_parser().parse_args(head), SparsifyConfig) == SparsifyConfig(samples=2)
-    assert command("extract", "a", "o", {"choice": "knee"}).line == "sqft extract a o --choice knee"
+    assert command("extract", "a", "o", {"choice": "knee"}) == "sqft extract a o --choice knee"
     tokens = command("sparsify", "m", "o", {**to_dict(SparsifyConfig()), "calibration": "tokens:ab"})
-    assert tokens.line == "sqft sparsify m o" and "calibration tokens were given" in tokens.note
-    assert "ranks were given" in command("merge", "m", "o", {**to_dict(MergeConfig()), "ranks": {"a": 1}}).note
-    assert "examples were given" in command("train", "m", "o", to_dict(TrainConfig())).note
-    assert "another version" in command("merge", "m", "o", {"new": 1}).note and command("save", "m", "o", {}).line == ""
+    assert tokens == "sqft sparsify m o  # given from Python: calibration"
+    ranks = command("merge", "m", "o", {**to_dict(MergeConfig()), "ranks": {"a": 1}})
+    assert ranks == "sqft merge m o  # given from Python: ranks"
+    assert command("train", "m", "o", to_dict(TrainConfig())) == "sqft train m o  # given from Python: data"
+    assert command("merge", "m", "o", {"new\n": 1}).startswith(
+        "# o: its options are those of another version of sqft ("
+    )
+    assert command("save", "m", "o", {}) == command("merge", "", "o", {}) == "# o: written from Python"
 
 
 def test_the_search_is_between_its_super_adapter_and_the_merge(tmp_path: Path) -> None:
@@ -375,6 +382,5 @@ def test_a_comparison_at_several_sparsities(tmp_path: Path) -> None:
     names = ["DENSE", "SQFT, 30 %", "QA, 30 %", "SQFT, 50 %", "QA, 50 %"]
     assert [model["name"] for model in facts.scored(section)] == names
     assert facts.method_table(section).columns[5].title == "points to SQFT (95 %)"
-    assert "**QA, 30 %** is the best" in facts.verdict(section) and "; SQFT, 30 %, whose adapter" in facts.verdict(
-        section
-    )
+    said = facts.verdict(section)
+    assert said.startswith("**QA, 30 %**: ") and "; SQFT, 30 %, whose adapter" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ class StageFolder:
     def __post_init__(self) -> None:
         self.kind, self.config, self.metrics = self.manifest.stage, self.manifest.config, self.manifest.metrics
         self.numbers = numbers(self.metrics)
+        self.is_adapter = (self.folder / "adapter_config.json").is_file()
 
 
 @dataclass
@@ -70,18 +72,43 @@ class Section:
 
     @cached_property
     def methods(self) -> list[dict[str, Any]]:
-        """Numbers and texts of a comparison's rows; ``mergeable`` is absent of a model that was not adapted, ``title``
-        has the sparsity where there are several."""
+        """A comparison's rows: numbers, texts, predictions; ``title`` has the sparsity where there are several."""
         rows = self.comparison.get("rows")
         found = [_method(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         several = len({row["sparsity"] for row in found if "sparsity" in row}) > 1
+        predictions = {stage.key: stage.predictions for stage in self.evaluations}
         for row in found:
-            row["title"] += f", {row['sparsity'] * 100:g} %" if several and "sparsity" in row else ""
+            row["title"] = row["method"] + (f", {row['sparsity'] * 100:g} %" if several and "sparsity" in row else "")
+            row["task"] = self.comparison.get("task") or "the task"
+            row["predictions"] = predictions.get(os.path.abspath(self.root / row.get("evaluation", "")), [])
         return found
 
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    def read(self, path: Path, parse: Callable[[str], Any], default: Any) -> Any:
+        """What a file holds, if it is of the type of ``default``; that, with a note, if it cannot be read."""
+        try:
+            value = parse(path.read_text(encoding="utf-8")) if path.is_file() else default
+            return value if isinstance(value, type(default)) else default
+        except (OSError, ValueError) as error:
+            self.note(f"{path} is corrupt ({error}) and is left out")
+            return default
+
+    def read_lines(self, path: Path) -> list[dict[str, Any]]:
+        """The objects of a JSON lines file; empty, with a note, if it cannot be read."""
+        lines = self.read(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
+        return [line for line in lines if isinstance(line, dict)]
+
+    def serving_bytes(self, stage: StageFolder) -> int | None:
+        """Bytes of the weights that have to be there to answer: without masks; of an adapter with its base."""
+        size = size_of(stage.folder) if stage.folder.exists() else 0
+        if size and stage.is_adapter:
+            base = next((below for below in self.lineage(stage) if not below.is_adapter), None)
+            below = base and self.serving_bytes(base)
+            return below and size + below
+        return size or None
 
 
 def numbers(values: Any) -> dict[str, Any]:
@@ -100,9 +127,8 @@ def numbers(values: Any) -> dict[str, Any]:
 
 def _method(row: dict[str, Any]) -> dict[str, Any]:
     texts = {key: str(row[key]) for key in ("name", "precision", "folder", "evaluation") if row.get(key) is not None}
-    merges = {"mergeable": row["mergeable"]} if isinstance(row.get("mergeable"), bool) else {}
-    name = str(row.get("method") or "?")
-    return {**numbers(row), **texts, **merges, "method": name, "title": name}
+    merges = row["mergeable"] if isinstance(row.get("mergeable"), bool) else None
+    return {**numbers(row), **texts, "mergeable": merges, "method": str(row.get("method") or "?")}
 
 
 def manifests(root: Path) -> list[tuple[Path, artifact.Manifest | SqftError]]:
@@ -110,29 +136,24 @@ def manifests(root: Path) -> list[tuple[Path, artifact.Manifest | SqftError]]:
     and no comparison."""
     if not root.is_dir():
         raise UsageError(f"there is no folder {root}")
-    # A folder whose name begins with a dot is a stage that is being written, or was interrupted.
-    files = [file for file in sorted(root.rglob(artifact.MANIFEST))
-             if not any(part.startswith(".") for part in file.relative_to(root).parts)]  # fmt: skip
-    if not files and not (root / RESULT).is_file():
+    found: list[tuple[Path, artifact.Manifest | SqftError]] = []
+    for file in sorted(root.rglob(artifact.MANIFEST)):
+        if "/." in f"/{file.relative_to(root).as_posix()}":  # a stage that is being written, or was interrupted
+            continue
+        try:
+            found.append((file.parent, artifact.read_manifest(file.parent)))
+        except SqftError as error:
+            found.append((file.parent, error))
+    if not found and not (root / RESULT).is_file():
         raise UsageError(f"no folder under {root} was written by sqft: give the output folder of 'sqft run', or any "
                          "folder that holds stage folders")  # fmt: skip
-    return [(file.parent, _manifest(file)) for file in files]
-
-
-def _manifest(file: Path) -> artifact.Manifest | SqftError:
-    try:
-        found = artifact.read_manifest(file.parent)
-    except SqftError as error:
-        return error
-    if (type(found.stage), type(found.metrics), type(found.config)) != (str, dict, dict):
-        return SqftError(f"{file} is corrupt (stage, metrics or config is of a wrong type): run the stage again")
     return found
 
 
 def read_section(root: Path, title: str = "") -> Section:
     """Everything below ``root``. Raises UsageError if there is no stage folder, SqftError if none can be read."""
     section = Section(root, title)
-    found: list[StageFolder] = []
+    made: list[StageFolder] = []
     for folder, manifest in manifests(root):
         if isinstance(manifest, SqftError):
             section.note(str(manifest))
@@ -140,28 +161,24 @@ def read_section(root: Path, title: str = "") -> Section:
         name = folder.relative_to(root).as_posix() if folder != root else folder.absolute().name
         parent: Any = manifest.parent
         source = _key(artifact.resolve_parent(folder, parent)) if parent and isinstance(parent, str) else ""
-        found.append(StageFolder(_key(str(folder)), name, folder, manifest, source))
-    section.comparison = read(section, root / RESULT, json.loads, {})
-    if not found and not section.methods:
-        raise SqftError(section.notes[0] if section.notes else f"{root / RESULT} has no rows: compare again")
-    section.evaluations = [stage for stage in found if stage.kind in LOOKS]
-    made = [stage for stage in found if stage.kind not in LOOKS]
+        stage = StageFolder(_key(str(folder)), name, folder, manifest, source)
+        (section.evaluations if stage.kind in LOOKS else made).append(stage)
+    section.comparison = section.read(root / RESULT, json.loads, {})
     known = {stage.key for stage in made}
     outside = dict.fromkeys(s.source for s in made + section.evaluations if s.source and s.source not in known)
-    section.stages = _in_order([*(StageFolder(key, _name(key), Path(key)) for key in outside), *made])
+    section.stages = _in_order(
+        [*(StageFolder(key, Path(key).name if os.path.isabs(key) else key, Path(key)) for key in outside), *made]
+    )
     for evaluation in section.evaluations:
         if evaluation.kind == "evaluate":
             _attach(section, evaluation)
+    if not section.stages and not section.methods:
+        raise SqftError(section.notes[0] if section.notes else f"{root / RESULT} has no rows: compare again")
     return section
 
 
 def _key(path: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else path
-
-
-def _name(key: str) -> str:
-    """Of a model that is no stage: its folder's name, or its name on the hub."""
-    return Path(key).name if os.path.isabs(key) or key.startswith(".") else key
 
 
 def _in_order(stages: list[StageFolder]) -> list[StageFolder]:
@@ -183,38 +200,6 @@ def _attach(section: Section, evaluation: StageFolder) -> None:
         target = StageFolder(evaluation.key, evaluation.name, evaluation.folder)
         section.stages.append(target)
     scores = target.scores.setdefault(str(evaluation.metrics.get("task") or ""), {})
-    for name in SCORES:
-        if name in evaluation.numbers:
-            scores.setdefault(name, evaluation.numbers[name])
-    evaluation.predictions = read_lines(section, evaluation.folder / "predictions.jsonl")
+    scores |= {name: evaluation.numbers[name] for name in SCORES if name in evaluation.numbers and name not in scores}
+    evaluation.predictions = section.read_lines(evaluation.folder / "predictions.jsonl")
     target.predictions = target.predictions or evaluation.predictions
-
-
-def read(section: Section, path: Path, parse: Any, default: Any) -> Any:
-    """What a file holds, if it is of the type of ``default``; that, with a note, if it cannot be read."""
-    try:
-        value = parse(path.read_text(encoding="utf-8")) if path.is_file() else default
-        return value if isinstance(value, type(default)) else default
-    except (OSError, ValueError) as error:
-        section.note(f"{path} is corrupt ({error}) and is left out")
-        return default
-
-
-def read_lines(section: Section, path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file; empty, with a note, if it cannot be read."""
-    lines = read(section, path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
-    return [line for line in lines if isinstance(line, dict)]
-
-
-def serving_bytes(stage: StageFolder, section: Section) -> int | None:
-    """Bytes of the weights that have to be there to answer: without masks; of an adapter with its base."""
-    size = size_of(stage.folder) if stage.folder.exists() else 0
-    if size and _is_adapter(stage.folder):
-        base = next((s for s in section.lineage(stage)[1:] if not _is_adapter(s.folder)), None)
-        below = base and serving_bytes(base, section)
-        return below and size + below
-    return size or None
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()

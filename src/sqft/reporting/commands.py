@@ -5,29 +5,20 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqft.config import SparsifyConfig
 from sqft.errors import UsageError
 from sqft.options import from_dict
-from sqft.reporting.collect import Section, StageFolder
+from sqft.reporting.collect import Section
 from sqft.stages import STAGES
-
-LIVE = {"calibration": "calibration tokens", "ranks": "ranks"}  # options that can be objects of a program
-
-
-class Command(NamedTuple):
-    """``line`` for a shell, or empty; ``note`` says what of the stage a command line cannot say."""
-
-    line: str
-    note: str = ""
 
 
 def changed_options(config: Any) -> dict[str, Any]:
     """The options of a config that are not the default's."""
-    plain = {spec.name: spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
-             for spec in dataclasses.fields(config)}  # fmt: skip
-    return {name: value for name, default in plain.items() if (value := getattr(config, name)) != default}
+    default = {spec.name: spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+               for spec in dataclasses.fields(config)}  # fmt: skip
+    return {name: value for name, value in vars(config).items() if value != default[name]}
 
 
 def flags(config: Any) -> list[str]:
@@ -46,39 +37,38 @@ def flags(config: Any) -> list[str]:
     return words
 
 
-def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> Command:
-    """``sqft STAGE SOURCE OUT --flag ...``. A config of another version of sqft gives a note instead of a line."""
-    if stage not in STAGES:
-        return Command("", f"{out}: written from Python")
-    values = {name: value for name, value in config.items() if name != "first" and not _is_live(name, value)}
-    given = [LIVE[name] for name, value in config.items() if _is_live(name, value)]
-    if stage == "train" and not (values.get("task") or values.get("data")):
-        given.append("training examples")
-    note = f"{out}: the {', '.join(given)} were given from Python" if given else ""
+def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> str:
+    """``sqft STAGE SOURCE OUT --flag ...``, with a comment on what was an object of a program, which no flag can say; a
+    comment alone if nothing can be said."""
+    if stage not in STAGES or not source or source == out:
+        return _comment(f"{out}: written from Python")
     try:
-        words = flags(from_dict(STAGES[stage].config, values))
+        words = flags(from_dict(STAGES[stage].config, _sayable(config)))
         if config.get("first") is not None:
-            first = {name: value for name, value in config["first"].items() if not _is_live(name, value)}
-            stage, words = "sparsify", [*flags(from_dict(SparsifyConfig, first)), "--then", "quantize", *words]
+            stage, first = "sparsify", from_dict(SparsifyConfig, _sayable(config["first"]))
+            words = [*flags(first), "--then", "quantize", *words]
     except (UsageError, TypeError, AttributeError, OverflowError) as error:
-        return Command("", f"{out}: its options are those of another version of sqft ({error})")
+        return _comment(f"{out}: its options are those of another version of sqft ({error})")
     places = {"evaluate": [source, "--out", out], "measure": [source]}.get(stage, [source, out])
-    return Command(shlex.join(["sqft", stage, *places, *words]), note)
+    live = ["data"] if stage == "train" and not (config.get("task") or config.get("data")) else []
+    live += sorted(config.keys() - _sayable(config).keys() - {"first"})
+    line = shlex.join(["sqft", stage, *places, *words])
+    return line + ("  " + _comment(f"given from Python: {', '.join(live)}") if live else "")
 
 
-def _is_live(name: str, value: Any) -> bool:
-    """Whether an option was an object of a program, which no flag can say."""
-    return (name == "calibration" and str(value).startswith("tokens:")) or (name == "ranks" and isinstance(value, dict))
+def _sayable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that flags can say: not calibration tokens or ranks that were given from Python."""
+    live = {"calibration": str(config.get("calibration")).startswith("tokens:"), "first": True,
+            "ranks": isinstance(config.get("ranks"), dict)}  # fmt: skip
+    return {name: value for name, value in config.items() if not live.get(name)}
 
 
-def section_commands(section: Section) -> list[Command]:
-    """A command for each stage folder, in an order in which they can be run."""
-    return [_stage_command(section, stage) for stage in section.written]
+def _comment(text: str) -> str:
+    return "# " + " ".join(text.split())
 
 
-def _stage_command(section: Section, stage: StageFolder) -> Command:
-    source = section.stage(stage.source)
-    path = str(source.folder) if source is not None else stage.source
-    if not path or stage.source == stage.key:
-        return Command("", f"{stage.folder}: made from Python of a model that is in no folder")
-    return command(stage.kind, path, str(stage.folder), stage.config)
+def section_commands(section: Section) -> str:
+    """A line for each stage folder, in an order in which they can be run."""
+    known = {stage.key: str(stage.folder) for stage in section.stages}
+    return "\n".join(command(stage.kind, known.get(stage.source, stage.source), str(stage.folder), stage.config)
+                     for stage in section.written)  # fmt: skip

@@ -10,7 +10,7 @@ from sqft.drawing import COLOURS, Bars, Chart, Curve, Mark, histogram, make_axis
 from sqft.errors import SqftError
 from sqft.measuring.size import human
 from sqft.measuring.weights import BINS, WeightFolder, chosen, count_levels, count_values, spread
-from sqft.reporting.collect import Section, StageFolder, numbers, read_lines, serving_bytes
+from sqft.reporting.collect import Section, StageFolder, numbers
 from sqft.reporting.facts import final_stage, label, precision, scored
 from sqft.reporting.tables import millions, percent, share
 from sqft.searching.choose import read_points
@@ -54,7 +54,7 @@ def pipeline(section: Section) -> list[tuple[str, list[dict[str, str]]]]:
 
 def _card(section: Section, stage: StageFolder) -> dict[str, str]:
     key, text, detail, option = CARDS.get(stage.kind, ("", str, stage.kind, ""))
-    size = serving_bytes(stage, section)
+    size = section.serving_bytes(stage)
     value = text(stage.numbers[key]) if key in stage.numbers else human(size) if size else "-"
     accuracy = next((percent(s["accuracy"]) for s in stage.scores.values() if "accuracy" in s), "")
     detail = "the start" if stage.kind == "model" else f"{detail} {stage.config.get(option, '')}"
@@ -89,7 +89,7 @@ def _score_figure(metric: str, models: Sequence[dict[str, Any]], several: bool) 
 
 def training(section: Section) -> list[Figure]:
     """Loss over steps, all trainings in one chart, held-out loss dashed."""
-    logs = [(stage.name, read_lines(section, stage.folder / "training_log.jsonl"))
+    logs = [(stage.name, section.read_lines(stage.folder / "training_log.jsonl"))
             for stage in section.stages if stage.kind == "train"]  # fmt: skip
     drawn = [(name, loss, _curve(log, "eval_loss")) for name, log in logs if (loss := _curve(log, "loss"))]
     curves = [Curve(loss, i) for i, (_, loss, _) in enumerate(drawn[:COLOURS])]

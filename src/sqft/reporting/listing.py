@@ -15,18 +15,16 @@ TOLD = {"accuracy": share, "perplexity": "{:.4g}".format, "sparsity": share, "ze
         "error": str}  # fmt: skip
 
 
-def list_stages(root: Path) -> list[dict[str, Any]]:
+def stages_table(root: Path) -> Table:
     """Every stage folder under ``root``: path, stage, time, main numbers. Raises UsageError if there is none."""
-    return [{"folder": str(folder), "stage": "?", "created": "", "numbers": {"error": str(manifest)}}
+    rows = [{"folder": str(folder), "stage": "?", "created": "", "numbers": {"error": str(manifest)}}
             if isinstance(manifest, SqftError) else
             {"folder": str(folder), "stage": manifest.stage, "created": manifest.created,
              "numbers": {key: value for key, value in manifest.metrics.items() if isinstance(value, (int, float))}}
             for folder, manifest in manifests(root)]  # fmt: skip
-
-
-def stages_table(stages: list[dict[str, Any]]) -> Table:
-    return Table((Column("folder", "folder"), Column("stage", "stage"), Column("written", "created"),
-                  Column("numbers", "numbers", _summary)), stages)  # fmt: skip
+    columns = (Column("folder", "folder"), Column("stage", "stage"), Column("written", "created"),
+               Column("numbers", "numbers", _summary))  # fmt: skip
+    return Table(columns, rows)
 
 
 def _summary(values: Mapping[str, Any]) -> str:
@@ -65,7 +63,5 @@ def _pairs(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    if value is None:
-        return "-"
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

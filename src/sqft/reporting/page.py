@@ -55,10 +55,7 @@ def _markdown(section: Section) -> str:
     pieces = [f"# {escape_cell(section.title)}\n\n{escape_cell(facts.verdict(section))}\n"]
     tables = facts.method_table(section), facts.stage_table(section), facts.zeros_table(section)
     pieces += [table.markdown() for table in tables if table.rows]
-    found = section_commands(section)
-    lines = "\n".join(command.line for command in found if command.line)
-    if lines:
+    if lines := section_commands(section):
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines)), default=0))  # longer than any in the commands
         pieces.append(f"{fence}bash\n{lines}\n{fence}\n")
-    notes = [*(command.note for command in found if command.note), *section.notes]
-    return "\n".join([*pieces, "".join(f"- {escape_cell(note)}\n" for note in notes)]).rstrip("\n") + "\n"
+    return "\n".join([*pieces, "".join(f"- {escape_cell(note)}\n" for note in section.notes)]).rstrip("\n") + "\n"

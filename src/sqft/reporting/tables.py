@@ -27,7 +27,7 @@ class Table:
 
     columns: Sequence[Column]
     rows: Sequence[Mapping[str, Any]]
-    strong: int | None = None
+    strong: Mapping[str, Any] | None = None
 
     def cells(self) -> list[list[str]]:
         return [[column.cell(row) for column in self.columns] for row in self.rows]
