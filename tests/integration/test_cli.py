@@ -165,9 +165,9 @@ def test_fused_modules_say_their_name(tmp_path: Path, capsys) -> None:
 
 def test_wrong_models(dense: Path, sparse: Path, trained: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
-    assert "there is no folder" in fails(capsys, 1, "sparsify", tmp_path / "none", out)
+    assert "there is no folder" in fails(capsys, 2, "sparsify", tmp_path / "none", out)
     (tmp_path / "empty").mkdir()
-    assert "not a model folder" in fails(capsys, 1, "sparsify", tmp_path / "empty", out)
+    assert "not a model folder" in fails(capsys, 2, "sparsify", tmp_path / "empty", out)
     assert "cannot load" in fails(capsys, 1, "sparsify", "owner/no-such-model", out)
     assert "not sparse" in fails(capsys, 1, "train", dense, out, *TRAIN)
     broken = tmp_path / "broken"

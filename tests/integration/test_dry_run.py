@@ -122,7 +122,7 @@ def test_what_is_in_the_way_is_seen(dense: Path, tmp_path: Path, capsys) -> None
     (tmp_path / "run" / "sparsify").mkdir(parents=True)
     (tmp_path / "run" / "sparsify" / "mine.txt").write_text("keep")
     assert "was not written by sqft" in fails(capsys, 2, "run", recipe, "--dry-run")
-    assert "there is no folder" in fails(capsys, 1, "run", recipe, "--dry-run", "--model", "/no/such/model")
+    assert "there is no folder" in fails(capsys, 2, "run", recipe, "--dry-run", "--model", "/no/such/model")
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

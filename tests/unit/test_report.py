@@ -131,7 +131,7 @@ def test_what_it_says(run: Path) -> None:
     assert [s.name for s in section.stages] == ["some/model", "sparsify", "train", "merge"]
     assert facts.verdict(section) == (
         "**merge**: **75.0 %** on sums, one 50.0 % sparse float model in which **every pruned weight is still exactly zero**; "
-        "sparsify has 25.0 %."
+        "sparsify, not adapted, has 25.0 %."
     )
     rows = {row[0]: row for row in facts.stage_table(section).cells()}
     assert rows["merge"][1] == "75.0 % (65.0 - 85.0 %)" and rows["merge"][4] == "100.000 %"

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import torch
 
-from sqft.errors import SqftError, first_line
+from sqft.errors import SqftError, UsageError, first_line
 from sqft.models.reader import SafetensorsReader
 from sqft.models.types import PreTrainedModel, Tokenizer
 
@@ -64,7 +64,7 @@ def save_settings(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) ->
 
 
 def locate(source: str | Path) -> tuple[str, str | None]:
-    """(folder or hub name, GGUF file name or None). Raises SqftError for a path that holds no model."""
+    """(folder or hub name, GGUF file name or None). Raises UsageError for a path that holds no model."""
     path = Path(source)
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), path.name
@@ -73,15 +73,15 @@ def locate(source: str | Path) -> tuple[str, str | None]:
         if (path / "config.json").is_file():
             return str(path), None
         if len(ggufs) > 1:
-            raise SqftError(f"{path} holds {len(ggufs)} GGUF files: name one, e.g. {ggufs[0]}")
+            raise UsageError(f"{path} holds {len(ggufs)} GGUF files: name one, e.g. {ggufs[0]}")
         if ggufs:
             return str(path), ggufs[0].name
-        raise SqftError(f"{path} is not a model folder: it has neither config.json nor a .gguf file")
+        raise UsageError(f"{path} is not a model folder: it has neither config.json nor a .gguf file")
     text = str(source)
     if path.exists():
-        raise SqftError(f"{path} is not a model: give a folder, a .gguf file or a hub name")
+        raise UsageError(f"{path} is not a model: give a folder, a .gguf file or a hub name")
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
-        raise SqftError(f"there is no folder {path}, and it is not a hub name (owner/name)")
+        raise UsageError(f"there is no folder {path}, and it is not a hub name (owner/name)")
     return text, None
 
 

@@ -146,7 +146,9 @@ def verdict(section: Section) -> str:
     if best.get("zeros_kept") == 1:
         text += " in which **every pruned weight is still exactly zero**"
     if reference is not None:
-        beside = ", whose adapter stays beside its base," if reference["mergeable"] is False else ""
+        beside = {False: ", whose adapter stays beside its base,", None: ", not adapted,"}.get(
+            reference["mergeable"], ""
+        )
         text += f"; {reference['title']}{beside} has {percent(reference['accuracy'])}{_size(reference, 'in')}"
     if "difference_ci95" in best:
         text += f" (paired difference {points(best['difference_ci95'])} points, 95 %)"
