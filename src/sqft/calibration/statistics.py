@@ -67,6 +67,33 @@ class Hessian:
         return self._sum_II.tril() + self._sum_II.tril(-1).mT
 
 
+class Paired:
+    """What a method ``needs`` to know of the inputs X^ that the changed model gives, with ``X^^T X^`` and ``X^T X^``,
+    X being the un-changed model's inputs."""
+
+    def __init__(self, needs: Any, name: str) -> None:
+        self._hessian = Hessian(name)
+        self._own = self._hessian if needs is Hessian else needs and needs(name)
+        self._sum_II: Tensor | None = None
+
+    def update(self, x: Tensor, dense_x: Tensor) -> None:
+        """Adds tokens; both: [..., I]."""
+        self._hessian.update(x)
+        if self._own is not self._hessian and self._own is not None:
+            self._own.update(x)
+        x_TI, dense_TI = (v.reshape(-1, v.shape[-1]).float() for v in (x, dense_x))
+        cross_II = product(dense_TI.mT.contiguous(), x_TI.mT.contiguous())
+        self._sum_II = cross_II if self._sum_II is None else self._sum_II.add_(cross_II)
+
+    def value(self) -> Any:
+        return None if self._own is None else self._own.value()
+
+    def products(self) -> tuple[Tensor, Tensor]:
+        """``X^^T X^`` and ``X^T X^``, float32 [I, I]. Raises SqftError if an input was infinite or not a number."""
+        assert self._sum_II is not None, "no tokens seen"
+        return self._hessian.value(), self._sum_II
+
+
 class Gradient:
     """Squared gradients of the model's loss with respect to a weight, summed over the calibration blocks."""
 

@@ -38,8 +38,8 @@ class Calls:
 
 
 def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: NewStatistic,
-         change: Change, progress: str, device: torch.device, sequential: bool = False,
-         fast: bool = False) -> Iterator[Block]:  # fmt: skip
+         change: Change, progress: str, device: torch.device, sequential: bool = False, fast: bool = False,
+         paired: bool = False) -> Iterator[Block]:  # fmt: skip
     """Lets ``change(block, statistics)`` change one block after the other; yields each when the walk is done with it.
 
     It is a generator so that a caller can write and drop a block before the next one is touched, or let two walks with
@@ -55,9 +55,12 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
             the inputs that the already changed layers give ("true sequential"). Costs one pass instead of two, and
             the memory of what a block's forward holds in its middle, for all tokens.
         fast: multiply by the fastest library, instead of exactly as the model does.
+        paired: with ``sequential``: carry the un-changed model's activations too, in as much memory and another pass;
+            ``statistic.update(x, dense_x)`` gets both.
     """
     with torch.no_grad():
         calls = None if tokens is None else capture(architecture, tokens, batch_size)
+        dense = capture(architecture, tokens, batch_size) if tokens is not None and paired else None
     for index, block in enumerate(tqdm(architecture.blocks, desc=progress, unit="block", disable=None)):
         with torch.no_grad(), _fast_products(block) if fast else contextlib.nullcontext():
             home, target = _places(block.module, device)
@@ -66,7 +69,7 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
             if calls is None:
                 change(block, {})
             elif sequential:
-                _in_groups(block, index, calls, target, new_statistic, change)
+                _in_groups(block, index, calls, target, new_statistic, change, dense)
             else:
                 with observing(block, new_statistic) as statistics:
                     replay(block.module, index, calls, target)
@@ -111,11 +114,12 @@ def _fast_products(block: Block) -> Iterator[None]:
 
 
 def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | None, new_statistic: NewStatistic,
-               change: Change) -> None:  # fmt: skip
+               change: Change, dense: Calls | None = None) -> None:  # fmt: skip
     """Changes a block group after group in one pass over the batches.
 
     Each batch's forward is a greenlet, which stops when it comes to a group and hands over the group's input. When the
-    inputs of all batches are seen the group is changed, and the forwards go on with what it gives now.
+    inputs of all batches are seen the group is changed, and the forwards go on with what it gives now; those of the
+    ``dense`` model's activations go on before, with what it gave.
     """
     with observing(block, lambda name: SimpleNamespace(update=lambda x: None)) as sharing:
         replay(block.module, index, calls, device, batches=range(1))
@@ -129,8 +133,9 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | No
 
     leaders = [block.weights[names[0]].module for names in groups.values()]
     handles = [leader.register_forward_pre_hook(stop) for leader in leaders]
-    forwards = [greenlet.greenlet(functools.partial(replay, block.module, index, calls, device, True, range(i, i + 1)))
-                for i in range(len(calls.hidden))]  # fmt: skip
+    forwards, beside = (
+        [greenlet.greenlet(functools.partial(replay, block.module, index, stream, device, True, range(i, i + 1)))
+         for i in range(len(stream.hidden))] if stream else [] for stream in (calls, dense))  # fmt: skip
     changed: set[nn.Module] = set()
 
     def advance(forward: greenlet.greenlet) -> Any:
@@ -141,18 +146,21 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | No
         return stop
 
     try:
-        stops = [advance(forward) for forward in forwards]
+        stops, dense_stops = ([advance(forward) for forward in stream] for stream in (forwards, beside))
         for leader, names in zip(leaders, groups.values(), strict=True):
             statistic = new_statistic(names[0])
             here = [i for i, stop in enumerate(stops) if stop and stop[0] is leader]
-            for i in here:
-                statistic.update(stops[i][1])
-            change(block, dict.fromkeys(names, statistic))
             changed.add(leader)
+            for i in here:
+                statistic.update(stops[i][1], *([dense_stops[i][1]] if dense else []))
+                if dense:
+                    dense_stops[i] = None  # the input's last reference
+                    dense_stops[i] = advance(beside[i])
+            change(block, dict.fromkeys(names, statistic))
             del statistic
             release_memory()
             for i in here:
-                stops[i] = None  # the input's last reference
+                stops[i] = None
                 stops[i] = advance(forwards[i])
     finally:
         for handle in handles:

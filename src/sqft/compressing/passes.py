@@ -6,6 +6,7 @@ through the model's blocks. Methods see tensors alone: this is where they meet m
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sqft.calibration.data import token_blocks
-from sqft.calibration.statistics import Gradient, Hessian, gradients
+from sqft.calibration.statistics import Gradient, Hessian, Paired, gradients
 from sqft.calibration.walker import walk
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import SqftError, UsageError
@@ -29,6 +30,7 @@ from sqft.registry import QUANTIZERS, SPARSIFIERS, Registry
 from sqft.sparsity.masks import ZeroCounts, count_zeros
 from sqft.sparsity.method import Sparsifier
 from sqft.sparsity.pattern import Pattern
+from sqft.sparsity.repair import repair
 
 
 class Pass(ABC):
@@ -37,6 +39,7 @@ class Pass(ABC):
     stage: str
     title: str
     sequential = False
+    paired = False  # whether ``change`` needs to know the un-changed model's inputs too
     format = "auto"  # of a checkpoint
 
     def __init__(self, config: Any, methods: Registry, kind: type) -> None:
@@ -71,7 +74,7 @@ class Pass(ABC):
                 tokenizer: Tokenizer | None) -> None:  # fmt: skip
         """Takes the calibration tokens (int64 [N, T], or those of the config), and what has to be known of the whole
         model. Nothing for a method without calibration."""
-        if self.method.needs is None:
+        if self.method.needs is None and not self.paired:
             return
         if tokens is None:
             if tokenizer is None:
@@ -82,14 +85,17 @@ class Pass(ABC):
             raise UsageError(f"calibration has to be int64 [N, T] token ids, not {tokens.dtype} {tuple(tokens.shape)}")
         self._tokens = tokens
         if self.method.needs is Gradient:
+            if self.paired:
+                raise UsageError(f"--repair layer does not go with the method {self.config.method}: it needs gradients")
             weights = [weight for weight in architecture.weights() if weight.name in self._chosen]
             self._gradients, self._tokens = gradients(model, weights, tokens), None
 
     def blocks(self, architecture: Architecture) -> Iterator[Block]:
         """Changes block after block; yields each when it is finished."""
         needs, size = self.method.needs, self.config.batch_size
-        for block in walk(architecture, self._tokens, size, needs, self.change, self.title, self._device,
-                          self.sequential, fast=needs is Hessian):  # fmt: skip
+        statistic = functools.partial(Paired, needs) if self.paired else needs
+        for block in walk(architecture, self._tokens, size, statistic, self.change, self.title, self._device,
+                          self.sequential, needs is Hessian or self.paired, self.paired):  # fmt: skip
             unseen = [name for name in block.weights if name in self._chosen and name not in self._done]
             if unseen:
                 raise SqftError(f"no calibration token reached {unseen[0]}: take more samples, or exclude it")
@@ -105,7 +111,8 @@ class Pass(ABC):
                 groups.setdefault(name if statistic is None else id(statistic), []).append(block.weights[name])
         for weights in groups.values():
             statistic = known[weights[0].name]
-            yield weights, [] if statistic is None else [statistic.value()]
+            value = None if statistic is None else statistic.value()
+            yield weights, [] if value is None else [value]
             self._done.update(weight.name for weight in weights)
 
 
@@ -130,6 +137,7 @@ class Prune(Pass):
     def __init__(self, config: SparsifyConfig) -> None:
         super().__init__(config, SPARSIFIERS, Sparsifier)
         self.title = f"Sparsify ({config.method})"
+        self.sequential = self.paired = config.repair == "layer"
         self._counts: dict[str, tuple[int, int]] = {}
 
     def plan(self, architecture: Architecture) -> None:
@@ -137,12 +145,14 @@ class Prune(Pass):
 
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
         for weights, value in self._groups(block, statistics):
+            products = statistics[weights[0].name].products() if self.paired else None
             for weight in weights:
                 w_OI = _beside(weight.read(), value)
                 mask_OI, changed_OI = self.method(w_OI, *value, self._chosen[weight.name])
                 if (earlier := weight.mask) is not None:
                     mask_OI = mask_OI & earlier.to(mask_OI.device)
-                weight.write(torch.where(mask_OI, w_OI if changed_OI is None else changed_OI, 0))
+                pruned_OI = torch.where(mask_OI, w_OI if changed_OI is None else changed_OI, 0)
+                weight.write(repair(pruned_OI, w_OI, mask_OI, *products) if products else pruned_OI)
                 weight.set_mask(mask_OI)
 
     def finish(self, block: Block) -> None:
