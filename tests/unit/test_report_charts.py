@@ -21,6 +21,8 @@ from sqft.measuring.weights import WeightFolder, histograms
 from sqft.reporting.collect import read_section, serving_bytes
 from sqft.reporting.figures import before_and_after, heat_map
 from sqft.reporting.page import report
+from sqft.searching.picking import Evaluated
+from sqft.searching.plots import plots
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +126,18 @@ def test_axes() -> None:
         assert all(axis.low <= value <= axis.high for value in [*values, *axis.ticks])
 
 
-@pytest.mark.parametrize("width", [372, 1060])
-def test_names_keep_off_each_other_and_are_text(width: int) -> None:
+@pytest.mark.parametrize(("width", "count"), [(372, 14), (1060, 17)])
+def test_names_keep_off_each_other_and_are_text(width: int, count: int) -> None:
     """Of points that lie on each other, with hostile names."""
     series = [
-        drawing.Series([(1.0, 1.0)], i, "dot", name=f'<b>{i}</b> & "', key="<i>" if i % 2 else "a") for i in range(13)
+        drawing.Series([(1.0, 1.0)], i, "dot", name=f'<b>{i}</b> & "', key="<i>" if i % 2 else "a")
+        for i in range(count)
     ]
     chart = drawing.Chart('a "chart"', "x", "y", series)
     root = ElementTree.fromstring(drawing.draw(chart, width, 380))
     names = [t for t in root.iter("text") if t.get("class") == "name"]
     assert root.get("role") == "img" and root.get("aria-label") == 'a "chart"' and names[0].text == '<b>0</b> & "'
+    assert len(names) == count
     boxes = []
     for name in names:
         wide, x, y = len(str(name.text)) * drawing.LETTER, float(name.get("x", "")), float(name.get("y", ""))
@@ -191,3 +195,20 @@ def test_before_and_after(dense: Path, sparse: Path, packed: Path) -> None:
     tips = [title.text for title in drawn.iter("title")]
     assert tips == ["a", "b<", "b<: 50.00 % pruned (pale, cut off)"] and tips[-1] in figure.note
     assert before_and_after({"c": WeightFolder(packed)}).title == "INT4 grid: c"
+
+
+def test_a_search_marks_what_was_tried_and_chosen() -> None:
+    trials = [Evaluated(i, {}, score, cost, kind) for i, (score, cost, kind) in
+              enumerate([(0.2, 1e6, "minimal"), (0.5, 3e6, "maximal"), (0.4, 2e6, "")])]  # fmt: skip
+    progress, pareto = plots(trials, 1, "accuracy", "parameters").values()
+    assert progress.series[0].points == [(1, 0.2), (2, 0.5), (3, 0.5)] and progress.series[0].kind == "step"
+    assert pareto.series[0].points == [(1, 0.2), (2, 0.4), (3, 0.5)] and pareto.x.endswith("millions")
+    for chart in (progress, pareto):
+        assert [mark.name for mark in chart.series[1:]] == ["minimal", "maximal, chosen", ""]
+        assert [mark.key for mark in chart.series[1:]] == ["", "chosen", "tried"]
+        assert len({mark.colour for mark in chart.series}) == 4
+    assert [mark.points[0][0] for mark in plots(trials, None, "loss", "latency")["pareto"].series[1:]] == [
+        1e6,
+        3e6,
+        2e6,
+    ]
