@@ -18,7 +18,7 @@ from sqft import artifact, drawing
 from sqft.config import QuantizeConfig
 from sqft.measuring import weights
 from sqft.measuring.weights import WeightFolder, histograms
-from sqft.reporting.collect import read_section, serving_bytes
+from sqft.reporting.collect import read_section
 from sqft.reporting.figures import before_and_after, heat_map
 from sqft.reporting.page import report
 from sqft.searching.picking import Evaluated
@@ -101,7 +101,7 @@ def test_weights_and_sizes_of_real_folders(
         parent = str(dense) if name == "sparse" else "../sparse"
         (tmp_path / name / "sqft.json").write_text(json.dumps(vars(replace(manifest, parent=parent))))
     section = read_section(tmp_path, "x")
-    sizes = {s.name: serving_bytes(s, section) for s in section.stages}
+    sizes = {s.name: section.serving_bytes(s) for s in section.stages}
     assert sizes["sparse"] == (sparse / "model.safetensors").stat().st_size  # without masks
     assert sizes["adapter"] == sizes["sparse"] + (trained / "adapter_model.safetensors").stat().st_size
     report([tmp_path])

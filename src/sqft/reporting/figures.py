@@ -11,7 +11,7 @@ from sqft.errors import SqftError
 from sqft.measuring.size import human
 from sqft.measuring.weights import WeightFolder, histograms
 from sqft.reporting.collect import Section, StageFolder, numbers
-from sqft.reporting.facts import final_stage, label, scored
+from sqft.reporting.facts import final_stage, result_table
 from sqft.reporting.tables import millions, percent, share
 from sqft.searching.choose import read_points
 from sqft.searching.plots import plots
@@ -44,7 +44,7 @@ def pipeline(section: Section) -> list[tuple[str, list[dict[str, str]]]]:
     chains, sources, before = [], [stage.source for stage in section.stages], ""
     for stage in section.stages:
         if not before or stage.source != before or sources.count(before) > 1:
-            chains.append((label(source) if (source := section.stage(stage.source)) else "", []))
+            chains.append((source.name if (source := section.stage(stage.source)) else "", []))
         chains[-1][1].append(_card(section, stage))
         before = stage.key
     return chains
@@ -63,16 +63,21 @@ def score_over_size(sections: Sequence[Section]) -> list[Figure]:
     """A figure for each metric. Of one section, merged models have a colour of their own; of several, each section."""
     found: dict[str, tuple[list[Series], list[Series]]] = {}
     for i, section in enumerate(sections):
-        for model in scored(section):
-            scale, unit = (100, ", %") if model["metric"].startswith("accuracy") else (1, "")
-            colour, key = (i, section.title) if len(sections) > 1 else MERGED[model["merged"]]
-            size, score = model["size"] / 1e6, model["score"] * scale
-            ends = [(size, end * scale) for end in model["interval"] or [model["score"]] * 2]
-            tip = f"{model['name']}: {score:.4g}, {human(model['size'])}"
-            intervals, marks = found.setdefault(model["metric"] + unit, ([], []))
-            intervals.append(Series(ends, colour, "whisker"))
-            shape = "square" if model["merged"] else "dot"
-            marks.append(Series([(size, score)], colour, shape, tip, model["name"], key))
+        for row in result_table(section).rows:
+            colour, key = (i, section.title) if len(sections) > 1 else MERGED[row["mergeable"]]
+            shape = "square" if row["mergeable"] else "dot"
+            for kind, scale, metric in (
+                ("accuracy", 100, f"accuracy on {row['task']}, %"),
+                ("perplexity", 1, "perplexity"),
+            ):
+                if not row.get("size") or kind not in row:
+                    continue
+                size, score = row["size"] / 1e6, row[kind] * scale
+                ends = [(size, end * scale) for end in row.get(f"{kind}_ci95", [row[kind]] * 2)]
+                tip = f"{row['title']}: {score:.4g}, {human(row['size'])}"
+                intervals, marks = found.setdefault(metric, ([], []))
+                intervals.append(Series(ends, colour, "whisker"))
+                marks.append(Series([(size, score)], colour, shape, tip, row["title"], key))
     return [Figure("", Chart(f"{metric} over size", "size to serve, MB", metric, intervals + marks),
                    f"{'Up' if '%' in metric else 'Down'} and to the left is better. Bars are 95 % intervals.", True)
             for metric, (intervals, marks) in found.items() if len(marks) > 1]  # fmt: skip
@@ -125,7 +130,7 @@ def weights(section: Section) -> list[Figure]:
     """Histograms before and after, of the model that the section is about: of its packed folders, of its float ones."""
     stages = section.lineage(end)[::-1] if (end := final_stage(section)) else []
     try:
-        found = [(label(s), WeightFolder(s.folder)) for s in stages if any(s.folder.glob("model*.safetensors"))]
+        found = [(s.name, WeightFolder(s.folder)) for s in stages if any(s.folder.glob("model*.safetensors"))]
         groups = ([pair for pair in found if bool(pair[1].bits) is packed] for packed in (True, False))
         return [before_and_after(dict(group)) for group in groups if group]
     except SqftError as error:
