@@ -14,10 +14,9 @@ from transformers import AutoConfig
 
 import sqft
 from sqft.measuring.size import weight_bytes
-from sqft.planning.device import Speed
-from sqft.planning.estimate import SHORT, Run, batches, forward, train
-from sqft.planning.shape import shape_of, skeleton
-from sqft.planning.workload import Workload
+from sqft.planning import estimate
+from sqft.planning.estimate import Cost, Shape, Speed, batches, forward
+from sqft.planning.walk import shape_of, skeleton
 
 SMALL = "{samples: 4, length: 32}"
 FULL_SIZE = {  # sizes of the models that the shipped recipes are for, and the parameters that their cards state
@@ -61,7 +60,7 @@ def test_it_says_what_the_run_does(dense: Path, tmp_path: Path, capsys, monkeypa
     assert plan["steps"][2]["parent"] == str(run / "quantize")
     assert plan["steps"][0]["options"] == {"samples": 4, "length": 32}  # what is not the default
     code, out, _ = call(capsys, "run", recipe, "--dry-run")
-    assert code == 0 and "within a factor of" in out and "search_space=4,2" in out
+    assert code == 0 and "within a factor of" in out and "search_space=[4, 2]" in out
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -148,38 +147,38 @@ def test_forward_flops_are_those_that_torch_counts(family: str) -> None:
     tokens = torch.zeros(2, 48, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens, use_cache=False)
-    work = forward(shape_of(model), tokens.numel(), tokens.shape[1])
-    assert work.products == pytest.approx(counter.get_total_flops(), rel=0.15)
+    found = forward(shape_of(model), tokens.numel(), tokens.shape[1])
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
-def test_a_training_step_of_lora_has_the_flops_that_torch_counts(dense: Path) -> None:
+def cost_of_training(monkeypatch, shape: Shape, config: sqft.TrainConfig, examples: int, tokens: int) -> Cost:
+    monkeypatch.setattr(estimate, "of_training", lambda config: [(tokens // 2, tokens // 2)] * examples)
+    return estimate.train(shape, config)
+
+
+def test_a_training_step_of_lora_has_the_flops_that_torch_counts(dense: Path, monkeypatch) -> None:
     model, _ = sqft.load(dense)
     model.set_attn_implementation("eager")
     shape = shape_of(model)
-    config = sqft.TrainConfig(adapter="lora", max_steps=1, batch_size=2, r=4)
-    peft_model = sqft.attach(model, sqft.SqftConfig(r=4, lora_alpha=8, sparse_adapter=False))
+    config = sqft.TrainConfig(adapter="lora", max_steps=1, batch_size=2, r=1)  # the factors are not counted
+    peft_model = sqft.attach(model, sqft.SqftConfig(r=1, lora_alpha=8, sparse_adapter=False))
     tokens = torch.zeros(2, 48, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         peft_model(tokens, labels=tokens, use_cache=False).loss.backward()
-    adapted = [linear for linear in shape.linears if linear.name.rsplit(".", 1)[-1] in
-               ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")]  # fmt: skip
-    found = train(Run(shape, 0, adapted=adapted), config, Workload([(24, 24)] * 2)).work
-    assert found.products / SHORT == pytest.approx(counter.get_total_flops(), rel=0.15)
+    found = cost_of_training(monkeypatch, shape, config, examples=2, tokens=48)
+    assert found.products == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 
-def test_a_masked_adapter_costs_one_product_more_and_with_dropout_three(tmp_path: Path) -> None:
+def test_a_masked_adapter_costs_one_product_more_and_with_dropout_three(tmp_path: Path, monkeypatch) -> None:
     """The table of docs/sparse-peft.md, in products over the adapted weights."""
     AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=4096).save_pretrained(tmp_path)
     shape = shape_of(skeleton(tmp_path))
-    adapted = shape.linears
+    shape = shape._replace(adapted=shape.weights, hidden=0, vocabulary=0)  # no head, no attention
 
     def products(pipeline: str, **options: object) -> float:
         config = sqft.TrainConfig(adapter=pipeline, max_steps=1, batch_size=4, r=1, **options)  # type: ignore
-        work = train(Run(shape, 0, adapted=adapted), config, Workload([(500, 500)] * 4)).work
-        rest = train(Run(shape, 0), config, Workload([(500, 500)] * 4)).work
-        one = 2 * 4 * 512 * shape.weights
-        passes = 3 if config.gradient_checkpointing else 2
-        return (work.flops - rest.flops) / SHORT / one + passes
+        cost = cost_of_training(monkeypatch, shape, config, examples=4, tokens=1000)
+        return cost.products / (2 * 4 * 512 * shape.weights)  # 512: max_length
 
     for checkpointing, costs in ((False, (2, 3, 5)), (True, (3, 4, 7))):
         options = {"gradient_checkpointing": checkpointing}
@@ -199,7 +198,9 @@ def test_batches_count_padding() -> None:
 
 
 def test_time_is_work_over_speed(dense: Path) -> None:
-    work = forward(shape_of(skeleton(dense)), 1000, 10)
-    slow, fast = (Speed("", rate, rate, rate, rate) for rate in (1e9, 2e9))
-    assert work.seconds(slow) == pytest.approx(2 * work.seconds(fast))
-    assert work.seconds(slow) == pytest.approx((work.flops + work.moved) / 1e9)
+    shape = shape_of(skeleton(dense))
+    cost = estimate.quantize(shape, sqft.QuantizeConfig())
+    assert min(cost.products, cost.float32, cost.moved, cost.fixed) > 0
+    slow, fast = (Speed("", rate, rate, rate) for rate in (1e9, 2e9))
+    assert cost.seconds(slow) - cost.fixed == pytest.approx(2 * (cost.seconds(fast) - cost.fixed))
+    assert cost.seconds(slow) - cost.fixed == pytest.approx((cost.products + cost.float32 + cost.moved) / 1e9)

@@ -17,8 +17,8 @@ from sqft import artifact, cli
 from sqft.config import EvaluateConfig, MergeConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
 from sqft.errors import UsageError
 from sqft.options import to_dict
-from sqft.reporting import facts
-from sqft.reporting.collect import numbers, read_section
+from sqft.reporting import facts, figures
+from sqft.reporting.collect import Section, numbers, read_section
 from sqft.reporting.commands import command
 from sqft.reporting.page import report
 from sqft.reporting.tables import Column, Table
@@ -128,10 +128,10 @@ def test_the_page_holds_everything_and_asks_for_nothing(run: Path, tmp_path: Pat
 
 def test_what_it_says(run: Path) -> None:
     section = read_section(run, "run")
-    assert [s.name for s in section.stages] == ["some/model", "sparsify", "train", "merge"]
+    assert [s.name for s in section.stages] == ["some/model (start)", "sparsify", "train", "merge"]
     assert facts.verdict(section) == (
         "**merge**: **75.0 %** on sums, one 50.0 % sparse float model in which **every pruned weight is still exactly zero**; "
-        "sparsify, not adapted, has 25.0 %."
+        "sparsify has 25.0 %."
     )
     rows = {row[0]: row for row in facts.stage_table(section).cells()}
     assert rows["merge"][1] == "75.0 % (65.0 - 85.0 %)" and rows["merge"][4] == "100.000 %"
@@ -182,6 +182,11 @@ def test_samples_show_each_pattern_once_before_more_of_the_same(run: Path) -> No
     assert [prompt for prompt, *_ in facts.samples(read_section(run, "run"), limit=9)] == ["Q0", "Q1", "Q3", "Q2"]
 
 
+def names_of(section: Section) -> list[str]:
+    """The models in the chart of score over size."""
+    return [series.name for series in figures.score_over_size([section])[0].chart.series if series.name]
+
+
 def comparison(root: Path, rows: list[dict]) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / "compare.json").write_text(json.dumps({"task": "sums", "rows": rows}))
@@ -200,13 +205,13 @@ def test_a_comparison(run: Path, capsys) -> None:
     comparison(run, rows)
     section = read_section(run, "cmp")
     assert facts.verdict(section) == (
-        "**SparsePEFT**: **48.0 %** on sums, one 100.0 % sparse model of 1.0 MB; LoRA, whose adapter stays beside its base, has "
-        "50.0 % in 2.0 MB (paired difference -5.0 to +1.0 points, 95 %)."
+        "**SparsePEFT**: **48.0 %** on sums, one 100.0 % sparse model of 1.0 MB; LoRA has 50.0 % "
+        "(paired difference -5.0 to +1.0 points, 95 %)."
     )
     cells = facts.method_table(section).cells()
     assert cells[0][:6] == ["LoRA", "50 %", "no", "FP32", "50.0 % (40.0 - 60.0 %)", "-"]
     assert cells[1][5] == "-5.0 to +1.0" and cells[2][0] == "<b>new</b>" and cells[3] == ["?", *["-"] * 11]
-    assert [model["name"] for model in facts.scored(section)] == ["LoRA", "SparsePEFT"]
+    assert names_of(section) == ["LoRA", "SparsePEFT"]
     assert [name for name, _, _ in facts.samples(section)[0][2]] == ["SparsePEFT"]
     assert cli.main(["report", str(run), "--out", str(run / "x.html")]) == 0
     assert "sections                 1" in capsys.readouterr().out
@@ -380,7 +385,7 @@ def test_a_comparison_at_several_sparsities(tmp_path: Path) -> None:
     section = read_section(root, "x")
     assert [row[:2] for row in facts.method_table(section).cells()][:2] == [["DENSE", "-"], ["SQFT", "30 %"]]
     names = ["DENSE", "SQFT, 30 %", "QA, 30 %", "SQFT, 50 %", "QA, 50 %"]
-    assert [model["name"] for model in facts.scored(section)] == names
+    assert names_of(section) == names
     assert facts.method_table(section).columns[5].title == "points to SQFT (95 %)"
     said = facts.verdict(section)
-    assert said.startswith("**QA, 30 %**: ") and "; SQFT, 30 %, whose adapter" in said
+    assert said.startswith("**QA, 30 %**: ") and "; SQFT, 30 % has 50.0 %" in said

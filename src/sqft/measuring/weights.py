@@ -4,138 +4,103 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+import random
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sqft.errors import SqftError
 from sqft.kernels.packed import unpack_mask
-from sqft.keys import MASKS
+from sqft.models.reader import SafetensorsReader
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import FORMATS
+from sqft.sparsity.masks import count_zeros, load_masks
 
 BUDGET = 120_000_000  # weights that are read of one folder: seconds, whatever the model's size
-BINS = 61  # of float weights; odd, so that one lies around 0
 
 
-@dataclass
-class Histogram:
-    """Counts of a folder's weights. ``kept`` maps a bin (integer level, or the middle of a range) to its weights that
-    are not pruned."""
+class Histogram(NamedTuple):
+    """Percentages of all weights of ``matrices``. ``outline``: where each range of weights begins and what it holds but
+    for the ``pruned`` ones, from zero up and back to zero."""
 
-    kept: Counter[float] = field(default_factory=Counter)
-    pruned: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.pruned + sum(self.kept.values())
+    matrices: int
+    width: float
+    outline: list[tuple[float, float]]
+    pruned: float
 
 
 class WeightFolder:
-    """The linear weights of the decoder blocks in a folder's safetensors files; ``sizes``: weights by module name.
-    Raises SqftError if the folder cannot be read."""
+    """The linear weights of the decoder blocks of a model folder; ``sizes``: weights by module name, ``bits``: of each
+    if they are packed, else 0. Raises SqftError if the folder cannot be read."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        shapes: dict[str, list[int]] = {}
+        self.folder, self._reader = folder, SafetensorsReader(folder)
+        self.bits, leaf = 0, ".weight"
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            settings = config.get("quantization_config")
-            self.coder: Any = FORMATS[settings["quant_method"]] if settings else None
-            self.settings: Any = self.coder.read_config(settings) if settings else None
-            self._places: dict[str, Path] = {}  # of tensors, and of masks by the names of their modules
-            for file in (*sorted(folder.glob("model*.safetensors")), *folder.glob(str(MASKS))):
-                with safe_open(file, "pt") as stream:
-                    for key in stream.keys():  # noqa: SIM118
-                        self._places[key], shapes[key] = file, stream.get_slice(key).get_shape()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise SqftError(f"the weights of {folder} cannot be read ({error})") from None
-        leaf, bits = (f".{self.coder.key}", self.settings.bits) if self.coder else (".weight", 32)
-        blocks = (key for key in shapes if any(part.isdigit() for part in key.split(".")))
-        self.sizes = {key.removesuffix(leaf): math.prod(shapes[key]) * 32 // bits for key in blocks
-                      if key.endswith(leaf) and len(shapes[key]) == 2}  # fmt: skip
+            if settings := config.get("quantization_config"):
+                self._coder = FORMATS[settings["quant_method"]]
+                self._settings = self._coder.read_config(settings)
+                self._masks = load_masks(folder)
+                self.bits, leaf = self._settings.bits, f".{self._coder.key}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SqftError(f"{folder / 'config.json'} cannot be read ({error})") from None
+        self.sizes = {key.removesuffix(leaf): tensor.numel() * 32 // (self.bits or 32)
+                      for key, tensor in self._reader.layout.items()
+                      if key.endswith(leaf) and tensor.ndim == 2 and re.search(r"\.\d+\.", key)}  # fmt: skip
 
-    @property
-    def packed(self) -> bool:
-        return self.coder is not None
-
-    def levels(self, module: str) -> Tensor:
-        """int16 [O, I]: integers of a packed weight relative to their zero points."""
-        tensors = {key.rpartition(".")[2]: self._read(key) for key in self._places if key.rpartition(".")[0] == module}
-        layer: QuantLinear = self.coder.decode(module, tensors, self.settings)
-        return layer.integers().short() - layer.grid().zero_OG.short()[:, layer.g_idx.long()]
-
-    def pruned(self, module: str, level_OI: Tensor) -> int:
-        """How many zeros of a packed weight were pruned: none, if the folder has no mask of it."""
-        if module not in self._places:
-            return 0
-        mask, zero_OI = self._read(module), level_OI == 0
-        if mask.dtype == torch.int32:  # positions of the zeros that were kept
-            return int(zero_OI.sum()) - mask.numel()
-        return int((zero_OI & ~unpack_mask(mask, level_OI.shape[1])).sum())
-
-    def weight(self, module: str) -> Tensor:
-        """float32 of a float weight."""
-        return self._read(f"{module}.weight").float()
-
-    def _read(self, key: str) -> Tensor:
-        try:
-            with safe_open(self._places[key], "pt") as stream:
-                return stream.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise SqftError(f"the weights of {self.folder} cannot be read ({error})") from None
+    def read(self, module: str) -> tuple[Tensor, int]:
+        """A weight, and how many of its zeros were pruned. Of a packed one: its integers relative to their zero points,
+        and the zeros that its mask has; of a float one all zeros count."""
+        if not self.bits:
+            weight = self._reader.get(f"{module}.weight").float()
+            return weight, count_zeros(weight)
+        keys = [key for key in self._reader.layout if key.rpartition(".")[0] == module]
+        tensors = {key.rpartition(".")[2]: self._reader.get(key) for key in keys}
+        layer: QuantLinear = self._coder.decode(module, tensors, self._settings)
+        level_OI = layer.integers().short() - layer.grid().zero_OG.short()[:, layer.g_idx.long()]
+        if (mask := self._masks.get(module)) is None:
+            return level_OI, 0
+        positions = mask.dtype == torch.int32  # of the zeros that were kept
+        kept = mask.numel() if positions else int((unpack_mask(mask, level_OI.shape[1]) & (level_OI == 0)).sum())
+        return level_OI, count_zeros(level_OI) - kept
 
 
-def chosen(sizes: dict[str, int], budget: int = BUDGET) -> list[str]:
-    """Modules whose weights are within the budget, spread evenly over the model."""
-    total = sum(sizes.values())
-    if total <= budget:
-        return list(sizes)
-    names, share = list(sizes), budget / total
-    return [name for i, name in enumerate(names) if int((i + 1) * share) > int(i * share)] or names[:1]
+def histograms(folders: Sequence[WeightFolder]) -> list[Histogram]:
+    """Of folders of one kind, all packed or all float, over the modules that all of them have; of a large model over as
+    many of these, from all over it and always the same, as are within the budget. Raises SqftError if there is none."""
+    first = folders[0]
+    names = [name for name in first.sizes if all(name in folder.sizes for folder in folders)]
+    if not names:
+        raise SqftError(f"{first.folder} has no linear weights that {folders[-1].folder} has as well")
+    affordable = len(names) * BUDGET // sum(first.sizes[name] for name in names)
+    names = random.Random(0).sample(names, min(max(1, affordable), len(names)))
+    width, half = (1.0, 2**first.bits - 1) if first.bits else (_spread(first, names[:8]) / 8, 32)
+    return [_count(folder, names, width, half) for folder in folders]
 
 
-def count_levels(folder: WeightFolder, names: Sequence[str]) -> Histogram:
-    """Counts of the integer levels of a packed folder; those of 8 bits in groups of nine."""
-    counts = Histogram()
-    width = 9 if folder.settings.bits == 8 else 1
+def _spread(folder: WeightFolder, names: Sequence[str]) -> float:
+    """The standard deviation of the weights that are not zero."""
+    spreads = [float(w.norm()) / max(1, w.numel() - zeros) ** 0.5 for w, zeros in map(folder.read, names)]
+    if not math.isfinite(spread := sum(spreads) / len(spreads)):
+        raise SqftError(f"{folder.folder} has weights that are no finite numbers")
+    return spread or 1.0
+
+
+def _count(folder: WeightFolder, names: Sequence[str], width: float, half: int) -> Histogram:
+    """With ``half`` ranges on each side of the one around zero; the outermost have what lies beyond."""
+    kept, pruned = torch.zeros(2 * half + 1, dtype=torch.int64), 0
     for name in names:
-        level_OI = folder.levels(name)
-        pruned = folder.pruned(name, level_OI)
-        for value, number in enumerate(torch.bincount((level_OI + 256).flatten()).tolist(), -256):
-            if number:
-                counts.kept[float(round(value / width) * width)] += number
-        counts.kept[0.0] -= pruned
-        counts.pruned += pruned
-    return counts
-
-
-def spread(folder: WeightFolder, names: Sequence[str]) -> float:
-    """Four standard deviations of the weights that are not zero: the range of a histogram."""
-    squares, number = 0.0, 0
-    for name in list(names)[:: max(1, len(names) // 8)]:
-        weight = folder.weight(name)
-        squares += float(weight.double().square().sum())
-        number += int(torch.count_nonzero(weight))
-    return 4 * (squares / max(1, number)) ** 0.5 or 1.0
-
-
-def count_values(folder: WeightFolder, names: Sequence[str], reach: float) -> Histogram:
-    """Counts of the weights of a float folder in ``BINS`` ranges of [-reach, reach], of which the outermost have what
-    lies beyond; exact zeros count as pruned."""
-    counts = Histogram()
-    width, totals = 2 * reach / BINS, torch.zeros(BINS, dtype=torch.float64)
-    for name in names:
-        weight = folder.weight(name)
-        zeros = weight.numel() - int(torch.count_nonzero(weight))
-        totals += torch.histc(weight.clamp(-reach, reach), BINS, -reach, reach).double()
-        totals[BINS // 2] -= zeros
-        counts.pruned += zeros
-    counts.kept = Counter({(i - BINS // 2) * width: int(n) for i, n in enumerate(totals.tolist())})
-    return counts
+        weight, zeros = folder.read(name)
+        place = (weight / width).round_().clamp_(-half, half).add_(half).to(torch.int16)
+        kept += torch.bincount(place.flatten(), minlength=len(kept))
+        kept[half] -= zeros
+        pruned += zeros
+    total = int(kept.sum()) + pruned
+    edges = [(i - half - 0.5) * width for i in range(len(kept) + 1)]
+    outline = [(edges[0], 0.0), *zip(edges, [*(kept * 100 / total).tolist(), 0.0], strict=True)]
+    return Histogram(len(names), width, outline, pruned * 100 / total)

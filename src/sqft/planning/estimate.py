@@ -1,120 +1,135 @@
-"""Estimates of a stage's time, memory and disk from a model's sizes, before anything is loaded.
+"""Estimates of a stage's time and memory from a model's sizes, before anything is loaded.
 
-Time is work over speed: FLOPs of products and bytes moved, over what ``device.measure_device`` measured.
-``docs/recipes.md`` has the formulas and compares them with runs of SmolLM2-135M, on which the constants in front of
-memory passes were measured. A stage's function has its name and takes (the model, its options, the text that it reads).
+Time is work over speed: FLOPs of products and bytes moved, over what ``measure`` finds. ``docs/recipes.md`` compares it
+with runs of SmolLM2-135M, on which the constants were measured; what took less than a tenth of every stage is left out.
+A stage's function has its name and takes (the model, its options).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
+from torch.utils.benchmark import Timer
+
 from sqft.config import EvaluateConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
-from sqft.planning.device import Speed
-from sqft.planning.shape import Linear, Shape
-from sqft.planning.workload import Lengths, Workload
+from sqft.kernels.dispatch import pick_device, product
+from sqft.planning.workload import Lengths, of_problems, of_text, of_training
 from sqft.registry import KINDS
+from sqft.searching.strategies import SEARCHES
 
 # Bytes moved a weight, where a step is bound by memory.
-CHOOSE, CLIP, ROUND = 1600, 2200, 1000  # Wanda's choice; GPTQ's search for ranges; its loop over columns
-BUILD, BUILD_PACKED = 80, 190  # a masked adapter's effective weight, on a float and on a packed base
+CHOOSE, CLIP = 1600, 2200  # Wanda's choice; the search for ranges
+BUILD = {False: 80, True: 190}  # a masked adapter's effective weight, on a float and on a packed base
 UNPACK = 45
 FACTORIZE = 8  # x I^3 FLOPs: two Cholesky factors and an inverse in float64, in float32's FLOPs
 COLUMN = 5e-5  # seconds a column of GPTQ's loop, whatever its length
 TOKEN = 1e-3  # seconds a layer and generated token, whatever its size: Python and launches
 GGUF = 1.1e-7  # seconds a weight to de-quantize a GGUF file
-START = 3.0  # seconds to start a stage: libraries, tokenizer
-SHORT = 1.35  # times as long as their FLOPs: the products of short sequences, beside the large ones that are measured
+START, PROCESS = 2.0, 500e6  # seconds to load a model of any size; bytes of the interpreter and libraries
 ADAM = 16  # bytes a trained weight: itself, gradient, two moments, float32
-LOGITS = 5  # float32 copies of the logits while training
-REUSES = (".k_proj", ".v_proj", ".up_proj")  # they read the same input as the linear layer before them
+LOGITS = 20  # bytes a logit while training: five copies in float32
+
+
+class Shape(NamedTuple):
+    """A model as a stage meets it. ``bytes`` are those of all parameters as they are stored, ``itemsize`` those of one
+    as a float. ``weights`` counts those of the blocks' linear layers, ``inputs`` the features that each of these reads,
+    ``adapted`` the weights that have an adapter, ``factors`` the adapter's own at its largest rank."""
+
+    parameters: int
+    bytes: float
+    itemsize: int
+    weights: int
+    inputs: list[int]
+    layers: int
+    hidden: int
+    vocabulary: int
+    packed: bool = False
+    gguf: bool = False
+    adapted: int = 0
+    factors: int = 0
+
+
+class Speed(NamedTuple):
+    """FLOP/s of products as a model makes them in its dtype, and of the fastest library's in float32; bytes/s of
+    copies (read and written)."""
+
+    device: str
+    products: float
+    float32: float
+    moved: float
+
+
+def measure(dtype: torch.dtype) -> Speed:
+    """The speed of the accelerator if there is one, else of the processor with the threads that torch uses."""
+    device, threads = pick_device(), torch.get_num_threads()
+    x = torch.randn(1024, 1024, device=device)
+    low = x.to(dtype)
+    source = torch.ones(1 << 26, dtype=torch.uint8, device=device)  # more than caches hold
+    target = torch.ones_like(source)
+
+    def rate(call: Callable[[], object]) -> float:
+        """Calls a second, by the median of a tenth of one. The timer waits until an accelerator has done its work."""
+        timer = Timer("call()", globals={"call": call}, num_threads=threads)
+        return 1 / timer.blocked_autorange(min_run_time=0.1).median
+
+    return Speed(f"CPU, {threads} threads" if device.type == "cpu" else device.type.upper(),
+                 2 * 1024**3 * rate(lambda: F.linear(low, low)), 2 * 1024**3 * rate(lambda: product(x, x)),
+                 2 * source.nbytes * rate(lambda: target.copy_(source)))  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Work:
-    """FLOPs of a model's own products, of the fastest library's (in its dtype and in float32), bytes moved, and seconds
-    that depend on neither."""
+class Cost:
+    """FLOPs of a model's own products and of others in float32, bytes moved, seconds that depend on none of these; the
+    most bytes that are held."""
 
     products: float = 0.0
-    fast: float = 0.0
-    fast32: float = 0.0
+    float32: float = 0.0
     moved: float = 0.0
     fixed: float = 0.0
+    memory: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def times(self, n: float) -> Work:
-        return Work(*(value * n for value in astuple(self)))
-
-    @property
-    def flops(self) -> float:
-        return self.products + self.fast + self.fast32
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def seconds(self, speed: Speed) -> float:
-        return (self.products / speed.products + self.fast / speed.fast + self.fast32 / speed.fast32
-                + self.moved / speed.moved + self.fixed)  # fmt: skip
+        return self.products / speed.products + self.float32 / speed.float32 + self.moved / speed.moved + self.fixed
 
 
-class Estimate(NamedTuple):
-    """Work of a stage; the most bytes that it holds on the device that computes."""
-
-    work: Work
-    memory: float
-
-
-class Run(NamedTuple):
-    """A model as a stage meets it: its weights' bytes in memory, whether they are packed, or in a GGUF file; the linear
-    layers that get an adapter; whether blocks are computed on a GPU, one by one."""
-
-    shape: Shape
-    bytes: float
-    packed: bool = False
-    gguf: bool = False
-    adapted: Sequence[Linear] = ()
-    on_gpu: bool = False
-
-    def load(self) -> Work:
-        return Work(moved=4 * self.bytes, fixed=START + GGUF * self.shape.parameters * self.gguf)
-
-    def whole(self, tokens: float) -> float:
-        """Bytes of the model and the hidden states, where these do not stay off the device that computes."""
-        return 0 if self.on_gpu else self.bytes + tokens * self.shape.hidden * self.shape.itemsize
+def forward(shape: Shape, tokens: float, length: float, head: bool = True) -> float:
+    """FLOPs of a forward pass over sequences of ``length`` tokens each."""
+    weights = shape.weights + (shape.vocabulary * shape.hidden if head else 0)
+    return 2 * tokens * (weights + 2 * length * shape.hidden * shape.layers)
 
 
-def forward(shape: Shape, tokens: float, length: float, head: bool = True) -> Work:
-    """A forward pass over sequences of ``length`` tokens each."""
-    products = 2 * tokens * (shape.weights + shape.head * head) + 4 * tokens * length * shape.hidden * shape.layers
-    elementwise = shape.layers * (20 * shape.hidden + 4 * shape.inner) * shape.itemsize
-    return Work(products=products, moved=tokens * elementwise)
+def load(shape: Shape) -> Cost:
+    """What every stage needs besides: a process, and a model that is read."""
+    return Cost(fixed=START + GGUF * shape.parameters * shape.gguf, memory=PROCESS)
 
 
-def sparsify(run: Run, config: SparsifyConfig, data: Workload) -> Estimate:
-    shape = run.shape
-    tokens = 0 if config.method == "magnitude" else config.samples * config.length
-    work = run.load() + forward(shape, tokens, config.length, head=False).times(2)
-    work += Work(moved=(CHOOSE + 3 * shape.itemsize) * shape.weights)
-    batch = config.batch_size * config.length * (4 * shape.hidden + 3 * shape.inner) * shape.itemsize
-    return Estimate(work, run.whole(tokens) + shape.weights / shape.layers * (shape.itemsize + 20) + batch)
+def _compress(shape: Shape, config: SparsifyConfig | QuantizeConfig, passes: int) -> Cost:
+    """The blocks see the calibration tokens, ``passes`` times. All tokens' hidden states are held, the inputs of a
+    layer, and a block's weights once more with what is reckoned of them in float32."""
+    tokens = 0 if config.method in ("magnitude", "rtn") else config.samples * config.length
+    seen = tokens * (shape.hidden + max(shape.inputs)) * shape.itemsize
+    return Cost(products=passes * forward(shape, tokens, config.length, head=False),
+                memory=shape.bytes + seen + 24 * shape.weights / shape.layers)  # fmt: skip
 
 
-def quantize(run: Run, config: QuantizeConfig, data: Workload) -> Estimate:
-    shape, calibrated = run.shape, config.method != "rtn"
-    tokens = config.samples * config.length if calibrated else 0
-    once = forward(shape, tokens, config.length, head=False)
-    work = run.load() + Work(fast=once.products, moved=once.moved).times(1 if config.true_sequential else 2)
-    inputs = [linear.inputs for linear in shape.linears if not linear.name.endswith(REUSES)]
-    if calibrated:
-        work += Work(fast32=sum(tokens * i**2 + FACTORIZE * i**3 for i in inputs)
-                     + sum(linear.weights * linear.inputs for linear in shape.linears),
-                     moved=ROUND * shape.weights, fixed=COLUMN * sum(inputs))  # fmt: skip
-    work += Work(moved=(CLIP * (config.clip == "mse") + 60) * shape.weights)
-    held = tokens * (shape.inner if config.true_sequential else shape.hidden) * shape.itemsize
-    hessian = max(inputs) ** 2 * (4 + 3 * 8) if calibrated else 0
-    block = shape.weights / shape.layers * (shape.itemsize + 8)
-    return Estimate(work, run.whole(tokens) + block + held + hessian)
+def sparsify(shape: Shape, config: SparsifyConfig) -> Cost:
+    return _compress(shape, config, passes=2) + Cost(moved=CHOOSE * shape.weights)
+
+
+def quantize(shape: Shape, config: QuantizeConfig) -> Cost:
+    cost = _compress(shape, config, passes=1 if config.true_sequential else 2)
+    cost += Cost(moved=CLIP * shape.weights * (config.clip == "mse"))
+    if config.method == "rtn":
+        return cost
+    hessians = sum(config.samples * config.length * i**2 + FACTORIZE * i**3 for i in shape.inputs)
+    return cost + Cost(float32=hessians, fixed=COLUMN * sum(shape.inputs))
 
 
 def batches(lengths: Lengths, config: TrainConfig) -> tuple[float, float, float]:
@@ -125,87 +140,58 @@ def batches(lengths: Lengths, config: TrainConfig) -> tuple[float, float, float]
     elif config.group_by_length:
         totals.sort()
     chunks = [totals[i : i + config.batch_size] for i in range(0, len(totals), config.batch_size)]
-    padded = sum(max(chunk) * len(chunk) for chunk in chunks)
-    steps = -(-len(chunks) // config.gradient_accumulation) * config.epochs
-    if config.max_steps > 0:
-        return config.max_steps, padded * config.epochs * config.max_steps / max(1, steps), max(totals)
-    return steps, padded * config.epochs, max(totals)
+    steps = -(-len(chunks) // config.gradient_accumulation)
+    epochs = config.max_steps / steps if config.max_steps > 0 else config.epochs
+    return steps * epochs, sum(max(chunk) * len(chunk) for chunk in chunks) * epochs, max(totals)
 
 
-def train(run: Run, config: TrainConfig, data: Workload) -> Estimate:
-    shape = run.shape
-    steps, tokens, longest = batches(data.lengths, config)
-    micro = steps * config.gradient_accumulation
-    mean = tokens / max(1.0, micro * config.batch_size)
-    passes = 3 if config.gradient_checkpointing else 2  # of the blocks; of the head two
-    weights = sum(linear.weights for linear in run.adapted)
-    factors = max([config.r, *config.search_space] if config.search_space else [config.r])
-    edges = factors * sum(linear.inputs + linear.outputs for linear in run.adapted)
-    masked = KINDS[config.adapter].masked
-    work = forward(shape, tokens, mean, head=False).times(passes) + Work(products=4 * tokens * shape.head)
-    work += Work(moved=tokens * shape.vocabulary * 4 * 2 * LOGITS)
-    if masked:  # these layers multiply by the fastest library, forward, back and for the gradient
-        apart = 2 if config.lora_dropout else 1
-        work += Work(products=-2 * tokens * weights * passes,
-                     fast=2 * tokens * weights * (passes * apart + 1) + micro * 2 * factors * weights * (passes + 2),
-                     moved=micro * weights * passes * (BUILD_PACKED if run.packed else BUILD))  # fmt: skip
-    else:
-        work += Work(products=2 * tokens * edges * (passes + 1))
-    if run.packed:
-        work += Work(moved=micro * passes * UNPACK * (shape.weights - weights * masked))
-    work += Work(moved=steps * ADAM * 2 * edges)
-    seen = [min(prompt + completion, config.max_length) for prompt, completion in data.evaluation]
-    work += forward(shape, sum(seen) * max(1.0, config.epochs), mean)
-    saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * shape.inner
-    batch = config.batch_size * longest
-    memory = (run.bytes + (weights * shape.itemsize if config.base else 0) + weights / 8 + ADAM * edges
-              + batch * (shape.layers * saved + 10 * shape.hidden + 3 * shape.inner) * shape.itemsize
-              + batch * shape.vocabulary * 4 * LOGITS)  # fmt: skip
-    return Estimate(run.load() + work.times(SHORT), memory)
+def train(shape: Shape, config: TrainConfig) -> Cost:
+    steps, tokens, longest = batches(of_training(config), config)
+    passes = 3 if config.gradient_checkpointing else 2  # over the blocks; over the head two
+    products = 2 * forward(shape, tokens, longest) + (passes - 2) * forward(shape, tokens, longest, head=False)
+    built = UNPACK * shape.weights * shape.packed
+    if KINDS[config.adapter].masked:  # the gradient of the whole weight; with dropout the adapter has its own products
+        products += 2 * tokens * shape.adapted * (1 + passes * (config.lora_dropout > 0))
+        built = BUILD[shape.packed] * shape.adapted
+    saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * max(shape.inputs)
+    a_token = shape.layers * saved * shape.itemsize + LOGITS * shape.vocabulary
+    base = shape.adapted * shape.itemsize if config.base else 0
+    return Cost(products=products, moved=steps * config.gradient_accumulation * passes * built,
+                memory=shape.bytes + base + ADAM * shape.factors + config.batch_size * longest * a_token)  # fmt: skip
 
 
-def generate(run: Run, lengths: Lengths, batch_size: int, new_tokens: float) -> Estimate:
-    """Greedy generation of ``new_tokens`` for each of the prompts, with the weights held as floats."""
-    shape = run.shape
-    prompts = [prompt for prompt, _ in lengths]
-    passes = -(-len(prompts) // batch_size) * new_tokens
-    work = forward(shape, sum(prompts), sum(prompts) / max(1, len(prompts)))
-    work += Work(products=2 * (shape.weights + shape.head) * len(prompts) * new_tokens,
-                 moved=passes * shape.parameters * shape.itemsize, fixed=passes * shape.layers * TOKEN)  # fmt: skip
-    cache = batch_size * (max(prompts, default=0) + new_tokens) * shape.layers * 2 * shape.hidden * shape.itemsize
-    return Estimate(work, shape.parameters * shape.itemsize + cache + batch_size * shape.vocabulary * 4)
+def _score(shape: Shape, lengths: Lengths, generated: int, batch_size: int, times: int = 1) -> Cost:
+    """Problems are scored by float weights: by forwards, or by greedy generation of so many tokens each."""
+    prompts, totals = [prompt for prompt, _ in lengths], [prompt + completion for prompt, completion in lengths]
+    if not generated:
+        longest = max(totals, default=0)
+        logits = batch_size * longest * shape.vocabulary * (shape.itemsize + 4)
+        return Cost(products=times * forward(shape, sum(totals), longest), memory=logits)
+    passes = times * -(-len(prompts) // batch_size) * generated
+    cache = batch_size * (max(prompts) + generated) * shape.layers * 2 * shape.hidden * shape.itemsize
+    return Cost(products=times * forward(shape, sum(prompts) + len(prompts) * generated, max(prompts)), memory=cache,
+                moved=passes * shape.parameters * shape.itemsize, fixed=passes * shape.layers * TOKEN)  # fmt: skip
 
 
-def evaluate(run: Run, config: EvaluateConfig, data: Workload) -> Estimate:
-    shape, lengths = run.shape, data.lengths
-    work, memory = run.load() + Work(moved=UNPACK * shape.weights * run.packed), run.bytes
-    if data.generated:
-        scored = generate(run, lengths, config.batch_size, data.generated)
-        work, memory = work + scored.work, max(memory, scored.memory)
-    elif lengths:
-        work += forward(shape, sum(map(sum, lengths)), sum(map(sum, lengths)) / len(lengths))
-    if data.text:
-        work += forward(shape, data.text, config.length)
-        logits = max(1, config.batch_size // 8) * config.length * shape.vocabulary * (shape.itemsize + 4)
-        memory = max(memory, shape.parameters * shape.itemsize + logits)
-    return Estimate(work, memory)
+def evaluate(shape: Shape, config: EvaluateConfig) -> Cost:
+    cost = Cost(memory=shape.parameters * shape.itemsize)
+    if config.task:
+        cost += _score(shape, *of_problems(config, tuned=shape.adapted > 0), config.batch_size)
+    if config.text:
+        windows = of_text(config.text, config.max_tokens) // config.length
+        cost += _score(shape, [(config.length, 0)] * windows, 0, max(1, config.batch_size // 8))
+    return cost
 
 
-def search(run: Run, config: SearchConfig, data: Workload) -> Estimate:
-    shape, lengths = run.shape, [prompt + completion for prompt, completion in data.lengths]
-    if config.metric == "accuracy" and data.generated:
-        one = generate(run, data.lengths, config.batch_size, data.generated)
-    else:
-        logits = config.batch_size * max(lengths, default=0) * shape.vocabulary * (shape.itemsize + 4)
-        once = forward(shape, sum(lengths), sum(lengths) / max(1, len(lengths)))
-        one = Estimate(once, shape.parameters * shape.itemsize + logits)
-    each = one.work + Work(moved=(BUILD_PACKED + UNPACK if run.packed else BUILD) * shape.weights)
-    count = config.evaluations if config.strategy in ("random", "hill-climb", "nsga2") else 1
-    return Estimate(run.load() + each.times(count * SHORT), run.bytes + one.memory)
+def search(shape: Shape, config: SearchConfig) -> Cost:
+    lengths, generated = of_problems(config, tuned=True)
+    times = config.evaluations if config.strategy in SEARCHES else 1
+    return _score(shape, lengths, generated * (config.metric == "accuracy"), config.batch_size, times) + Cost(
+        moved=times * BUILD[shape.packed] * shape.weights,
+        memory=shape.bytes + shape.parameters * shape.itemsize)  # fmt: skip
 
 
-def merge(run: Run, config: Any, data: Workload) -> Estimate:
-    """Both are loaded, compared on a few tokens (three forwards), written, and read again to be checked."""
-    passes = 2 * (BUILD_PACKED + 2 * UNPACK) if run.packed else 2 * BUILD
-    work = run.load().times(2) + Work(moved=passes * run.shape.weights + 6 * run.bytes)
-    return Estimate(work + forward(run.shape, 3 * 256, 64), 2 * run.bytes)
+def merge(shape: Shape, config: Any) -> Cost:
+    """Un-merged and merged model are both loaded and compared on a few tokens (three forwards)."""
+    return Cost(products=forward(shape, 3 * 256, 64), moved=2 * BUILD[shape.packed] * shape.weights,
+                memory=2 * shape.bytes)  # fmt: skip

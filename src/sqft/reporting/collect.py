@@ -166,9 +166,10 @@ def read_section(root: Path, title: str = "") -> Section:
     section.comparison = section.read(root / RESULT, json.loads, {})
     known = {stage.key for stage in made}
     outside = dict.fromkeys(s.source for s in made + section.evaluations if s.source and s.source not in known)
-    section.stages = _in_order(
-        [*(StageFolder(key, Path(key).name if os.path.isabs(key) else key, Path(key)) for key in outside), *made]
-    )
+    starts = [
+        StageFolder(key, f"{Path(key).name if os.path.isabs(key) else key} (start)", Path(key)) for key in outside
+    ]
+    section.stages = _in_order(starts + made)
     for evaluation in section.evaluations:
         if evaluation.kind == "evaluate":
             _attach(section, evaluation)

@@ -23,7 +23,10 @@ ZEROS = (
     Column("integers compared", "integers_compared", lambda n: f"{count(n)}, all equal"),
     Column("largest logit difference", "max_logit_difference", "{:.2g}".format),
 )  # fmt: skip
-WRITTEN = (Column("stage", "name"), Column("seed", "seed"), Column("written (UTC)", "created"), Column("key", "key"))
+WRITTEN = (
+    Column("stage", "name"), Column("seed", "seed"), Column("key", "key", lambda key: str(key)[:12]),
+    Column("written (UTC)", "created", lambda time: str(time).replace("T", " ")[:16]),
+)  # fmt: skip
 TILES = {  # columns whose numbers of the best model stand on top of the page, and what is said of them
     "accuracy": "", "perplexity": "", "difference_ci95": "paired", "sparsity": "of the linear weights",
     "sparsity_kept": "of the linear weights", "zeros_kept": "of the pruned weights", "size": "of its weights",
@@ -31,28 +34,19 @@ TILES = {  # columns whose numbers of the best model stand on top of the page, a
 }  # fmt: skip
 
 
-def precision(stage: StageFolder) -> str:
-    bits = stage.numbers.get("bits")
-    return f"INT{bits:.0f}" if bits else "float"
-
-
-def label(stage: StageFolder) -> str:
-    """How tables and charts name a stage."""
-    return f"{stage.name} (start)" if stage.kind == "model" else stage.name
-
-
 def stage_rows(section: Section) -> list[Row]:
     """A row a stage; one that was scored by several tasks has a row for each. ``mergeable``: whether it is one model of
     base and adapter; absent of what was not adapted."""
     rows = []
     for stage in section.stages:
+        bits = stage.numbers.get("bits")
         first, *others = [task for task in stage.scores if task] or [""]
         for task in (first, *others):
             scores = {**(stage.scores.get("", {}) if task == first else {}), **stage.scores.get(task, {})}
-            rows.append({**stage.numbers, **scores, "title": label(stage) + (f", {task}" if others else ""),
+            rows.append({**stage.numbers, **scores, "title": stage.name + (f", {task}" if others else ""),
                          "mergeable": stage.kind == "merge" or (False if stage.is_adapter else None),
                          "task": task, "stage": stage, "size": section.serving_bytes(stage),
-                         "precision": precision(stage),
+                         "precision": f"INT{bits:.0f}" if bits else "float",
                          "predictions": stage.predictions if task == first else []})  # fmt: skip
     return rows
 
@@ -112,24 +106,13 @@ def zeros_table(section: Section) -> Table:
 
 
 def written_table(section: Section) -> Table:
-    rows = [{"name": stage.name, "seed": stage.manifest.seed, "key": str(stage.manifest.key)[:12] or None,
-             "created": str(stage.manifest.created).replace("T", " ")[:16] or None}
-            for stage in section.written]  # fmt: skip
-    return Table(WRITTEN, rows)
+    return Table(WRITTEN, [{**vars(stage.manifest), "name": stage.name} for stage in section.written])
 
 
 def versions(section: Section) -> str:
     """Of the packages that wrote the stages; several of one package if they differ."""
     known = [stage.manifest.versions for stage in section.written if isinstance(stage.manifest.versions, dict)]
     return ", ".join(dict.fromkeys(f"{package} {version}" for one in known for package, version in one.items()))
-
-
-def scored(section: Section) -> list[Row]:
-    """Models with a size and a score: name, size, score, interval, metric, and whether it is one merged model."""
-    return [{"name": row["title"], "size": row["size"], "score": row[kind], "interval": row.get(f"{kind}_ci95"),
-             "metric": f"accuracy on {row['task']}" if kind == "accuracy" else kind, "merged": row["mergeable"]}
-            for row in result_table(section).rows for kind in ("accuracy", "perplexity")
-            if row.get("size") and kind in row]  # fmt: skip
 
 
 def verdict(section: Section) -> str:
@@ -140,23 +123,14 @@ def verdict(section: Section) -> str:
     score = "not evaluated yet" if "perplexity" not in best else f"perplexity **{best['perplexity']:.2f}**"
     score = f"**{percent(best['accuracy'])}** on {best['task']}" if "accuracy" in best else score
     sparsity = best.get("sparsity_kept", best.get("sparsity"))
-    what = f"one {f'{percent(sparsity)} sparse ' if sparsity else ''}{best.get('precision', '')} model"
-    what = "an adapter and its base" if best["mergeable"] is False else " ".join(what.split())
-    text = f"**{best['title']}**: {score}, {what}{_size(best)}"
-    if best.get("zeros_kept") == 1:
-        text += " in which **every pruned weight is still exactly zero**"
-    if reference is not None:
-        beside = {False: ", whose adapter stays beside its base,", None: ", not adapted,"}.get(
-            reference["mergeable"], ""
-        )
-        text += f"; {reference['title']}{beside} has {percent(reference['accuracy'])}{_size(reference, 'in')}"
-    if "difference_ci95" in best:
-        text += f" (paired difference {points(best['difference_ci95'])} points, 95 %)"
+    what = ["one", f"{percent(sparsity)} sparse" if sparsity else "", best.get("precision", ""), "model"]
+    what = ["an adapter and its base"] if best["mergeable"] is False else what
+    text = f"**{best['title']}**: {score}, {' '.join(filter(None, what))}"
+    text += f" of {human(best['size'])}" if best.get("size") else ""
+    text += " in which **every pruned weight is still exactly zero**" if best.get("zeros_kept") == 1 else ""
+    text += f"; {reference['title']} has {percent(reference['accuracy'])}" if reference else ""
+    text += f" (paired difference {points(best['difference_ci95'])} points, 95 %)" if "difference_ci95" in best else ""
     return text + "."
-
-
-def _size(row: Row, word: str = "of") -> str:
-    return f" {word} {human(row['size'])}" if row.get("size") else ""
 
 
 def tiles(section: Section) -> list[tuple[str, str, str]]:

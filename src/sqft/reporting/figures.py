@@ -2,51 +2,49 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-from sqft.drawing import COLOURS, Bars, Chart, Curve, Mark, histogram, make_axis, plain
+from sqft.drawing import Chart, Series
 from sqft.errors import SqftError
 from sqft.measuring.size import human
-from sqft.measuring.weights import BINS, WeightFolder, chosen, count_levels, count_values, spread
+from sqft.measuring.weights import WeightFolder, histograms
 from sqft.reporting.collect import Section, StageFolder, numbers
-from sqft.reporting.facts import final_stage, label, precision, scored
+from sqft.reporting.facts import final_stage, result_table
 from sqft.reporting.tables import millions, percent, share
 from sqft.searching.choose import read_points
 from sqft.searching.plots import plots
 
-CURVE_POINTS = 400  # of a training curve; more would not be seen
 SHOWN = 4  # searches and heat maps of a section; runs of a comparison are alike
 CARDS = {  # of a stage: the number on its card, how it is written, and what is said of it, to which an option belongs
     "sparsify": ("sparsity", percent, "pruned by", "method"), "quantize": ("bits", "INT{:.0f}".format, "by", "method"),
     "train": ("trainable_parameters", millions, "trained,", "adapter"), "search": ("parameters", millions, "kept", ""),
     "extract": ("parameters", millions, "kept", ""), "merge": ("zeros_kept", share, "of zeros kept", ""),
 }  # fmt: skip
+MERGED = {True: (0, "merged into one model"), False: (1, "base and adapter"), None: (7, "not adapted")}  # colours
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A chart; or a heat map of modules (``rows``: name, cells, mean) over ``layers``, a cell being its tooltip and its
-    shade, or None. ``full``: as wide as the page, on phones drawn anew."""
+class Figure(NamedTuple):
+    """A chart, or a heat map of ``rows`` (values by module and layer, which ``text`` writes; the ``darkest`` one).
+    ``full``: as wide as the page, on phones drawn anew."""
 
     title: str
     chart: Chart | None = None
     note: str = ""
     full: bool = False
-    layers: Sequence[int] = ()
-    rows: Sequence[tuple[str, list[tuple[str, float] | None], str]] = ()
+    rows: Mapping[str, Mapping[int, float]] | None = None
+    text: Callable[[float], str] = str
+    darkest: float = 1.0
 
 
 def pipeline(section: Section) -> list[tuple[str, list[dict[str, str]]]]:
     """The stages as chains: (what the first was made from, if that is in another chain, cards). A chain ends where
     several stages were made from one."""
-    sources = [stage.source for stage in section.stages]
-    chains, before = [], ""
-    for stage in section.stages if len(section.stages) > 1 else ():
+    chains, sources, before = [], [stage.source for stage in section.stages], ""
+    for stage in section.stages:
         if not before or stage.source != before or sources.count(before) > 1:
-            source = section.stage(stage.source)
-            chains.append(("" if source is None else label(source), []))
+            chains.append((source.name if (source := section.stage(stage.source)) else "", []))
         chains[-1][1].append(_card(section, stage))
         before = stage.key
     return chains
@@ -63,145 +61,94 @@ def _card(section: Section, stage: StageFolder) -> dict[str, str]:
 
 def score_over_size(sections: Sequence[Section]) -> list[Figure]:
     """A figure for each metric. Of one section, merged models have a colour of their own; of several, each section."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, tuple[list[Series], list[Series]]] = {}
     for i, section in enumerate(sections):
-        for model in scored(section):
-            found.setdefault(model["metric"], []).append({**model, "key": (i % COLOURS, section.title)})
-    return [_score_figure(metric, models, len(sections) > 1) for metric, models in found.items() if len(models) > 1]
-
-
-def _score_figure(metric: str, models: Sequence[dict[str, Any]], several: bool) -> Figure:
-    accuracy = metric.startswith("accuracy")
-    text: Callable[[float], str] = (lambda v: f"{v * 100:.4g} %") if accuracy else plain
-    kinds = {True: (0, "merged into one model"), False: (1, "base and adapter"), None: (7, "not adapted")}
-    keys = [m["key"] if several else kinds[m["merged"]] for m in models]
-    marks = [Mark(m["name"], m["size"], m["score"], k, f"{m['name']}: {text(m['score'])}, {human(m['size'])}",
-                  m["interval"], "square" if m["merged"] else "dot")
-             for m, (k, _) in zip(models, keys, strict=True)]  # fmt: skip
-    heights = [end for mark in marks for end in (*(mark.interval or ()), mark.y)]
-    y = make_axis(metric, heights, text, limits=(0, 1 if accuracy else float("inf")))
-    x = make_axis("size to serve", [mark.x for mark in marks], human, margin=0.12, limits=(0, float("inf")), count=8)
-    legend = [(f"c{colour}", name) for colour, name in sorted(set(keys))]
-    note = f"{metric.capitalize()}: {'up' if accuracy else 'down'} and to the left is better."
-    note += " Bars are 95 % intervals." if any(mark.interval for mark in marks) else ""
-    return Figure("", Chart(f"{metric} over size of {len(models)} models", x, y, marks=marks, keys=legend), note, True)
+        for row in result_table(section).rows:
+            colour, key = (i, section.title) if len(sections) > 1 else MERGED[row["mergeable"]]
+            shape = "square" if row["mergeable"] else "dot"
+            for kind, scale, metric in (
+                ("accuracy", 100, f"accuracy on {row['task']}, %"),
+                ("perplexity", 1, "perplexity"),
+            ):
+                if not row.get("size") or kind not in row:
+                    continue
+                size, score = row["size"] / 1e6, row[kind] * scale
+                ends = [(size, end * scale) for end in row.get(f"{kind}_ci95", [row[kind]] * 2)]
+                tip = f"{row['title']}: {score:.4g}, {human(row['size'])}"
+                intervals, marks = found.setdefault(metric, ([], []))
+                intervals.append(Series(ends, colour, "whisker"))
+                marks.append(Series([(size, score)], colour, shape, tip, row["title"], key))
+    return [Figure("", Chart(f"{metric} over size", "size to serve, MB", metric, intervals + marks),
+                   f"{'Up' if '%' in metric else 'Down'} and to the left is better. Bars are 95 % intervals.", True)
+            for metric, (intervals, marks) in found.items() if len(marks) > 1]  # fmt: skip
 
 
 def training(section: Section) -> list[Figure]:
     """Loss over steps, all trainings in one chart, held-out loss dashed."""
-    logs = [(stage.name, section.read_lines(stage.folder / "training_log.jsonl"))
-            for stage in section.stages if stage.kind == "train"]  # fmt: skip
-    drawn = [(name, loss, _curve(log, "eval_loss")) for name, log in logs if (loss := _curve(log, "loss"))]
-    curves = [Curve(loss, i) for i, (_, loss, _) in enumerate(drawn[:COLOURS])]
-    curves += [Curve(held_out, i, "dashed") for i, (*_, held_out) in enumerate(drawn[:COLOURS]) if held_out]
-    if not curves:
-        return []
-    x = make_axis("step", [p[0] for c in curves for p in c.points], margin=0.02, limits=(0, float("inf")), whole=True)
-    y = make_axis("loss", [p[1] for c in curves for p in c.points], zero=True)
-    note = "Dashed, or a single dot: held-out loss." if len(curves) > len(drawn[:COLOURS]) else ""
-    note += f" The first {COLOURS} of {len(drawn)} trainings." if len(drawn) > COLOURS else ""
-    keys = [(f"c{i}", name) for i, (name, *_) in enumerate(drawn[:COLOURS])]
-    return [Figure("", Chart("loss over training steps", x, y, curves, keys=keys), note, True)]
-
-
-def _curve(log: Sequence[dict], name: str) -> list[tuple[float, float]]:
-    """(step, value) of the entries that have both, thinned, the last one kept."""
-    points = [(found["step"], found[name]) for entry in log if {"step", name} <= (found := numbers(entry)).keys()]
-    return points[:: -(-len(points) // CURVE_POINTS)][:-1] + points[-1:] if points else []
+    series = []
+    for i, stage in enumerate(stage for stage in section.stages if stage.kind == "train"):
+        log = list(map(numbers, section.read_lines(stage.folder / "training_log.jsonl")))
+        for name, kind in (("loss", "line"), ("eval_loss", "dashed")):
+            if points := [(entry["step"], entry[name]) for entry in log if {"step", name} <= entry.keys()]:
+                series.append(Series(points, i, kind, f"{stage.name}, {name}", key=stage.name))
+    chart = Chart("loss over training steps", "step", "loss", series)
+    return [Figure("", chart, "Dashed, or a single dot: held-out loss.", True)] if series else []
 
 
 def search(section: Section) -> list[Figure]:
     """How each search went, score over cost, and the ranks that it chose."""
-    stages = [stage for stage in section.stages if stage.kind == "search"]
     figures: list[Figure] = []
-    for stage in stages[:SHOWN]:
-        name = f" of {stage.name}" if len(stages) > 1 else ""
+    for stage in [stage for stage in section.stages if stage.kind == "search"][:SHOWN]:
         try:
             trials = [t for t in read_points(stage.folder) if {"number", "score", "cost"} <= numbers(vars(t)).keys()]
         except SqftError as error:
             section.note(str(error))
             continue
-        told = (stage.config.get("metric", ""), stage.config.get("cost", ""))
-        drawn = plots(trials, stage.metrics.get("trial"), *told).values() if len(trials) > 1 else ()
-        titles = (f"Search progress{name}", f"Score over cost{name}")
-        figures += [Figure(title, chart) for title, chart in zip(titles, drawn, strict=False)]
-        ranks = numbers(stage.metrics.get("ranks"))
-        figures += heat_map(f"Chosen ranks{name}", ranks, max(ranks.values(), default=1.0), "{:.3g}".format)
+        charts = plots(trials, stage.metrics.get("trial"), *map(stage.config.get, ("metric", "cost"))).values()
+        figures += [Figure(f"{stage.name}: {chart.summary}", chart) for chart in charts if len(trials) > 1]
+        figures += heat_map(f"{stage.name}: chosen ranks", numbers(stage.metrics.get("ranks")), "{:.3g}".format)
     return figures
 
 
 def sparsity(section: Section) -> list[Figure]:
     """Heat maps of the share of zeros, as each pruning stage wrote it down."""
-    shares = [(stage.name, numbers(stage.metrics.get("by_module"))) for stage in section.stages]
-    found = [heat_map(f"Pruned, after {name}", values, 1, lambda v: f"{v * 100:.2f} %") for name, values in shares]
-    return [figure for figures in found for figure in figures][:SHOWN]
+    found = [(f"{stage.name}: pruned", numbers(stage.metrics.get("by_module"))) for stage in section.stages]
+    return [figure for title, values in found for figure in heat_map(title, values, share)][:SHOWN]
 
 
-def heat_map(title: str, values: Mapping[str, float], high: float, text: Callable[[float], str]) -> list[Figure]:
+def heat_map(title: str, values: Mapping[str, float], text: Callable[[float], str]) -> list[Figure]:
     """Of names like 'model.layers.3.mlp.up_proj' or '3.up_proj'; others are left out. None if nothing is left."""
     rows: dict[str, dict[int, float]] = {}
     for name, value in values.items():
-        parts = name.split(".")
-        layer = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-        if layer is not None:
-            rows.setdefault(".".join(parts[layer + 1 :]) or "all", {})[int(parts[layer])] = value
-    layers = sorted({layer for row in rows.values() for layer in row})
-
-    def cell(module: str, layer: int) -> tuple[str, float] | None:
-        if (value := rows[module].get(layer)) is None:
-            return None
-        return f"layer {layer}, {module}: {text(value)}", round(
-            0.06 + 0.94 * min(1.0, max(0.0, value / (high or 1))), 3
-        )
-
-    shown = [(name, [cell(name, layer) for layer in layers], text(sum(row.values()) / len(row)))
-             for name, row in rows.items()]  # fmt: skip
-    note = f"{text(min(values.values()))} to {text(max(values.values()))}; at the right, a row's mean." if shown else ""
-    return [Figure(title, None, note, True, layers, shown)] if shown else []
+        if found := re.search(r"(?:^|\.)(\d+)(?:$|\.(.+))", name):
+            rows.setdefault(found[2] or "all", {})[int(found[1])] = value
+    note = f"{text(min(values.values()))} to {text(max(values.values()))}; at the right, a row's mean." if rows else ""
+    return [Figure(title, None, note, True, rows, text, max(1.0, *values.values()))] if rows else []
 
 
 def weights(section: Section) -> list[Figure]:
     """Histograms before and after, of the model that the section is about: of its packed folders, of its float ones."""
-    end = final_stage(section)
-    groups: dict[bool, list[tuple[StageFolder, WeightFolder]]] = {}
-    found = []
-    for stage in section.lineage(end)[::-1] if end else ():
-        if any(stage.folder.glob("model*.safetensors")):
-            try:
-                folder = WeightFolder(stage.folder)
-                groups.setdefault(folder.packed, []).append((stage, folder))
-            except SqftError as error:
-                section.note(str(error))
-    for _, group in sorted(groups.items(), reverse=True):
-        try:
-            found.append(_before_and_after(group))
-        except (SqftError, OSError) as error:
-            section.note(f"no histogram: {error}")
-    return found
+    stages = section.lineage(end)[::-1] if (end := final_stage(section)) else []
+    try:
+        found = [(s.name, WeightFolder(s.folder)) for s in stages if any(s.folder.glob("model*.safetensors"))]
+        groups = ([pair for pair in found if bool(pair[1].bits) is packed] for packed in (True, False))
+        return [before_and_after(dict(group)) for group in groups if group]
+    except SqftError as error:
+        section.note(f"no histogram: {error}")
+        return []
 
 
-def _before_and_after(group: Sequence[tuple[StageFolder, WeightFolder]]) -> Figure:
-    """A histogram of folders of one kind, all packed or all float, over the modules that all of them have."""
-    (start, first), (end, last) = group[0], group[-1]
-    sizes = {name: size for name, size in first.sizes.items() if all(name in folder.sizes for _, folder in group)}
-    if not sizes:
-        raise SqftError(f"{first.folder} has no linear weights that {last.folder} has as well")
-    names = chosen(sizes)
-    reach = 0.0 if first.packed else spread(first, names)
-    bars, notes = [], []
-    for i, (stage, folder) in enumerate(group):
-        counts = count_levels(folder, names) if first.packed else count_values(folder, names, reach)
-        shares = {value: number / counts.total for value, number in counts.kept.items()}
-        bars.append(Bars(stage.name, shares, counts.pruned / counts.total, (7, 0, 2, 3)[i % 4]))
-        notes += [f"{stage.name}: {counts.pruned / counts.total * 100:.2f} % pruned"] if counts.pruned else []
-    notes.append(f"{len(names)} of {len(first.sizes)} weight matrices")
-    kind, axis = (f"{precision(start)} grid", "integer level, from the zero point") if first.packed else (
-        "Float", f"weight ({BINS} bins)")  # fmt: skip
-    pruned = "The pale bar at 0, cut off, is what is pruned. " if any(one.pruned for one in bars) else ""
-    title = f"{kind}: {start.name}" + (f" to {end.name}" if end is not start else "")
-    chart = histogram(bars, axis, _signed, f"histogram of weights, {title}")
-    return Figure(title, chart, pruned + "; ".join(notes) + ".")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}" if abs(value) > 1e-9 else "0"
+def before_and_after(folders: Mapping[str, WeightFolder]) -> Figure:
+    """Outlines over one another. What is pruned would dwarf the rest: it is a pale bar at 0 that is cut off."""
+    first, found = next(iter(folders.values())), histograms(list(folders.values()))
+    top = 1.3 * max(height for one in found for _, height in one.outline)
+    series, notes = [], [f"{found[0].matrices} of {len(first.sizes)} weight matrices"]
+    for colour, (name, one) in enumerate(zip(folders, found, strict=True), 7):  # the first one is grey
+        series.append(Series(one.outline, colour, "area", name, key=name))
+        if one.pruned:
+            side, tip = one.width / 2, f"{name}: {one.pruned:.2f} % pruned (pale, cut off)"
+            series.append(Series([(-side, 0), (-side, top), (side, top), (side, 0)], colour, "pale", tip))
+            notes.append(tip)
+    title = (f"INT{first.bits} grid: " if first.bits else "Float: ") + " to ".join(folders)
+    axis = "integer level, from the zero point" if first.bits else "weight"
+    return Figure(title, Chart(f"histogram of weights, {title}", axis, "% of the weights", series), "; ".join(notes))
