@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sqft
-from sqft.calibration.data import token_blocks
+from sqft.calibration.data import read_texts, token_blocks
 from sqft.compressing.passes import Quantize
 from sqft.evaluation.perplexity import perplexity
 from sqft.formats.checkpoint import packed_layers, unpack_model
@@ -118,7 +118,7 @@ def main() -> None:
     shutil.rmtree(runs, ignore_errors=True)
     model, tokenizer = sqft.load(resolve_model(arguments.model))
     sqft.save(model, tokenizer, runs / "dense")
-    tokens = token_blocks(tokenizer, arguments.calibration, CONFIG.samples, CONFIG.length, CONFIG.seed)
+    tokens = token_blocks(tokenizer, read_texts(arguments.calibration), CONFIG.samples, CONFIG.length, CONFIG.seed)
     save_file({"tokens": tokens}, runs / "tokens.safetensors")
     masks: dict[str, Tensor] = {}
     if arguments.only != "dense":

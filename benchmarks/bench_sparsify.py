@@ -27,7 +27,7 @@ from torch import Tensor
 
 import sqft
 from sqft.calibration import walker
-from sqft.calibration.data import token_blocks
+from sqft.calibration.data import read_texts, token_blocks
 from sqft.evaluation.perplexity import perplexity
 from sqft.models.discover import describe
 from sqft.recipe import resolve_model
@@ -169,7 +169,7 @@ def main() -> None:
     hidden_size, block = model.config.hidden_size, describe(model).blocks[0].module
     block_bytes = sum(p.numel() * p.element_size() for p in block.parameters())
     del model, block
-    tokens = token_blocks(tokenizer, arguments.calibration, arguments.samples, CONFIG.length, CONFIG.seed)
+    tokens = token_blocks(tokenizer, read_texts(arguments.calibration), arguments.samples, CONFIG.length, CONFIG.seed)
     dense, sparse = str(runs / "dense"), str(runs / "sparse")
     floor = plain_passes(dense, tokens)
     with PeakMemory() as peak:

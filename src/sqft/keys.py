@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,20 @@ def _contents(value: Any, suffixes: tuple[str, ...]) -> Any:
     return value
 
 
+def sources(text: str) -> list[tuple[str, float]]:
+    """'gsm8k=1+c4.jsonl=3' -> [('gsm8k', 1.0), ('c4.jsonl', 3.0)]; a name without a weight, or of a file, has 1."""
+    if Path(text).is_file():
+        return [(text, 1.0)]
+    parts = [re.fullmatch(r"(.+?)(?:=(\d+(?:\.\d+)?))?", part, re.S) for part in text.split("+")]
+    return [(part[1], float(part[2] or 1)) for part in parts if part]
+
+
+def _text(value: Any) -> Any:
+    """Of one source its contents, of several of each its weight too."""
+    parts = [(_contents(name, (*TEXT_SUFFIXES, *YAML_SUFFIXES)), weight) for name, weight in sources(value or "")]
+    return value if not parts else parts[0][0] if len(parts) == 1 else parts
+
+
 def _task(value: Any) -> Any:
     """Of each part of 'piqa+mine.yaml': its name, or its file's contents."""
     return value and [_contents(part, YAML_SUFFIXES) for part in value.split("+")]
@@ -67,7 +82,7 @@ def _data_dir(value: Any) -> Any:
 # Of each kind of option what its value names; kinds that are missing here ("machine") do not change a result.
 _NAMED = {
     "plain": lambda value: value,
-    "text": lambda value: _contents(value, TEXT_SUFFIXES),
+    "text": _text,
     "ranks": lambda value: _contents(value, (*YAML_SUFFIXES, ".json")),
     "folder": lambda value: value and folder_key(value),
     "task": _task,

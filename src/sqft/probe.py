@@ -13,7 +13,7 @@ import torch
 from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 
-from sqft.calibration.data import token_blocks
+from sqft.calibration.data import read_texts, token_blocks
 from sqft.errors import SqftError, VerificationError
 from sqft.models.types import Tokenizer
 
@@ -25,7 +25,7 @@ def sample_tokens(model: Any, tokenizer: Tokenizer | None) -> Tensor:
     """int64 [4, 64]: from the built-in text, or seeded random ids without a tokenizer."""
     windows, length = SAMPLE_SHAPE
     if tokenizer is not None:
-        return token_blocks(tokenizer, "builtin", windows, length, seed=0)
+        return token_blocks(tokenizer, read_texts("builtin"), windows, length, seed=0)
     return torch.randint(model.config.vocab_size, SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
 
 

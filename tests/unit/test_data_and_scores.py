@@ -15,12 +15,15 @@ from tokenizers.processors import TemplateProcessing
 
 import sqft
 from sqft.calibration.data import read_records, read_texts, token_blocks, token_stream, with_bos
-from sqft.config import TrainConfig
+from sqft.compressing.tokens import calibration_tokens
+from sqft.config import SparsifyConfig, TrainConfig
 from sqft.evaluation.generation import cut, generate
 from sqft.evaluation.intervals import normal, wilson
 from sqft.evaluation.perplexity import perplexity
 from sqft.evaluation.scoring import score
+from sqft.keys import stage_key
 from sqft.tasks.arithmetic import ArithmeticTask
+from sqft.tasks.lookup import get_task
 from sqft.training.data import IGNORED, fill_templates, pack_rows, tokenize, tokenize_all
 
 
@@ -58,15 +61,57 @@ def test_wrong_sources(tmp_path: Path) -> None:
 
 def test_blocks_are_seeded_pieces_of_the_text() -> None:
     tokenizer = pico_tokenizer()
-    blocks = token_blocks(tokenizer, "builtin", 5, 40, seed=3)
+    blocks = token_blocks(tokenizer, read_texts("builtin"), 5, 40, seed=3)
     assert blocks.shape == (5, 40) and blocks.dtype == torch.int64
-    assert torch.equal(blocks, token_blocks(tokenizer, "builtin", 5, 40, seed=3))
-    assert not torch.equal(blocks, token_blocks(tokenizer, "builtin", 5, 40, seed=4))
+    assert torch.equal(blocks, token_blocks(tokenizer, read_texts("builtin"), 5, 40, seed=3))
+    assert not torch.equal(blocks, token_blocks(tokenizer, read_texts("builtin"), 5, 40, seed=4))
     texts = read_texts("builtin")
     for block in blocks:
         assert all(any(part in text for text in texts) for part in tokenizer.decode(block).split("\n\n"))
     with pytest.raises(sqft.SqftError, match="fewer than one block"):
-        token_blocks(tokenizer, "builtin", 1, 10**6, seed=0)
+        token_blocks(tokenizer, read_texts("builtin"), 1, 10**6, seed=0)
+
+
+def test_calibration_tokens_of_several_sources(tmp_path: Path) -> None:
+    """Each source's blocks are what it would give alone; a task's text is what training learns from."""
+    tokenizer, file = pico_tokenizer(), tmp_path / "a+b.jsonl"
+    file.write_text("".join(json.dumps({"text": f"line {i} of a file"}) + "\n" for i in range(40)))
+    examples = get_task("arithmetic").examples("train")
+
+    def tokens(calibration: str, samples: int = 8) -> torch.Tensor:
+        return calibration_tokens(
+            tokenizer, SparsifyConfig(calibration=calibration, samples=samples, length=24, seed=3)
+        )
+
+    assert torch.equal(tokens("builtin"), token_blocks(tokenizer, read_texts("builtin"), 8, 24, seed=3))
+    assert torch.equal(tokens(str(file)), token_blocks(tokenizer, read_texts(str(file)), 8, 24, seed=3))
+    texts = [example.prompt + example.completion for example in examples]
+    assert torch.equal(tokens("arithmetic"), token_blocks(tokenizer, texts, 8, 24, seed=3))
+    file.rename(tmp_path / "c.jsonl")
+    for mixed, counts in ((f"arithmetic+{tmp_path}/c.jsonl", (4, 4)), (f"arithmetic=3+{tmp_path}/c.jsonl=1", (6, 2)),
+                          ("arithmetic=0.1+builtin=10", (0, 8))):  # fmt: skip
+        names = [name.partition("=")[0] for name in mixed.split("+")]
+        parts = [tokens(name, count) for name, count in zip(names, counts, strict=True) if count]
+        assert torch.equal(tokens(mixed), torch.cat(parts)), mixed
+    for wrong, message in (("arithmetic+none.jsonl", "no file none.jsonl"), ("gsm9k+builtin", "'gsm9k' is no file")):
+        with pytest.raises(sqft.SqftError, match=message):
+            tokens(wrong)
+
+
+def test_keys_of_several_sources(tmp_path: Path) -> None:
+    """They follow the contents of each file, and the weights."""
+    file = tmp_path / "c.txt"
+    file.write_text("one")
+
+    def key(calibration: str) -> str:
+        return stage_key("sparsify", SparsifyConfig(calibration=calibration), "")
+
+    before = [key(f"{file}"), key(f"gsm8k+{file}"), key(f"gsm8k=2+{file}"), key("gsm8k"), key("piqa")]
+    assert len(set(before)) == 5 and key(f"gsm8k=1+{file}") == key(f"gsm8k+{file}")
+    file.rename(tmp_path / "moved.txt")
+    assert key(f"gsm8k+{tmp_path}/moved.txt") == before[1]
+    (tmp_path / "moved.txt").write_text("two")
+    assert key(f"gsm8k+{tmp_path}/moved.txt") not in before and key(f"{tmp_path}/moved.txt") not in before
 
 
 def test_blocks_begin_with_bos_where_the_tokenizer_begins_a_text_with_it() -> None:
@@ -74,7 +119,7 @@ def test_blocks_begin_with_bos_where_the_tokenizer_begins_a_text_with_it() -> No
     gemma.backend_tokenizer.post_processor = TemplateProcessing(
         "<bos> $A", special_tokens=[("<bos>", gemma.bos_token_id)]
     )
-    without, blocks = (token_blocks(tokenizer, "builtin", 5, 40, seed=3) for tokenizer in (plain, gemma))
+    without, blocks = (token_blocks(tokenizer, read_texts("builtin"), 5, 40, seed=3) for tokenizer in (plain, gemma))
     assert (blocks[:, 0] == gemma.bos_token_id).all() and torch.equal(blocks[:, 1:], without[:, 1:])
     assert with_bos(plain, without) is without
 

@@ -95,15 +95,15 @@ def token_stream(tokenizer: Tokenizer, texts: list[str], enough: int | None = No
     return torch.tensor(tokens)
 
 
-def token_blocks(tokenizer: Tokenizer, source: str, samples: int, length: int, seed: int) -> Tensor:
-    """int64 [samples, length]: blocks at seeded random places of the source's shuffled text. Raises SqftError if the
-    source has fewer than ``length`` tokens."""
-    texts = read_texts(source)
+def token_blocks(tokenizer: Tokenizer, texts: list[str], samples: int, length: int, seed: int,
+                 name: str = "the text") -> Tensor:  # fmt: skip
+    """int64 [samples, length]: blocks at seeded random places of the shuffled texts, which a message calls ``name``.
+    Raises SqftError if they have fewer than ``length`` tokens."""
     order = random.Random(seed)
-    order.shuffle(texts)
+    order.shuffle(texts := list(texts))
     stream = token_stream(tokenizer, texts, enough=4 * samples * length)
     if len(stream) < length:
-        raise SqftError(f"{source} has {len(stream)} tokens, fewer than one block of {length}: choose a shorter length")
+        raise SqftError(f"{name} has {len(stream)} tokens, fewer than one block of {length}: choose a shorter length")
     starts = [order.randint(0, len(stream) - length) for _ in range(samples)]
     return with_bos(tokenizer, torch.stack([stream[start : start + length] for start in starts]))
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqft.calibration.data import token_blocks
 from sqft.calibration.statistics import Gradient, Hessian, Paired, gradients
 from sqft.calibration.walker import walk
+from sqft.compressing.tokens import calibration_tokens
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.dispatch import pick_device
@@ -79,8 +79,7 @@ class Pass(ABC):
         if tokens is None:
             if tokenizer is None:
                 raise UsageError("calibration text needs a tokenizer: pass tokenizer=..., or token ids as calibration")
-            config = self.config
-            tokens = token_blocks(tokenizer, config.calibration, config.samples, config.length, config.seed)
+            tokens = calibration_tokens(tokenizer, self.config)
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise UsageError(f"calibration has to be int64 [N, T] token ids, not {tokens.dtype} {tuple(tokens.shape)}")
         self._tokens = tokens

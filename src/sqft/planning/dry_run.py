@@ -8,7 +8,7 @@ from typing import Any
 from sqft import artifact
 from sqft.calibration.data import SUFFIXES, read_records
 from sqft.errors import SqftError
-from sqft.keys import folder_key, stage_key
+from sqft.keys import folder_key, sources, stage_key
 from sqft.measuring.size import human
 from sqft.models.dense import locate
 from sqft.planning.walk import Walk
@@ -51,9 +51,9 @@ def _plan(step: Step, walk: Walk | None, keys: dict[str, str] | None) -> dict[st
     if state != "skip":
         artifact.check_output(step.folder, overwrite=True)
         for name in ("calibration", "data", "eval_data", "text"):
-            text = getattr(step.config, name, None) or ""
-            if text.endswith(SUFFIXES) and not Path(text).is_file():
-                read_records(text)  # raises
+            for text, _ in sources(getattr(step.config, name, None) or ""):
+                if text.endswith(SUFFIXES) and not Path(text).is_file():
+                    read_records(text)  # raises
     needs = walk.take(step) if walk else {}  # also what is skipped changes the skeleton
     if state == "skip":
         needs = {}

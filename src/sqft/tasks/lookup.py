@@ -18,6 +18,11 @@ def parts_of(name: str) -> list[str]:
     return UNIONS.get(name, name).split("+")
 
 
+def is_task(name: str) -> bool:
+    """Whether a source of text is a task, by its name or as a YAML file."""
+    return name in TASKS or name in UNIONS or name in shipped_specs() or name.endswith((".yaml", ".yml"))
+
+
 def get_task(name: str, data_dir: str | Path | None = None) -> Task:
     """A task by name ('gsm8k'), by its YAML file, or several as one ('piqa+boolq').
 
