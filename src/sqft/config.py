@@ -33,6 +33,8 @@ class Compressing(OnDevice):
     length: int = option(512, "tokens a calibration block")
     batch_size: int = option(4, "calibration blocks a forward pass")
     seed: int = option(0, "seed of the choice of calibration blocks")
+    repair: str = option("none", "let the weights that stay make good, layer by layer, what is changed",
+                         ("none", "layer"))  # fmt: skip
     dtype: str = option("auto", "of the written float weights", ("auto", "float32", "bfloat16", "float16"))
 
     def __post_init__(self) -> None:
@@ -46,8 +48,6 @@ class SparsifyConfig(Compressing):
     method: str = option("wanda", "pruning criterion", SPARSIFIERS)
     sparsity: float = option(0.5, "share of every weight matrix to prune, in (0, 1); per output row")
     pattern: str | None = option(None, "N:M, e.g. 2:4 keeps 2 of every 4 neighbours; replaces --sparsity")
-    repair: str = option("none", "let the kept weights make good what pruning changes in each layer's outputs",
-                         ("none", "layer"))  # fmt: skip
     overrides: dict[str, float] = option(help="module pattern=sparsity, e.g. '*.down_proj=0.4'", factory=dict)
     exclude: list[str] = option(help="module patterns that stay dense, e.g. 'model.layers.0.*'", factory=list)
 

@@ -39,7 +39,6 @@ class Pass(ABC):
     stage: str
     title: str
     sequential = False
-    paired = False  # whether ``change`` needs to know the un-changed model's inputs too
     format = "auto"  # of a checkpoint
 
     def __init__(self, config: Any, methods: Registry, kind: type) -> None:
@@ -47,6 +46,7 @@ class Pass(ABC):
         if not isinstance(self.method, kind):
             decorator = f"@{kind.__name__.lower()}"
             raise SqftError(f"{methods.kind} '{config.method}' is not decorated: it has to be a sqft {decorator}")
+        self.paired = config.repair == "layer"  # then ``change`` needs to know the un-changed model's inputs too
         self._device = pick_device(config.device)
         self.layers: dict[str, QuantLinear] = {}  # empty ones, for the modules that will be packed
         self._chosen: Mapping[str, Any] = {}
@@ -101,8 +101,9 @@ class Pass(ABC):
             self.finish(block)
             yield block
 
-    def _groups(self, block: Block, statistics: Mapping[str, Any]) -> Iterator[tuple[list[Weight], list[Tensor]]]:
-        """The weights to change now, those that share an input together, and the statistic's value for the method."""
+    def _groups(self, block: Block, statistics: Mapping[str, Any]) -> Iterator[tuple[list[Weight], list[Tensor], Any]]:
+        """The weights to change now, those that share an input together, the statistic's value for the method, and what
+        ``repair`` needs, if it is asked for."""
         known = statistics if self._tokens is not None else {name: self._gradients.get(name) for name in block.weights}
         groups: dict[int | str, list[Weight]] = {}
         for name, statistic in known.items():
@@ -111,7 +112,8 @@ class Pass(ABC):
         for weights in groups.values():
             statistic = known[weights[0].name]
             value = None if statistic is None else statistic.value()
-            yield weights, [] if value is None else [value]
+            products = statistic.products() if self.paired and statistic is not None else None
+            yield weights, [] if value is None else [value], products
             self._done.update(weight.name for weight in weights)
 
 
@@ -136,15 +138,14 @@ class Prune(Pass):
     def __init__(self, config: SparsifyConfig) -> None:
         super().__init__(config, SPARSIFIERS, Sparsifier)
         self.title = f"Sparsify ({config.method})"
-        self.sequential = self.paired = config.repair == "layer"
+        self.sequential = self.paired
         self._counts: dict[str, tuple[int, int]] = {}
 
     def plan(self, architecture: Architecture) -> None:
         self._chosen = patterns(architecture, self.config)
 
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
-        for weights, value in self._groups(block, statistics):
-            products = statistics[weights[0].name].products() if self.paired else None
+        for weights, value, products in self._groups(block, statistics):
             for weight in weights:
                 w_OI = _beside(weight.read(), value)
                 mask_OI, changed_OI = self.method(w_OI, *value, self._chosen[weight.name])
@@ -188,7 +189,7 @@ class Quantize(Pass):
     def __init__(self, config: QuantizeConfig) -> None:
         super().__init__(config, QUANTIZERS, Quantizer)
         self.title = f"Quantize ({config.method}, {config.bits} bits)"
-        self.sequential, self.format = config.true_sequential, config.format
+        self.sequential, self.format = config.true_sequential or self.paired, config.format
         self._spec = GridSpec(config.bits, config.group_size, config.symmetric, config.clip, config.scale_bits)
         self._packed: dict[str, QuantLinear] = {}
         self._counts, self._bits = ZeroCounts(), 0
@@ -197,9 +198,10 @@ class Quantize(Pass):
         self._chosen = self.layers = quantized_layers(architecture, self.config)
 
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
-        for weights, value in self._groups(block, statistics):
+        for weights, value, products in self._groups(block, statistics):
             masks = [weight.mask for weight in weights]
-            for weight, mask_OI, result in zip(weights, masks, self._together(weights, masks, value), strict=True):
+            results = self._together(weights, masks, value, products)
+            for weight, mask_OI, result in zip(weights, masks, results, strict=True):
                 layer = QuantLinear.from_quantized(result, self._spec.group_size, self._spec.symmetric, weight.bias)
                 if mask_OI is not None:
                     Weight(weight.name, layer).set_mask(mask_OI)
@@ -209,13 +211,15 @@ class Quantize(Pass):
                 # Until the block is finished it computes with the float form of its integers, which gives the same.
                 weight.write(result.weight())
 
-    def _together(self, weights: Sequence[Weight], masks: Sequence[Tensor | None],
-                  value: list[Tensor]) -> list[Quantized]:  # fmt: skip
+    def _together(self, weights: Sequence[Weight], masks: Sequence[Tensor | None], value: list[Tensor],
+                  products: tuple[Tensor, Tensor] | None) -> list[Quantized]:  # fmt: skip
         """Quantizes weights that share an input (q, k and v) as one: rows do not depend on each other."""
         w_OI = _beside(torch.cat([weight.read() for weight in weights]), value)
         whole = (torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask
                  for weight, mask in zip(weights, masks, strict=True))  # fmt: skip
         mask_OI = None if all(m is None for m in masks) else torch.cat([m.to(w_OI.device) for m in whole])
+        if products is not None:
+            w_OI = repair(w_OI, w_OI, mask_OI, *products)
         q_OI, grid = self.method(w_OI, *value, mask_OI, self._spec, act_order=self.config.act_order)
         rows = [weight.shape[0] for weight in weights]
         pieces = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), strict=True)

@@ -12,6 +12,7 @@ Shape letters: O output features, I input features.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sqft.kernels.dispatch import accumulation_dtype, product
@@ -20,17 +21,18 @@ DAMPING = 0.01  # l, of H's mean diagonal
 ITERATIONS = 20
 
 
-def repair(w_OI: Tensor, dense_OI: Tensor, mask_OI: Tensor, h_II: Tensor, c_II: Tensor,
+def repair(w_OI: Tensor, dense_OI: Tensor, mask_OI: Tensor | None, h_II: Tensor, c_II: Tensor,
            iterations: int = ITERATIONS, damping: float = DAMPING) -> Tensor:  # fmt: skip
     """The repaired weight [O, I], in ``w_OI``'s dtype; what the mask prunes is 0.
 
     Args:
         w_OI: where to start: the pruned weight.
         dense_OI: W0. Both of any float dtype; computed in float32, or in float64 if they are that.
-        mask_OI: bool, False where pruned.
+        mask_OI: bool, False where pruned; None: nothing is.
         h_II, c_II: X^^T X^ and X^T X^ over the calibration tokens.
     """
     dtype = accumulation_dtype(w_OI.dtype)
+    mask_OI = torch.ones_like(w_OI, dtype=torch.bool) if mask_OI is None else mask_OI
     w, w0, h, c = (v.to(dtype, copy=True) for v in (w_OI, dense_OI, h_II, c_II))
     damp = damping * h.diagonal().mean()
     for matrix in (h, c):
