@@ -204,8 +204,12 @@ def test_a_search_marks_what_was_tried_and_chosen() -> None:
     assert progress.series[0].points == [(1, 0.2), (2, 0.5), (3, 0.5)] and progress.series[0].kind == "step"
     assert pareto.series[0].points == [(1, 0.2), (2, 0.4), (3, 0.5)] and pareto.x.endswith("millions")
     for chart in (progress, pareto):
-        assert [mark.name for mark in chart.series[1:]] == ["minimal", "maximal, chosen", ""]
-        assert [mark.key for mark in chart.series[1:]] == ["", "chosen", "tried"]
+        assert [mark.name for mark in chart.series[1:]] == [
+            "minimal",
+            "",
+            "maximal, chosen",
+        ]  # the chosen one is on top
+        assert [mark.key for mark in chart.series[1:]] == ["", "tried", "chosen"]
         assert len({mark.colour for mark in chart.series}) == 4
     assert [mark.points[0][0] for mark in plots(trials, None, "loss", "latency")["pareto"].series[1:]] == [
         1e6,

@@ -14,8 +14,9 @@ def plots(trials: Sequence[Evaluated], chosen: int | None, metric: str | None, c
     weighed, scale = ("seconds of a forward pass", 1) if cost == "latency" else ("adapter weights, millions", 1e-6)
     best = [(i, max(t.score for t in trials[:i])) for i in range(1, len(trials) + 1)]
     front = sorted((t.cost * scale, t.score) for t in pareto_front(trials))
-    in_order = [_mark(trial, i, trial.number == chosen) for i, trial in enumerate(trials, 1)]
-    over_cost = [_mark(trial, trial.cost * scale, trial.number == chosen) for trial in trials]
+    on_top = sorted(enumerate(trials, 1), key=lambda pair: pair[1].number == chosen)
+    in_order = [_mark(trial, i, trial.number == chosen) for i, trial in on_top]
+    over_cost = [_mark(trial, trial.cost * scale, trial.number == chosen) for _, trial in on_top]
     return {
         "progress": Chart("progress of the score", "sub-adapters evaluated", score,
                           [Series(best, 0, "step", key="best so far"), *in_order]),
