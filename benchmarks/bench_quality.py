@@ -1,5 +1,5 @@
-"""What one-shot repair gives back of SmolLM2-135M's perplexity (``sqft sparsify --repair layer``, no training): methods and
-patterns with and without it, on the same tokens, and what it costs.
+"""What one-shot repair (``--repair layer``, no training) gives back of SmolLM2-135M's perplexity: pruning methods and
+patterns, and GPTQ on the dense and on a sparse model, with and without it, on the same tokens; and what it costs.
 
     python benchmarks/bench_quality.py [--model FOLDER] [--calibration SOURCE] [--text SOURCE ...] [--samples N]
 """
@@ -7,6 +7,7 @@ patterns with and without it, on the same tokens, and what it costs.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import shutil
@@ -17,15 +18,15 @@ from bench_sparsify import text_name
 from common import RESULTS, check, write_results
 
 import sqft
+from sqft.compressing import passes
 from sqft.evaluation.perplexity import perplexity
+from sqft.formats.checkpoint import unpack_model
 from sqft.recipe import resolve_model
 
-CASES = [(method, pattern, repair) for pattern in (None, "32:64", "2:4") for method in ("wanda", "sparsegpt")
-         for repair in ("none", "layer")]  # fmt: skip
-
-
-def title(method: str, pattern: str | None, repair: str) -> str:
-    return f"{method} {pattern or '50 %'}" + (", repaired" if repair == "layer" else "")
+PRUNED = (("wanda", None), ("sparsegpt", None), ("wanda", "32:64"), ("wanda", "2:4"))
+REPAIRS = {"": "none", ", repaired": "layer"}
+SPARSE = "wanda 50 %, repaired"  # what is quantized, beside the dense model
+MORE = f"{SPARSE}, four times the tokens"
 
 
 def mean_ratio(ours: dict[str, float], theirs: dict[str, float]) -> float:
@@ -48,15 +49,16 @@ def markdown() -> str:
 
 
 def checks_of(dense: dict[str, float], rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    scores = {name: row["perplexity"] for name, row in rows.items()}
-    first = next(iter(dense))
-    best = min(("wanda", "sparsegpt"), key=lambda method: mean_ratio(scores[f"{method} 50 %, repaired"], dense))
-    repaired = {pattern: scores[f"{best} {pattern}, repaired"] for pattern in ("50 %", "32:64", "2:4")}
+    scores, first = {name: row["perplexity"] for name, row in rows.items()}, next(iter(dense))
+    ratio = {kind: mean_ratio(scores[f"INT4 of {kind}, repaired"], scores[f"INT4 of {kind}"])
+             for kind in ("dense", SPARSE)}  # fmt: skip
     return [
-        check(f"{best} 50 %, repaired / dense, {first}", repaired["50 %"][first] / dense[first], 1.60),
-        check(f"{best} 2:4, repaired / Wanda-50, mean of texts", mean_ratio(repaired["2:4"], scores["wanda 50 %"]), 1.0),
-        check(f"{best} 32:64, repaired / 50 % of rows, repaired, mean of texts",
-              mean_ratio(repaired["32:64"], repaired["50 %"]), 1.05),
+        check(f"{MORE} / dense, {first}", scores[MORE][first] / dense[first], 1.60),
+        check("wanda 2:4, repaired / Wanda-50, mean of texts",
+              mean_ratio(scores["wanda 2:4, repaired"], scores["wanda 50 %"]), 1.0),
+        check("wanda 32:64 / 50 %, both repaired, mean of texts",
+              mean_ratio(scores["wanda 32:64, repaired"], scores[SPARSE]), 1.05),
+        *(check(f"GPTQ of {kind}: repaired / not, mean of texts", value, 0.97) for kind, value in ratio.items()),
     ]  # fmt: skip
 
 
@@ -74,23 +76,37 @@ def main() -> None:
     if arguments.markdown:
         print(markdown())
         return
-    out = Path("runs") / "bench-quality"
+    out, rows = Path("runs") / "bench-quality", {}
     shutil.rmtree(out, ignore_errors=True)
     model, tokenizer = sqft.load(resolve_model(arguments.model))
     sqft.save(model, tokenizer, out / "dense")
+    common: dict[str, Any] = {"calibration": arguments.calibration, "samples": arguments.samples, "length": 512}
 
     def scores(folder: Path) -> dict[str, float]:
         live, _ = sqft.load(folder)
+        unpack_model(live)
         return {text_name(t): perplexity(live, tokenizer, t, 1024, 3072)["perplexity"] for t in arguments.text}
 
-    dense, rows = scores(out / "dense"), {}
-    for case in CASES:
-        method, pattern, repair = case
-        config = sqft.SparsifyConfig(method=method, pattern=pattern, repair=repair, calibration=arguments.calibration,
-                                     samples=arguments.samples, length=512, batch_size=1)  # fmt: skip
-        seconds = sqft.sparsify(out / "dense", config, out=out / "sparse", overwrite=True)["seconds"]
-        rows[title(*case)] = {"perplexity": scores(out / "sparse"), "seconds": seconds}
-        print(title(*case), rows[title(*case)], flush=True)
+    def measure(name: str, verb: Any, source: str, config: Any) -> None:
+        seconds = verb(out / source, config, out=out / name, overwrite=True)["seconds"]
+        rows[name] = {"perplexity": scores(out / name), "seconds": seconds}
+        print(name, rows[name], flush=True)
+
+    dense = scores(out / "dense")
+    for method, pattern in PRUNED:
+        for repaired, repair in REPAIRS.items():
+            config = sqft.SparsifyConfig(method=method, pattern=pattern, repair=repair, **common)
+            measure(f"{method} {pattern or '50 %'}{repaired}", sqft.sparsify, "dense", config)
+    for lean in (0.0, 1.0):
+        kept, passes.repair = passes.repair, functools.partial(passes.repair, lean=lean)
+        config = sqft.SparsifyConfig(repair="layer", **common)
+        measure(f"{SPARSE}, a = {lean:g}", sqft.sparsify, "dense", config)
+        passes.repair = kept
+    for source in ("dense", SPARSE):
+        for repaired, repair in REPAIRS.items():
+            measure(f"INT4 of {source}{repaired}", sqft.quantize, source, sqft.QuantizeConfig(repair=repair, **common))
+    config = sqft.SparsifyConfig(repair="layer", **{**common, "samples": 4 * arguments.samples})
+    measure(MORE, sqft.sparsify, "dense", config)
     results = {"samples": arguments.samples, "dense": dense, "rows": rows}
     checks = checks_of(dense, rows)
     print(json.dumps(checks, indent=1))

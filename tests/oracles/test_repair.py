@@ -11,11 +11,12 @@ from pico import pico_model
 from torch import Tensor
 
 import sqft
-from sqft.calibration.statistics import ColumnNorms, Paired
+from sqft.calibration.statistics import ColumnNorms, Gradient, Paired
 from sqft.calibration.walker import walk
 from sqft.models.discover import describe
+from sqft.sparsity.method import Pruned, sparsifier
 from sqft.sparsity.pattern import Pattern
-from sqft.sparsity.repair import DAMPING, repair
+from sqft.sparsity.repair import DAMPING, LEAN, repair
 from sqft.sparsity.wanda import wanda
 
 
@@ -29,14 +30,14 @@ def problem(seed: int) -> dict[str, Tensor]:
     return {"w": w_OI, "mask": mask_OI, "x": x_TI.double(), "dense": dense_TI.double()}
 
 
-def exact(w_OI: Tensor, mask_OI: Tensor, x_TI: Tensor, dense_TI: Tensor) -> Tensor:
+def exact(w_OI: Tensor, mask_OI: Tensor, x_TI: Tensor, target_TI: Tensor) -> Tensor:
     """Least squares on each row's support: the outputs, and sqrt(l) (W - W0) below them."""
     damp = DAMPING * x_TI.square().sum(0).mean()
     rows = []
     for w_I, mask_I in zip(w_OI, mask_OI, strict=True):
         below = damp.sqrt() * torch.eye(len(w_I), dtype=w_I.dtype)
         system = torch.cat([x_TI, below])[:, mask_I]
-        found = torch.linalg.lstsq(system, torch.cat([dense_TI @ w_I, below @ w_I])).solution
+        found = torch.linalg.lstsq(system, torch.cat([target_TI @ w_I, below @ w_I])).solution
         rows.append(torch.zeros_like(w_I).masked_scatter(mask_I, found))
     return torch.stack(rows)
 
@@ -44,13 +45,17 @@ def exact(w_OI: Tensor, mask_OI: Tensor, x_TI: Tensor, dense_TI: Tensor) -> Tens
 @pytest.mark.parametrize("seed", range(3))
 def test_goes_to_the_exact_solution(seed: int) -> None:
     p = problem(seed)
-    expected = exact(p["w"], p["mask"], p["x"], p["dense"])
+    target = (1 - LEAN) * p["x"] + LEAN * p["dense"]
+    expected = exact(p["w"], p["mask"], p["x"], target)
     products = p["x"].mT @ p["x"], p["dense"].mT @ p["x"]
     start = p["w"] * p["mask"]
     torch.testing.assert_close(repair(start, p["w"], p["mask"], *products, iterations=200), expected)
-    lost = [(p["x"] @ w.mT - p["dense"] @ p["w"].mT).square().sum()
+    lost = [(p["x"] @ w.mT - target @ p["w"].mT).square().sum()
             for w in (start, repair(start, p["w"], p["mask"], *products), expected)]  # fmt: skip
     assert lost[1] < 1.02 * lost[2] < 0.7 * lost[0]
+    for lean, whole in ((0.0, p["x"]), (1.0, p["dense"])):
+        found = repair(start, p["w"], p["mask"], *products, iterations=200, lean=lean)
+        torch.testing.assert_close(found, exact(p["w"], p["mask"], p["x"], whole))
     given = start.bfloat16(), p["w"].bfloat16(), p["mask"], *(v.float() for v in products)
     half = repair(*given)
     assert half.dtype == torch.bfloat16 and not half[~p["mask"]].any() and torch.equal(given[0], start.bfloat16())
@@ -100,5 +105,32 @@ def test_of_a_whole_model(method: str, pattern: str | None, tokens: Tensor) -> N
         model = pico_model()
         metrics = sqft.sparsify(model, sqft.SparsifyConfig(method=method, pattern=pattern, repair=how), tokens)
         assert metrics["sparsity"] == 0.5
-        lost.append(float((model(tokens).logits - expected).norm()))
+        lost.append(float((model(tokens).logits - expected).detach().norm()))
     assert lost[1] < 0.8 * lost[0]
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_before_quantizing(sparse: bool, tokens: Tensor) -> None:
+    """The first layers see what the un-quantized model's see: nothing is to be made good. Later ones are repaired, on
+    their masks."""
+    expected, found = {}, {}
+    for how in ("none", "layer"):
+        model = pico_model()
+        if sparse:
+            sqft.sparsify(model, sqft.SparsifyConfig(), tokens)
+        expected = model(tokens).logits.detach()
+        metrics = sqft.quantize(model, sqft.QuantizeConfig(group_size=32, repair=how), tokens)
+        lost = float((model(tokens).logits - expected).detach().norm())
+        found[how] = {w.name: w.module.qweight for w in describe(model).weights()}, lost, metrics
+    (before, lost_before, _), (after, lost_after, metrics) = found["none"], found["layer"]
+    first = "model.layers.0.self_attn.q_proj"
+    assert torch.equal(before[first], after[first])
+    assert not torch.equal(before["model.layers.1.mlp.down_proj"], after["model.layers.1.mlp.down_proj"])
+    assert lost_after < lost_before and metrics["zeros_kept"] == 1.0 and bool(metrics["pruned"]) is sparse
+
+
+def test_does_not_go_with_gradients(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_gradient = sparsifier(needs=Gradient)(lambda w, g, pattern: Pruned(pattern.kept(g)))
+    monkeypatch.setattr("sqft.sparsity.wanda.wanda", by_gradient)
+    with pytest.raises(sqft.UsageError, match="repair layer does not go with the method wanda"):
+        sqft.sparsify(pico_model(), sqft.SparsifyConfig(repair="layer"), tokens)

@@ -1,11 +1,11 @@
-"""Repair on the mask: the kept weights of a pruned layer are chosen anew, so that on the inputs X^ of the pruned model
-it gives what the dense layer W0 gave on the dense model's inputs X:
+"""Repair on the mask: the kept weights of a changed layer are chosen anew, so that on the inputs X^ of the changed
+model it gives what the dense layer W0 gives on inputs that lean towards the dense model's, X:
 
-    min over W, W = 0 where pruned, of  ||X^ W^T - X W0^T||^2 + l ||W - W0||^2
+    min over W, W = 0 where pruned, of  ||X^ W^T - ((1 - a) X^ + a X) W0^T||^2 + l ||W - W0||^2
 
-With H = X^^T X^ + l and C = X^T X^ + l the gradient is W H - W0 C, restricted to the mask. Rows do not depend on each
-other; all are solved at once by conjugate gradients, preconditioned by diag(H) (ALPS, arXiv 2406.07831, section 3.3,
-has X^ = X).
+With H = X^^T X^ and C = X^T X^ the gradient is W (H + l) - W0 ((1 - a) H + a C + l), restricted to the mask. Rows do
+not depend on each other; all are solved at once by conjugate gradients, preconditioned by the diagonal (for a = 0:
+ALPS, arXiv 2406.07831, section 3.3). Correcting all of the drift, a = 1, over-fits (``benchmarks/bench_quality.py``).
 
 Shape letters: O output features, I input features.
 """
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from sqft.kernels.dispatch import accumulation_dtype, product
 
-DAMPING = 0.01  # l, of H's mean diagonal
+DAMPING = 0.1  # l, of H's mean diagonal
+LEAN = 0.25  # a
 ITERATIONS = 20
 
 
 def repair(w_OI: Tensor, dense_OI: Tensor, mask_OI: Tensor | None, h_II: Tensor, c_II: Tensor,
-           iterations: int = ITERATIONS, damping: float = DAMPING) -> Tensor:  # fmt: skip
+           iterations: int = ITERATIONS, damping: float = DAMPING, lean: float = LEAN) -> Tensor:  # fmt: skip
     """The repaired weight [O, I], in ``w_OI``'s dtype; what the mask prunes is 0.
 
     Args:
@@ -33,12 +34,13 @@ def repair(w_OI: Tensor, dense_OI: Tensor, mask_OI: Tensor | None, h_II: Tensor,
     """
     dtype = accumulation_dtype(w_OI.dtype)
     mask_OI = torch.ones_like(w_OI, dtype=torch.bool) if mask_OI is None else mask_OI
-    w, w0, h, c = (v.to(dtype, copy=True) for v in (w_OI, dense_OI, h_II, c_II))
+    w, w0, h, target_II = (v.to(dtype, copy=True) for v in (w_OI, dense_OI, h_II, h_II))
+    target_II.lerp_(c_II.to(dtype), lean)
     damp = damping * h.diagonal().mean()
-    for matrix in (h, c):
+    for matrix in (h, target_II):
         matrix.diagonal().add_(damp)
     diagonal_I = h.diagonal()
-    r = product(w0, c.mT).sub_(product(w, h)).mul_(mask_OI)
+    r = product(w0, target_II.mT).sub_(product(w, h)).mul_(mask_OI)
     p = z = r / diagonal_I
     rz = (r * z).sum(1, keepdim=True)
     for _ in range(iterations):
