@@ -104,7 +104,8 @@ class Pass(ABC):
     def _groups(self, block: Block, statistics: Mapping[str, Any]) -> Iterator[tuple[list[Weight], list[Tensor], Any]]:
         """The weights to change now, those that share an input together, the statistic's value for the method, and what
         ``repair`` needs, if it is asked for."""
-        known = statistics if self._tokens is not None else {name: self._gradients.get(name) for name in block.weights}
+        unwalked: Mapping[str, Any] = {name: self._gradients.get(name) for name in block.weights}
+        known = unwalked if self._tokens is None else statistics
         groups: dict[int | str, list[Weight]] = {}
         for name, statistic in known.items():
             if name in self._chosen:
