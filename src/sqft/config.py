@@ -120,7 +120,7 @@ class TrainConfig(OnDevice):
     lora_alpha: int = option(64, "the adapter is scaled by alpha / r")
     lora_dropout: float = option(0.0, "dropout on the adapter's input")
     target_modules: list[str] = option(help="modules to adapt; default: the family's q,k,v,up,down", factory=list)
-    learning_rate: float = option(3e-4, "peak learning rate of AdamW")
+    learning_rate: float | None = option(None, "peak learning rate of AdamW; default: 3e-4, of qa-sparse-peft 1e-3")
     scheduler: str = option("cosine", "learning-rate schedule", ("cosine", "linear", "constant_with_warmup"))
     warmup_steps: int = option(100, "steps of linear warm-up; at most a tenth of all steps is used")
     weight_decay: float = option(0.0, "of AdamW")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from pico import pico_model, pico_tokenizer
 from safetensors.torch import load_file
 
 import sqft
@@ -43,6 +45,18 @@ def test_bf16_training_of_a_folder_merges(sparse: Path, examples, tmp_path: Path
     config = sqft.TrainConfig(max_steps=3, precision="bfloat16", **OPTIONS)
     sqft.train(sparse, config, examples, out=tmp_path / "adapter")
     assert sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")["zeros_kept"] == 1.0
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("sparse-peft", 3e-4), ("lora", 3e-4), ("qa-sparse-peft", 1e-3)])
+def test_the_default_learning_rate_is_the_kinds(kind: str, rate: float, examples, tokens) -> None:
+    model, tokenizer = pico_model(), pico_tokenizer()
+    sqft.sparsify(model, sqft.SparsifyConfig(), tokens)
+    if kind == "qa-sparse-peft":
+        sqft.quantize(model, sqft.QuantizeConfig(group_size=32), tokens)
+    for given, expected in ((None, rate), (0.02, 0.02)):
+        adapted = sqft.attach(copy.deepcopy(model), sqft.SqftConfig(r=4, kind=kind))
+        config = sqft.TrainConfig(max_steps=1, batch_size=4, learning_rate=given)
+        assert sqft.train(adapted, config, examples, tokenizer=tokenizer)["learning_rate"] == expected
 
 
 def test_float16_training_on_a_cpu_says_what_to_take(sparse: Path, examples, tmp_path: Path, monkeypatch) -> None:

@@ -15,7 +15,8 @@ from sqft.registry import KINDS
 
 @dataclass(frozen=True)
 class Kind:
-    """``packed``: for an INT base, else for a float one. ``layer``: "module:class" of the adapter's layers."""
+    """``packed``: for an INT base, else for a float one. ``layer``: "module:class" of the adapter's layers.
+    ``learning_rate``: what training takes if it is told none."""
 
     name: str
     help: str
@@ -24,6 +25,7 @@ class Kind:
     masked: bool = False
     quantization_aware: bool = False
     merges: bool = False
+    learning_rate: float = 3e-4  # the paper's
 
     def layer_class(self) -> Any:
         module, _, name = self.layer.partition(":")
@@ -34,7 +36,7 @@ SPARSE_PEFT = Kind("sparse-peft", "masked by the base's sparsity (SparsePEFT)", 
                    masked=True, merges=True)  # fmt: skip
 QA_SPARSE_PEFT = Kind("qa-sparse-peft", "masked, and rounded on the base's own grid (QA-SparsePEFT)",
                       "sqft.adapters.quant_aware:QuantAwareLoraLinear", packed=True, masked=True,
-                      quantization_aware=True, merges=True)  # fmt: skip
+                      quantization_aware=True, merges=True, learning_rate=1e-3)  # fmt: skip
 LORA = Kind("lora", "plain LoRA", "sqft.adapters.lora:ElasticLora")
 SQFT = Kind("sqft", "plain LoRA beside an INT base (SQFT)", "sqft.adapters.quant_aware:QuantLoraLinear", packed=True)
 PLAIN = (LORA, SQFT)

@@ -21,8 +21,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sqft import artifact
 from sqft.adapters.config import SqftConfig
-from sqft.adapters.kinds import Kind
-from sqft.adapters.peft_bridge import attach
+from sqft.adapters.kinds import LORA, Kind, layer_kind
+from sqft.adapters.peft_bridge import adapter_layers, attach
 from sqft.config import TrainConfig
 from sqft.elastic.handle import RECORDS, Elastic
 from sqft.elastic.scheduler import RankScheduler
@@ -126,6 +126,7 @@ def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, da
     steps_an_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation))
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.epochs)
     group = config.group_by_length and not config.packing
+    kind = next(map(layer_kind, adapter_layers(model).values()), LORA)
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=config.batch_size,
@@ -133,7 +134,7 @@ def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, da
         gradient_accumulation_steps=config.gradient_accumulation,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate or kind.learning_rate,
         lr_scheduler_type=config.scheduler,
         warmup_steps=min(config.warmup_steps, steps // 10),
         weight_decay=config.weight_decay,
@@ -200,6 +201,7 @@ def _run(trainer: Trainer, model: nn.Module, checkpoint: Path | None) -> dict[st
     return {
         "loss": mean_loss(trainer.state.log_history),
         "eval_loss": evaluations[-1] if evaluations else None,
+        "learning_rate": trainer.args.learning_rate,
         "steps": trainer.state.global_step,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "peak_bytes": peak.bytes,
