@@ -50,7 +50,7 @@ def markdown() -> str:
 
 def checks_of(dense: dict[str, float], rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     scores, first = {name: row["perplexity"] for name, row in rows.items()}, next(iter(dense))
-    ratio = {kind: mean_ratio(scores[f"INT4 of {kind}, repaired"], scores[f"INT4 of {kind}"])
+    ratio = {kind: mean_ratio(scores[f"GPTQ, 4 bits, repaired, of {kind}"], scores[f"GPTQ, 4 bits, of {kind}"])
              for kind in ("dense", SPARSE)}  # fmt: skip
     return [
         check(f"{MORE} / dense, {first}", scores[MORE][first] / dense[first], 1.60),
@@ -110,7 +110,12 @@ def main() -> None:
         passes.repair = kept
     for source in ("dense", SPARSE):
         for repaired, repair in REPAIRS.items():
-            measure(f"INT4 of {source}{repaired}", sqft.quantize, source, sqft.QuantizeConfig(repair=repair, **common))
+            measure(
+                f"GPTQ, 4 bits{repaired}, of {source}",
+                sqft.quantize,
+                source,
+                sqft.QuantizeConfig(repair=repair, **common),
+            )
     config = sqft.SparsifyConfig(repair="layer", **{**common, "samples": 4 * arguments.samples})
     measure(MORE, sqft.sparsify, "dense", config)
     results = {"samples": arguments.samples, "dense": dense, "rows": rows}
