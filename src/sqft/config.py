@@ -27,7 +27,7 @@ class Compressing(OnDevice):
 
     calibration: str = option("builtin", "text of activations: builtin, a .txt/.jsonl file, a datasets name, a task; "
                               "several share the blocks: gsm8k+c4.jsonl, gsm8k=1+c4.jsonl=3",
-                              kind="text")  # fmt: skip
+                              kind="texts")  # fmt: skip
     data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
     samples: int = option(128, "number of calibration blocks")
     length: int = option(512, "tokens a calibration block")

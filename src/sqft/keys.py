@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sqft.errors import SqftError
+from sqft.errors import SqftError, UsageError
 
 MANIFEST = "sqft.json"
 MASKS = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
@@ -54,17 +54,21 @@ def _contents(value: Any, suffixes: tuple[str, ...]) -> Any:
 
 
 def sources(text: str) -> list[tuple[str, float]]:
-    """'gsm8k=1+c4.jsonl=3' -> [('gsm8k', 1.0), ('c4.jsonl', 3.0)]; a name without a weight, or of a file, has 1."""
+    """'gsm8k=1+c4.jsonl=3' -> [('gsm8k', 1.0), ('c4.jsonl', 3.0)]; a name without a weight, or of a file, has 1. Raises
+    UsageError for a part without a name, and if all weights are 0."""
     if Path(text).is_file():
         return [(text, 1.0)]
     parts = [re.fullmatch(r"(.+?)(?:=(\d+(?:\.\d+)?))?", part, re.S) for part in text.split("+")]
-    return [(part[1], float(part[2] or 1)) for part in parts if part]
+    found = [(part[1], float(part[2] or 1)) for part in parts if part]
+    if len(found) < len(parts) or not any(weight for _, weight in found):
+        raise UsageError(f"calibration '{text}' names no text: write one, or several as in gsm8k=1+c4.jsonl=3")
+    return found
 
 
-def _text(value: Any) -> Any:
+def _texts(value: str) -> Any:
     """Of one source its contents, of several of each its weight too."""
-    parts = [(_contents(name, (*TEXT_SUFFIXES, *YAML_SUFFIXES)), weight) for name, weight in sources(value or "")]
-    return value if not parts else parts[0][0] if len(parts) == 1 else parts
+    parts = [(_contents(name, (*TEXT_SUFFIXES, *YAML_SUFFIXES)), weight) for name, weight in sources(value)]
+    return parts[0][0] if len(parts) == 1 else parts
 
 
 def _task(value: Any) -> Any:
@@ -82,7 +86,8 @@ def _data_dir(value: Any) -> Any:
 # Of each kind of option what its value names; kinds that are missing here ("machine") do not change a result.
 _NAMED = {
     "plain": lambda value: value,
-    "text": _text,
+    "text": lambda value: _contents(value, TEXT_SUFFIXES),
+    "texts": _texts,
     "ranks": lambda value: _contents(value, (*YAML_SUFFIXES, ".json")),
     "folder": lambda value: value and folder_key(value),
     "task": _task,

@@ -28,8 +28,9 @@ def option(default: Any = MISSING, help: str = "", choices: Iterable[str] = (), 
            kind: str = "plain", alias: str = "") -> Any:  # fmt: skip
     """A dataclass field with its help text and, where the set is closed, its choices.
 
-    ``kind`` says what its value names, for keys (``keys.stage_key``): "plain", "text" (a file or data set), "folder",
-    "task", "data_dir", "ranks", or "machine", which does not change the result. ``alias``: an old name, still read.
+    ``kind`` says what its value names, for keys (``keys.stage_key``): "plain", "text" (a file or data set), "texts"
+    (several), "folder", "task", "data_dir", "ranks", or "machine", which does not change the result. ``alias``: an old
+    name, still read.
     """
     metadata = {"help": help, "choices": choices, "kind": kind, "alias": alias}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)

@@ -93,7 +93,8 @@ def test_calibration_tokens_of_several_sources(tmp_path: Path) -> None:
         names = [name.partition("=")[0] for name in mixed.split("+")]
         parts = [tokens(name, count) for name, count in zip(names, counts, strict=True) if count]
         assert torch.equal(tokens(mixed), torch.cat(parts)), mixed
-    for wrong, message in (("arithmetic+none.jsonl", "no file none.jsonl"), ("gsm9k+builtin", "'gsm9k' is no file")):
+    for wrong, message in (("arithmetic+none.jsonl", "no file none.jsonl"), ("gsm9k+builtin", "'gsm9k' is no file"),
+                           ("", "names no text"), ("builtin+", "names no text"), ("builtin=0", "names no text")):  # fmt: skip
         with pytest.raises(sqft.SqftError, match=message):
             tokens(wrong)
 
@@ -111,6 +112,8 @@ def test_keys_of_several_sources(tmp_path: Path) -> None:
     file.rename(tmp_path / "moved.txt")
     assert key(f"gsm8k+{tmp_path}/moved.txt") == before[1]
     (tmp_path / "moved.txt").write_text("two")
+    keys = [stage_key("train", TrainConfig(data=f"runs/rate={n}"), "") for n in (1, 2)]
+    assert keys[0] != keys[1]  # one name, no weight
     assert key(f"gsm8k+{tmp_path}/moved.txt") not in before and key(f"{tmp_path}/moved.txt") not in before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,18 @@ def test_groups_see_what_the_changed_layers_before_them_give(twice: bool) -> Non
     for out, batch in zip(calls.hidden, batches, strict=True):
         torch.testing.assert_close(out, module(batch))
     assert not module.first._forward_pre_hooks and not module.expert._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_two_streams_that_take_other_ways_are_refused() -> None:
+    """An input would be paired with another layer's."""
+    module = Routed(False)
+    weights = {name: Weight(name, getattr(module, name), module) for name in ("first", "expert", "last")}
+    ours, dense = (Calls([torch.randn(2, 3, 4) + by], [[((), {})]], returns_tuple=False) for by in (5.0, -5.0))
+    seen = lambda name: SimpleNamespace(update=lambda x, dense_x: None)  # noqa: E731
+    with pytest.raises(sqft.SqftError, match="is reached by other tokens"):
+        _in_groups(Block("", module, weights), 0, ours, torch.device("cpu"), seen, lambda *_: None, dense)
+    assert not any(weight.module._forward_pre_hooks for weight in weights.values())
 
 
 @torch.no_grad()

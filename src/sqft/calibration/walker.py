@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sqft.errors import SqftError
 from sqft.kernels.dispatch import product, release_memory
 from sqft.models.discover import Architecture, Block
 
@@ -152,6 +153,9 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | No
             here = [i for i, stop in enumerate(stops) if stop and stop[0] is leader]
             changed.add(leader)
             for i in here:
+                if dense and (dense_stops[i] or [None])[0] is not leader:
+                    raise SqftError(f"{names[0]} is reached by other tokens in the un-changed model (an expert, say): "
+                                    "leave --repair out")  # fmt: skip
                 statistic.update(stops[i][1], *([dense_stops[i][1]] if dense else []))
                 if dense:
                     dense_stops[i] = None  # the input's last reference

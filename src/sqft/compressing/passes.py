@@ -148,7 +148,7 @@ class Prune(Pass):
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
         for weights, value, products in self._groups(block, statistics):
             for weight in weights:
-                w_OI = _beside(weight.read(), value)
+                w_OI = _beside(weight.read(), [*value, *(products or ())])
                 mask_OI, changed_OI = self.method(w_OI, *value, self._chosen[weight.name])
                 if (earlier := weight.mask) is not None:
                     mask_OI = mask_OI & earlier.to(mask_OI.device)
@@ -215,7 +215,7 @@ class Quantize(Pass):
     def _together(self, weights: Sequence[Weight], masks: Sequence[Tensor | None], value: list[Tensor],
                   products: tuple[Tensor, Tensor] | None) -> list[Quantized]:  # fmt: skip
         """Quantizes weights that share an input (q, k and v) as one: rows do not depend on each other."""
-        w_OI = _beside(torch.cat([weight.read() for weight in weights]), value)
+        w_OI = _beside(torch.cat([weight.read() for weight in weights]), [*value, *(products or ())])
         whole = (torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask
                  for weight, mask in zip(weights, masks, strict=True))  # fmt: skip
         mask_OI = None if all(m is None for m in masks) else torch.cat([m.to(w_OI.device) for m in whole])

@@ -50,10 +50,11 @@ def _plan(step: Step, walk: Walk | None, keys: dict[str, str] | None) -> dict[st
     state, note = ("run", "") if keys is None else _state(step, keys)
     if state != "skip":
         artifact.check_output(step.folder, overwrite=True)
-        for name in ("calibration", "data", "eval_data", "text"):
-            for text, _ in sources(getattr(step.config, name, None) or ""):
-                if text.endswith(SUFFIXES) and not Path(text).is_file():
-                    read_records(text)  # raises
+        mixed = sources(step.config.calibration) if hasattr(step.config, "calibration") else []
+        texts = [getattr(step.config, name, None) or "" for name in ("data", "eval_data", "text")]
+        for text in (*texts, *(name for name, _ in mixed)):
+            if text.endswith(SUFFIXES) and not Path(text).is_file():
+                read_records(text)  # raises
     needs = walk.take(step) if walk else {}  # also what is skipped changes the skeleton
     if state == "skip":
         needs = {}
