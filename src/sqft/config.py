@@ -134,6 +134,12 @@ class TrainConfig(OnDevice):
     packing: bool = option(False, "concatenate examples into blocks of max_length")
     group_by_length: bool = option(True, "batch sequences of like length (without packing)")
     precision: str = option("auto", "of products: auto follows the weights", ("auto", "float32", "bfloat16", "float16"))
+    attention: str | None = option(
+        None,
+        "how transformers computes attention while training, e.g. eager, which is "
+        "faster in bfloat16 on a CPU; default: as the model is loaded",
+        ("eager", "sdpa"),
+    )
     eval_steps: int = option(0, "evaluate every N steps; 0: at the end of an epoch")
     save_steps: int = option(100, "checkpoint every N steps, to resume from after an interruption")
     logging_steps: int = option(10, "log every N steps")

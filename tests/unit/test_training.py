@@ -47,6 +47,16 @@ def test_bf16_training_of_a_folder_merges(sparse: Path, examples, tmp_path: Path
     assert sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")["zeros_kept"] == 1.0
 
 
+def test_attention_is_another_only_while_training(sparse: Path, examples) -> None:
+    model, tokenizer = adapted(sparse)
+    seen = set()
+    layer = model.get_base_model().model.layers[0].self_attn
+    layer.register_forward_hook(lambda module, arguments, out: seen.add(module.config._attn_implementation))
+    before = model.config._attn_implementation
+    sqft.train(model, sqft.TrainConfig(max_steps=1, attention="eager", **OPTIONS), examples, tokenizer=tokenizer)
+    assert before == "sdpa" and seen == {"eager"} and model.config._attn_implementation == before
+
+
 @pytest.mark.parametrize(("kind", "rate"), [("sparse-peft", 3e-4), ("lora", 3e-4), ("qa-sparse-peft", 1e-3)])
 def test_the_default_learning_rate_is_the_kinds(kind: str, rate: float, examples, tokens) -> None:
     model, tokenizer = pico_model(), pico_tokenizer()

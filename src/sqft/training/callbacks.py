@@ -56,6 +56,24 @@ class Stopwatch(TrainerCallback):
         (folder / self.FILE).write_text(f"{self.seconds:.2f}")
 
 
+class Attention(TrainerCallback):
+    """Lets a model compute attention in another way while it is trained."""
+
+    def __init__(self, implementation: str) -> None:
+        self._other = implementation
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._swap(kwargs["model"])
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._swap(kwargs["model"])
+
+    def _swap(self, model: Any) -> None:
+        before = model.config._attn_implementation
+        model.set_attn_implementation(self._other)
+        self._other = before
+
+
 class Finished(Exception):
     """What is resumed was trained to its end already."""
 

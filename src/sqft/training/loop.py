@@ -34,7 +34,7 @@ from sqft.models.types import PeftModel, Tokenizer
 from sqft.probe import write_probe
 from sqft.registry import KINDS
 from sqft.tasks.base import Example
-from sqft.training.callbacks import Finished, Guard, ProgressBar, Stopwatch
+from sqft.training.callbacks import Attention, Finished, Guard, ProgressBar, Stopwatch
 from sqft.training.data import TrainingData, collate, load_examples, padding, tokenize_all
 
 
@@ -157,7 +157,7 @@ def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, da
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
     )
-    callbacks: list[Any] = [Guard()]
+    callbacks: list[Any] = [Guard(), *([Attention(config.attention)] if config.attention else [])]
     if Elastic(model).groups:
         callbacks.append(RankScheduler(config.rank_strategy, config.rank_every == "micro-batch", config.seed))
     trainer = Trainer(
