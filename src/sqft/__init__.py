@@ -11,7 +11,8 @@ __version__ = "0.1.0"
 # What is not a stage's function or options, which the rows of ``stages`` name.
 _WHERE = {
     "SqftConfig": "sqft.adapters.config", "attach": "sqft.adapters.peft_bridge", "compare": "sqft.comparison",
-    "compress": "sqft.compressing.stage", "Elastic": "sqft.elastic.handle", "get_ranks": "sqft.elastic.handle",
+    "compress": "sqft.compressing.stage", "Distill": "sqft.training.distill", "Elastic": "sqft.elastic.handle",
+    "get_ranks": "sqft.elastic.handle",
     "set_ranks": "sqft.elastic.handle", "RankScheduler": "sqft.elastic.scheduler", "SqftError": "sqft.errors",
     "UsageError": "sqft.errors", "VerificationError": "sqft.errors", "load": "sqft.folders", "save": "sqft.folders",
     "run": "sqft.recipe", "report": "sqft.reporting.page", "Example": "sqft.tasks.base",

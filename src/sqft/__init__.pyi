@@ -32,6 +32,7 @@ from sqft.reporting.page import report as report
 from sqft.searching.choose import extract as extract
 from sqft.searching.stage import search as search
 from sqft.tasks.base import Example as Example
+from sqft.training.distill import Distill as Distill
 from sqft.training.loop import train as train
 
 __version__: str

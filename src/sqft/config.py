@@ -117,6 +117,8 @@ class TrainConfig(OnDevice):
     rank_strategy: str = option("uniform", "ranks of a step: drawn; largest, smallest, drawn in turn; or drawn with a "
                                 "preference for large ones", ("uniform", "sandwich", "weighted"))  # fmt: skip
     rank_every: str = option("step", "set ranks anew for each", ("step", "micro-batch"))
+    distill_ranks: bool = option(False, "strategy sandwich: train the largest, the smallest and a drawn sub-adapter in "
+                                 "every step, the latter two by the largest's predictions")  # fmt: skip
     lora_alpha: int = option(64, "the adapter is scaled by alpha / r")
     lora_dropout: float = option(0.0, "dropout on the adapter's input")
     target_modules: list[str] = option(help="modules to adapt; default: the family's q,k,v,up,down", factory=list)
@@ -143,6 +145,16 @@ class TrainConfig(OnDevice):
     eval_steps: int = option(0, "evaluate every N steps; 0: at the end of an epoch")
     save_steps: int = option(100, "checkpoint every N steps, to resume from after an interruption")
     logging_steps: int = option(10, "log every N steps")
+    distill: str | None = option(None, "teacher to learn from: a model or adapter folder (dense + LoRA, say), or "
+                                 "hub name; in a recipe: model", kind="folder")  # fmt: skip
+    distill_loss: float = option(1.0, "weight of the labels' loss beside the teacher's terms")
+    distill_logits: float = option(1.0, "weight of KL(teacher || model) of the predicted tokens")
+    distill_blocks: float | None = option(None, "weight of the relative error of the blocks' outputs; default: 1, "
+                                          "with a cache 0")  # fmt: skip
+    distill_temperature: float = option(1.0, "of both distributions in KL")
+    distill_tokens: str = option("all", "KL on all tokens, or on the completion's", ("all", "completion"))
+    distill_cache: int = option(0, "keep the teacher's K most probable tokens of every training row on disk, "
+                                "computed once, instead of a teacher in memory; 0: no")  # fmt: skip
     tensorboard: bool = option(False, "write TensorBoard event files to OUT/logs")
     seed: int = option(42, "seed of initialisation, order and dropout")
 
@@ -159,6 +171,7 @@ class TrainConfig(OnDevice):
             raise UsageError(f"search_space is {self.search_space}: ranks are greater than 0")
         if self.task and self.data:
             raise UsageError("task and data exclude each other: give one of them")
+        check_distillation(self)
 
 
 @dataclass(frozen=True)
@@ -273,6 +286,22 @@ class CompareConfig:
     sparsities: list[float] = option(help="e.g. 0.3,0.5,0.7; default: that of sparsify", factory=list)
     methods: list[str] = option(help="some of the table's rows; default: all", factory=list)
     reference: str = option("lora", "method whose accuracy the others' is compared with, problem by problem")
+
+
+def check_distillation(config: TrainConfig) -> None:
+    """Raises UsageError for options of distillation that do not go together."""
+    check_positive(config, "distill_temperature")
+    weights = (config.distill_loss, config.distill_logits, config.distill_blocks or 0)
+    if min(weights) < 0 or not max(weights) > 0:
+        raise UsageError(
+            f"distill_loss, distill_logits and distill_blocks are {weights}: numbers >= 0, not all of them 0"
+        )
+    if config.distill_cache < 0 or (config.distill_cache and not config.distill):
+        raise UsageError("distill_cache is a number of tokens (32, say) that are kept of a teacher: name one (distill)")
+    if config.distill_cache and config.distill_blocks:
+        raise UsageError("distill_blocks needs the teacher itself: leave it or distill_cache out")
+    if config.distill_ranks and not (config.search_space and config.rank_strategy == "sandwich"):
+        raise UsageError("distill_ranks goes with a search_space and rank_strategy sandwich")
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:

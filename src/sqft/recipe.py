@@ -181,8 +181,8 @@ def steps(recipe: Recipe) -> list[Step]:
         config = recipe[name]
         if config is None:
             continue
-        if getattr(config, "base", None) in produced:
-            config = replace(config, base=produced[config.base])
+        named = {key: produced.get(getattr(config, key, None)) for key in ("base", "distill")}
+        config = replace(config, **{key: folder for key, folder in named.items() if folder})
         found.append(Step(name, name, config, produced[current], out / name))
         produced[name], current = str(out / name), name
     scored = [name for name in recipe.evaluate_on if name in produced] if recipe["evaluate"] else []

@@ -40,6 +40,7 @@ class RankScheduler(TrainerCallback, ExportableState):
         if strategy not in STRATEGIES:
             raise UsageError(f"unknown rank strategy '{strategy}': {', '.join(STRATEGIES)}")
         self.strategy, self.micro_batches, self.seed = strategy, micro_batches, seed
+        self.together = False  # the largest, the smallest and a drawn one in every step: ``Distill`` says so
         self.records: list[tuple[list[int], float]] = []
         self._losses: list[Tensor] = []  # since ranks were last set
         self._step: list[tuple[list[int], Tensor]] = []
@@ -55,12 +56,24 @@ class RankScheduler(TrainerCallback, ExportableState):
     def draw(self, groups: Any, step: int, micro: int, micro_batches: int) -> Ranks:
         """The ranks of one step or micro-batch."""
         rng = random.Random(f"{self.seed}/{step}/{micro}")
-        turn = (step * micro_batches + micro if self.micro_batches else step) % 3
+        turn = (step * micro_batches + micro if self.micro_batches else step) % 3 if not self.together else 0
         if self.strategy == "sandwich" and turn < 2:
             return {group.name: group.choices[-turn] for group in groups}  # the largest, the smallest
         if self.strategy == "weighted":
             return {group.name: rng.choices(group.choices, weights=group.choices)[0] for group in groups}
         return {group.name: rng.choice(group.choices) for group in groups}
+
+    def smaller(self, step: int) -> list[Ranks]:
+        """Of a step that trains several sub-adapters, those after the largest: the smallest, and a drawn one."""
+        rng = random.Random(f"{self.seed}/{step}/{self._micro if self.micro_batches else 0}")
+        groups = self._elastic.groups
+        return [{g.name: g.choices[-1] for g in groups}, {g.name: rng.choice(g.choices) for g in groups}]
+
+    def take(self, ranks: Ranks) -> None:
+        """Sets other ranks within a step, after what was computed with the ones that are set, its backward too."""
+        self._note()
+        self._ranks = ranks
+        self._elastic.set(ranks)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
@@ -85,7 +98,7 @@ class RankScheduler(TrainerCallback, ExportableState):
 
     def on_substep_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._micro += 1
-        if self.micro_batches:
+        if self.micro_batches or self.together:
             self._note()
             self._set(args, state)
 
@@ -123,7 +136,8 @@ class RankScheduler(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._note()
         # A micro-batch's loss is its share of the step's mean.
-        self.records += [(choices, float(loss) * len(self._step)) for choices, loss in self._step]
+        shares = self._micro + 1 if self.micro_batches or self.together else 1
+        self.records += [(choices, float(loss) * shares) for choices, loss in self._step]
         self._elastic.set()
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -19,7 +19,7 @@ from sqft.tasks.lookup import get_task
 
 IGNORED = -100  # label of a token without loss, as in transformers
 
-Row = dict[str, list[int]]  # input_ids and labels of one sequence
+Row = dict[str, list[int]]  # input_ids and labels of one sequence; perhaps its index, alone in a list
 
 
 class TrainingData(NamedTuple):
@@ -140,7 +140,8 @@ def padded(rows: Sequence[Sequence[int]], fill: int, left: bool = False) -> Tens
 
 
 def collate(rows: Sequence[Row], fill: int) -> dict[str, Tensor]:
-    """A batch, padded on the right, as a model takes it."""
+    """A batch, padded on the right, as a model takes it; with ``index`` [N] if rows have theirs."""
     ids = [row["input_ids"] for row in rows]
-    return {"input_ids": padded(ids, fill), "attention_mask": padded([[1] * len(row) for row in ids], 0),
+    index = {"index": torch.tensor([row["index"][0] for row in rows])} if "index" in rows[0] else {}
+    return index | {"input_ids": padded(ids, fill), "attention_mask": padded([[1] * len(row) for row in ids], 0),
             "labels": padded([row["labels"] for row in rows], IGNORED)}  # fmt: skip

@@ -36,6 +36,8 @@ from sqft.registry import KINDS
 from sqft.tasks.base import Example
 from sqft.training.callbacks import Attention, Finished, Guard, ProgressBar, Stopwatch
 from sqft.training.data import TrainingData, collate, load_examples, padding, tokenize_all
+from sqft.training.distill import TERMS, Distill
+from sqft.training.teachers import distillation_of
 
 
 def adapter_config(config: TrainConfig) -> SqftConfig:
@@ -123,6 +125,7 @@ def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, da
     device = training_device(config)
     rows = tokenize_all(data.examples, tokenizer, config)
     eval_rows = tokenize_all(data.evaluation, tokenizer, config) if data.evaluation else None
+    rows, distilling = distillation_of(config, model, tokenizer, rows, work, device)
     steps_an_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation))
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.epochs)
     group = config.group_by_length and not config.packing
@@ -160,9 +163,9 @@ def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, da
     callbacks: list[Any] = [Guard(), *([Attention(config.attention)] if config.attention else [])]
     if Elastic(model).groups:
         callbacks.append(RankScheduler(config.rank_strategy, config.rank_every == "micro-batch", config.seed))
-    trainer = Trainer(
+    trainer = DistillTrainer(
         model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks,  # pyright: ignore
-        data_collator=partial(collate, fill=padding(tokenizer)),
+        data_collator=partial(collate, fill=padding(tokenizer)), **distilling,
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -170,6 +173,10 @@ def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, da
     if config.tensorboard:
         trainer.add_callback(_tensorboard(work / "logs"))
     return trainer
+
+
+class DistillTrainer(Distill, Trainer):
+    """What trains; without a teacher, as Trainer does."""
 
 
 def training_device(config: TrainConfig) -> torch.device:
@@ -200,6 +207,7 @@ def _run(trainer: Trainer, model: nn.Module, checkpoint: Path | None) -> dict[st
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return {
         "loss": mean_loss(trainer.state.log_history),
+        **{name: mean_loss(trainer.state.log_history, name) for name in TERMS if _is_logged(trainer, name)},
         "eval_loss": evaluations[-1] if evaluations else None,
         "learning_rate": trainer.args.learning_rate,
         "steps": trainer.state.global_step,
@@ -223,12 +231,16 @@ def _forward_kept(model: nn.Module) -> Iterator[None]:
         vars(model).update(before)
 
 
-def mean_loss(log: Sequence[dict[str, Any]]) -> float:
+def _is_logged(trainer: Trainer, name: str) -> bool:
+    return any(name in entry for entry in trainer.state.log_history)
+
+
+def mean_loss(log: Sequence[dict[str, Any]], name: str = "loss") -> float:
     """Of all steps of a whole run, those before an interruption included: an entry is the mean since the one before."""
     total, last = 0.0, 0
     for entry in log:
-        if "loss" in entry:  # a sum is a float32
-            total += torch.tensor(entry["loss"] * (entry["step"] - last), dtype=torch.float32).item()
+        if name in entry:  # a sum is a float32
+            total += torch.tensor(entry[name] * (entry["step"] - last), dtype=torch.float32).item()
             last = entry["step"]
     return total / last
 
