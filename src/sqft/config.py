@@ -66,12 +66,15 @@ class SparsifyConfig(Compressing):
 class QuantizeConfig(Compressing):
     """Quantize the decoder's linear weights to integers. Every pruned weight stays exactly zero."""
 
-    method: str = option("gptq", "how to round (rtn: to nearest)", QUANTIZERS)
+    method: str = option("gptq", "how to round (rtn: to nearest; gptaq: towards the un-quantized model's outputs)",
+                         QUANTIZERS)  # fmt: skip
     bits: int = option(4, "bits a weight: 2, 3, 4 or 8")
     group_size: int = option(64, "neighbours that share a scale: 32, 64, 128, or -1 for a whole row")
     symmetric: bool = option(False, "zero points in the middle, instead of where minimum and maximum put them")
-    clip: str = option("mse", "clip the largest weights where that gives the least error, or never", ("none", "mse"))
+    clip: str = option("mse", "clip the largest weights where that gives the least error (mse: of weights, hessian: of "
+                       "outputs), or never", ("none", "mse", "hessian"))  # fmt: skip
     scale_bits: int | None = option(None, "round scales to N significant bits (7: exact in GGUF's Q4_1)")
+    min_zero: int = option(0, "smallest zero point: 0, or 1 for kernels that store zero - 1")
     act_order: bool = option(True, "quantize the most active inputs first (groups stay contiguous)")
     true_sequential: bool = option(True, "quantize o after q,k,v with the inputs that these then give, and so on")
     exclude: list[str] = option(help="module patterns that stay float, e.g. 'model.layers.0.*'", factory=list)
@@ -85,6 +88,8 @@ class QuantizeConfig(Compressing):
             raise UsageError(f"group_size is {self.group_size}: choose 32, 64, 128, or -1 for a whole row")
         if self.scale_bits is not None and not 1 <= self.scale_bits <= 11:
             raise UsageError(f"scale_bits is {self.scale_bits}: a float16 scale has 1 to 11 significant bits")
+        if self.min_zero not in (0, 1):
+            raise UsageError(f"min_zero is {self.min_zero}: choose 0 or 1")
         if self.format == "gptq" and not self.symmetric:
             raise UsageError("format gptq (v1) is for symmetric grids: other tools refuse asymmetric v1; use gptq_v2")
         super().__post_init__()

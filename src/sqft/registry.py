@@ -63,7 +63,7 @@ SPARSIFIERS = Registry("sparsity method", "sqft.sparsifiers", {
     "sparsegpt": "sqft.sparsity.sparsegpt:sparsegpt",
 })  # fmt: skip
 QUANTIZERS = Registry("quantization method", "sqft.quantizers", {
-    "gptq": "sqft.quantization.gptq:gptq", "rtn": "sqft.quantization.rtn:rtn",
+    "gptq": "sqft.quantization.gptq:gptq", "gptaq": "sqft.quantization.gptq:gptaq", "rtn": "sqft.quantization.rtn:rtn",
 })  # fmt: skip
 FAMILIES = Registry("model family", "sqft.families", {  # by config.model_type
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"),

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pico import pico_model
 from torch import Tensor
 
 import sqft
 from sqft.kernels.packed import pack_words, unpack_words, word_count
-from sqft.quantization.grid import GridSpec, fit
+from sqft.quantization.grid import SHRINKS, GridSpec, fit
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.rtn import rtn
 
 BITS = (2, 3, 4, 8)
 SPECS = st.builds(GridSpec, st.sampled_from(BITS), st.sampled_from([32, 64, -1]), st.booleans(),
-                  st.sampled_from(["none", "mse"]), st.sampled_from([None, 4, 7]))  # fmt: skip
+                  st.sampled_from(["none", "mse"]), st.sampled_from([None, 4, 7]), st.sampled_from([0, 1]))  # fmt: skip
 
 
 def weights(seed: int, rows: int = 5, columns: int = 64) -> Tensor:
@@ -37,6 +40,10 @@ def test_zero_is_on_the_grid_and_rounding_is_to_the_nearest(spec: GridSpec, seed
     grid = fit(w, spec)
     assert grid.scale_OG.dtype == torch.float16 and (grid.scale_OG > 0).all()
     assert grid.zero_OG.dtype == torch.uint8 and int(grid.zero_OG.max()) <= spec.largest
+    assert int(grid.zero_OG.min()) >= spec.min_zero
+    if spec.clip == "none" and spec.scale_bits is None and spec.bits > 2:  # the range is covered, also without 0
+        clipped = (w - grid.dequantize(grid.integers(w))).abs() / grid.spread(grid.scale_OG, w.shape[1])
+        assert float(clipped.max()) <= 1.02
     assert not grid.dequantize(grid.integers(torch.zeros_like(w))).any()
     q = grid.integers(w)
     assert int(q.max()) <= spec.largest
@@ -64,6 +71,40 @@ def test_searched_ranges_are_not_worse(bits: int, symmetric: bool, seed: int) ->
     )
     power = [(w - q).abs().square().view(5, 2, 32).sum(-1) for q in (plain, searched)]
     assert (power[1] <= power[0] * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("size", [32, -1])
+@pytest.mark.parametrize("clip", ["mse", "hessian"])
+def test_the_chosen_range_is_the_one_of_least_error(clip: str, size: int, symmetric: bool) -> None:
+    """Against a naive search in float64, group by group and shrink by shrink: no other loses less."""
+    w, g = weights(7), torch.Generator().manual_seed(1)
+    x = (torch.randn(200, 64, generator=g) @ torch.randn(64, 64, generator=g)).double()
+    spec = GridSpec(3, size, symmetric, clip)
+    columns = spec.columns(64)
+    grid = fit(w, spec, (x.mT @ x).float())
+    for row, group in itertools.product(range(len(w)), range(64 // columns)):
+        part = slice(group * columns, (group + 1) * columns)
+        values = w[row, part].double()
+        h = x[:, part].mT @ x[:, part] if clip == "hessian" else x[:, part].square().sum(0).diag()
+        lost = {}
+        for shrink in SHRINKS:
+            low, high = min(float(values.min()), 0) * shrink, max(float(values.max()), 0) * shrink
+            low, high = (min(low, -high), max(-low, high)) if symmetric else (low, high)
+            low, high = (low, high) if high > low else (-1, 1)
+            scale = torch.tensor((high - low) / spec.largest).half()
+            zero = 4 if symmetric else max(0, min(spec.largest, round(-low / float(scale))))
+            e = ((values / scale.double()).round().clamp(-zero, spec.largest - zero)) * scale.double() - values
+            lost[float(scale), zero] = float(e @ h @ e)
+        chosen = lost[float(grid.scale_OG[row, group]), int(grid.zero_OG[row, group])]
+        assert chosen <= min(lost.values()) * (1 + 1e-4) + 1e-9
+
+
+def test_a_hessian_clip_needs_a_hessian(tokens: torch.Tensor) -> None:
+    with pytest.raises(sqft.UsageError, match="clip hessian needs a method that knows"):
+        fit(torch.ones(2, 64), GridSpec(clip="hessian"))
+    with pytest.raises(sqft.UsageError, match="clip hessian does not go with method rtn"):
+        sqft.quantize(pico_model(), sqft.QuantizeConfig(method="rtn", clip="hessian"), tokens)
 
 
 @settings(deadline=None, max_examples=60)

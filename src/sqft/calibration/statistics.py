@@ -67,31 +67,58 @@ class Hessian:
         return self._sum_II.tril() + self._sum_II.tril(-1).mT
 
 
-class Paired:
-    """What a method ``needs`` to know of the inputs X^ that the changed model gives, with ``X^^T X^`` and ``X^T X^``,
-    X being the un-changed model's inputs."""
+class Products:
+    """``X^^T X^`` and ``X^T X^``: X^ are the inputs that the changed model gives, X those of the un-changed one."""
 
-    def __init__(self, needs: Any, name: str) -> None:
-        self._hessian = Hessian(name)
-        self._own = self._hessian if needs is Hessian else needs and needs(name)
-        self._sum_II: Tensor | None = None
+    paired = True  # it is to be given both models' inputs
+
+    def __init__(self, name: str = "a layer") -> None:
+        self._hessian, self._sum_II = Hessian(name), None
 
     def update(self, x: Tensor, dense_x: Tensor) -> None:
         """Adds tokens; both: [..., I]."""
         self._hessian.update(x)
-        if self._own is not self._hessian and self._own is not None:
-            self._own.update(x)
         x_TI, dense_TI = (v.reshape(-1, v.shape[-1]).float() for v in (x, dense_x))
         cross_II = product(dense_TI.mT.contiguous(), x_TI.mT.contiguous())
         self._sum_II = cross_II if self._sum_II is None else self._sum_II.add_(cross_II)
 
+    def hessian(self) -> Tensor:
+        """As ``Hessian.value``."""
+        return self._hessian.value()
+
+    def value(self) -> tuple[Tensor, Tensor]:
+        """Both, float32 [I, I]. Raises SqftError if an input was infinite or not a number."""
+        assert self._sum_II is not None, "no tokens seen"
+        return self.hessian(), self._sum_II
+
+
+class Paired:
+    """What a method ``needs`` to know of the changed model's inputs, and ``Products`` besides."""
+
+    def __init__(self, needs: Any, name: str) -> None:
+        self._products, self._needs = Products(name), needs
+        self._own = needs(name) if needs and needs not in (Hessian, Products) else None
+
+    def update(self, x: Tensor, dense_x: Tensor) -> None:
+        """Adds tokens; both: [..., I]."""
+        self._products.update(x, dense_x)
+        if self._own is not None:
+            self._own.update(x, *([dense_x] if is_paired(self._needs) else []))
+
     def value(self) -> Any:
-        return None if self._own is None else self._own.value()
+        if self._needs is Hessian:
+            return self._products.hessian()
+        own = self._products if self._needs is Products else self._own
+        return None if own is None else own.value()
 
     def products(self) -> tuple[Tensor, Tensor]:
         """``X^^T X^`` and ``X^T X^``, float32 [I, I]. Raises SqftError if an input was infinite or not a number."""
-        assert self._sum_II is not None, "no tokens seen"
-        return self._hessian.value(), self._sum_II
+        return self._products.value()
+
+
+def is_paired(needs: Any) -> bool:
+    """Whether a statistic is of the un-changed model's inputs too."""
+    return getattr(needs, "paired", False)
 
 
 class Gradient:

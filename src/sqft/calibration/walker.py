@@ -155,7 +155,7 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | No
             for i in here:
                 if dense and (dense_stops[i] or [None])[0] is not leader:
                     raise SqftError(f"{names[0]} is reached by other tokens in the un-changed model (an expert, say): "
-                                    "leave --repair out")  # fmt: skip
+                                    "leave --repair out, and take another method than gptaq")  # fmt: skip
                 statistic.update(stops[i][1], *([dense_stops[i][1]] if dense else []))
                 if dense:
                     dense_stops[i] = None  # the input's last reference

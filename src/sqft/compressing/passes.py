@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqft.calibration.statistics import Gradient, Hessian, Paired, gradients
+from sqft.calibration.statistics import Gradient, Hessian, Paired, gradients, is_paired
 from sqft.calibration.walker import walk
 from sqft.compressing.tokens import calibration_tokens
 from sqft.config import QuantizeConfig, SparsifyConfig
@@ -46,7 +46,8 @@ class Pass(ABC):
         if not isinstance(self.method, kind):
             decorator = f"@{kind.__name__.lower()}"
             raise SqftError(f"{methods.kind} '{config.method}' is not decorated: it has to be a sqft {decorator}")
-        self.paired = config.repair == "layer"  # then ``change`` needs to know the un-changed model's inputs too
+        self.repairs = config.repair == "layer"
+        self.paired = self.repairs or is_paired(self.method.needs)  # the un-changed model's inputs have to be known too
         self._device = pick_device(config.device)
         self.layers: dict[str, QuantLinear] = {}  # empty ones, for the modules that will be packed
         self._chosen: Mapping[str, Any] = {}
@@ -84,7 +85,7 @@ class Pass(ABC):
             raise UsageError(f"calibration has to be int64 [N, T] token ids, not {tokens.dtype} {tuple(tokens.shape)}")
         self._tokens = tokens
         if self.method.needs is Gradient:
-            if self.paired:
+            if self.repairs:
                 raise UsageError(f"--repair layer does not go with the method {self.config.method}: it needs gradients")
             weights = [weight for weight in architecture.weights() if weight.name in self._chosen]
             self._gradients, self._tokens = gradients(model, weights, tokens), None
@@ -92,7 +93,7 @@ class Pass(ABC):
     def blocks(self, architecture: Architecture) -> Iterator[Block]:
         """Changes block after block; yields each when it is finished."""
         needs, size = self.method.needs, self.config.batch_size
-        statistic = functools.partial(Paired, needs) if self.paired else needs
+        statistic = functools.partial(Paired, needs) if self.repairs else needs
         for block in walk(architecture, self._tokens, size, statistic, self.change, self.title, self._device,
                           self.sequential, needs is Hessian or self.paired, self.paired):  # fmt: skip
             unseen = [name for name in block.weights if name in self._chosen and name not in self._done]
@@ -113,7 +114,7 @@ class Pass(ABC):
         for weights in groups.values():
             statistic = known[weights[0].name]
             value = None if statistic is None else statistic.value()
-            products = statistic.products() if self.paired and statistic is not None else None
+            products = statistic.products() if self.repairs and statistic is not None else None
             yield weights, [] if value is None else [value], products
             self._done.update(weight.name for weight in weights)
 
@@ -148,7 +149,7 @@ class Prune(Pass):
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
         for weights, value, products in self._groups(block, statistics):
             for weight in weights:
-                w_OI = _beside(weight.read(), [*value, *(products or ())])
+                w_OI = _beside(weight.read(), *value, products)
                 mask_OI, changed_OI = self.method(w_OI, *value, self._chosen[weight.name])
                 if (earlier := weight.mask) is not None:
                     mask_OI = mask_OI & earlier.to(mask_OI.device)
@@ -191,7 +192,10 @@ class Quantize(Pass):
         super().__init__(config, QUANTIZERS, Quantizer)
         self.title = f"Quantize ({config.method}, {config.bits} bits)"
         self.sequential, self.format = config.true_sequential or self.paired, config.format
-        self._spec = GridSpec(config.bits, config.group_size, config.symmetric, config.clip, config.scale_bits)
+        if config.clip == "hessian" and self.method.needs is None:
+            raise UsageError(f"clip hessian does not go with method {config.method}, which knows no inputs: use mse")
+        self._spec = GridSpec(config.bits, config.group_size, config.symmetric, config.clip, config.scale_bits,
+                              config.min_zero)  # fmt: skip
         self._packed: dict[str, QuantLinear] = {}
         self._counts, self._bits = ZeroCounts(), 0
 
@@ -215,7 +219,7 @@ class Quantize(Pass):
     def _together(self, weights: Sequence[Weight], masks: Sequence[Tensor | None], value: list[Tensor],
                   products: tuple[Tensor, Tensor] | None) -> list[Quantized]:  # fmt: skip
         """Quantizes weights that share an input (q, k and v) as one: rows do not depend on each other."""
-        w_OI = _beside(torch.cat([weight.read() for weight in weights]), [*value, *(products or ())])
+        w_OI = _beside(torch.cat([weight.read() for weight in weights]), *value, products)
         whole = (torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask
                  for weight, mask in zip(weights, masks, strict=True))  # fmt: skip
         mask_OI = None if all(m is None for m in masks) else torch.cat([m.to(w_OI.device) for m in whole])
@@ -259,6 +263,8 @@ def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict
     return layers
 
 
-def _beside(w_OI: Tensor, value: list[Tensor]) -> Tensor:
-    """The weight where its statistic is: one that accelerate has off-loaded is not."""
-    return w_OI.to(value[0].device) if value else w_OI
+def _beside(w_OI: Tensor, *values: Any) -> Tensor:
+    """The weight where its statistics are: one that accelerate has off-loaded is not."""
+    tensors = (v for value in values for v in (value if isinstance(value, tuple) else [value]) if v is not None)
+    first = next(tensors, None)
+    return w_OI if first is None else w_OI.to(first.device)

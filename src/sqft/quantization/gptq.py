@@ -1,4 +1,5 @@
-"""GPTQ (arXiv 2210.17323) that keeps the zeros of a pruned weight.
+"""GPTQ (arXiv 2210.17323) that keeps the zeros of a pruned weight, and GPTAQ (arXiv 2504.02692), which also aims at the
+outputs of the model as it was before anything was quantized.
 
 With U the upper Cholesky factor of the inverse of the inputs' Hessian ``H = X^T X`` (section 3.3, step 3), rounding
 column j to q_j changes the later columns, which make good its error, by ``- (w_j - q_j) / U_jj * U_j,later``.
@@ -6,6 +7,15 @@ column j to q_j changes the later columns, which make good its error, by ``- (w_
 A pruned weight is "rounded" to exactly 0, whatever corrections it has received: they are passed on as its error to
 the columns after it, as SparseGPT (arXiv 2301.00774, section 3) does with a weight that it prunes. Dropping them
 leaves a larger error of the outputs (``tests/oracles/test_gptq.py``; perplexity: ``benchmarks/bench_quantize.py``).
+
+In GPTAQ the inputs X^ of the quantized model have drifted from the un-quantized one's, X, so that column j leaves
+``(X_j - X^_j) w_j`` of the outputs too. The later columns make that good by ``+ w_j P_j,later``, with H of X^ and
+
+    P = a striu((X - X^)^T X^ U^T) U
+
+Here w_j is the weight that is given, whose outputs on X are the aim, and not what corrections (which are for X^) have
+made of it by then, as in the paper's code: so all of it is one product before the loop, and nothing comes of a pruned
+weight. a = 1 in the paper; correcting all of the drift over-fits (``benchmarks/bench_formats.py``).
 
 Shape letters: O output features, I input features, S columns a group.
 """
@@ -15,12 +25,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sqft.calibration.statistics import Hessian
+from sqft.calibration.statistics import Hessian, Products
 from sqft.calibration.surgeon import BLOCK, inverse_factor, sweep, transposed
+from sqft.kernels.dispatch import product
 from sqft.quantization.grid import Grid, GridSpec, fit
 from sqft.quantization.method import Quantized, quantizer
 
 DAMPING = 0.05  # of the Hessian's mean diagonal, added to it
+LEAN = 0.25  # a, of GPTAQ
 
 
 @quantizer(needs=Hessian, paper="arXiv 2210.17323")
@@ -34,12 +46,34 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
         mask_OI: bool, False where pruned: these end exactly at 0. None: no weight is pruned.
         spec: the grid that is asked for. Scales of a group are fitted when the group is reached, on the corrected
             weights; with ``act_order`` before, on the original ones, so that groups stay contiguous ("static groups").
-            A search for clipped ranges weighs errors by the Hessian's diagonal.
+            A search for clipped ranges weighs errors by H: its diagonal ("mse") or the group's block ("hessian").
         act_order: take columns in the order of falling diagonal of H instead of from left to right.
         propagate: hand the corrections that a pruned weight received to later columns, instead of dropping them.
 
     Raises SqftError if H cannot be factorized even with heavy damping (not-a-number in the inputs).
     """
+    return _rounded(w_OI, h_II, None, mask_OI, spec, act_order, propagate)
+
+
+@quantizer(needs=Products, paper="arXiv 2504.02692")
+def gptaq(w_OI: Tensor, products: tuple[Tensor, Tensor], mask_OI: Tensor | None, spec: GridSpec, *,
+          act_order: bool = False, propagate: bool = True, lean: float = LEAN) -> Quantized:  # fmt: skip
+    """Quantizes one weight as ``gptq`` does, towards the outputs of the un-quantized model.
+
+    Args:
+        products: X^^T X^ and X^T X^ over the calibration tokens, of the quantized model's and the un-quantized one's
+            inputs, up to a factor. If the two are equal the result is ``gptq``'s, bit for bit.
+        lean: how much of the drift is made good, from 0 to 1.
+
+    The others, and errors, are those of ``gptq``.
+    """
+    h_II, c_II = products
+    return _rounded(w_OI, h_II, (c_II - h_II).mul_(lean), mask_OI, spec, act_order, propagate)
+
+
+def _rounded(w_OI: Tensor, h_II: Tensor, drift_II: Tensor | None, mask_OI: Tensor | None, spec: GridSpec,
+             act_order: bool, propagate: bool) -> Quantized:  # fmt: skip
+    """``gptq``, with ``drift_II``, the part of (X - X^)^T X^ to make good, as ``gptaq``."""
     rows, inputs = w_OI.shape
     size = spec.columns(inputs)
     w_IO = transposed(w_OI)
@@ -47,20 +81,23 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
     if mask_IO is not None:
         w_IO = torch.where(mask_IO, w_IO, 0)
     scale_GO, zero_GO = (w_IO.new_empty(inputs // size, rows) for _ in range(2))
-    importance_I = h_II.diagonal()  # a column's error counts in the output by the square of its input
     static = act_order or size == inputs
     if static:
-        grid = fit(w_IO.mT, spec, importance_I)
+        grid = fit(w_IO.mT, spec, h_II)
         scale_GO, zero_GO = (v.mT.to(w_IO.dtype).contiguous() for v in (grid.scale_OG, grid.zero_OG))
     order = h_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inputs)
-    u_II = inverse_factor(h_II[order[:, None], order], DAMPING).to(w_IO.dtype)
+    shuffled = order[:, None], order
+    u_II = inverse_factor(h_II[shuffled], DAMPING).to(w_IO.dtype)
     w_IO = w_IO[order]
+    if drift_II is not None:
+        p_II = product(product(drift_II[shuffled].to(w_IO.dtype), u_II).triu_(1), u_II.mT)
+        w_IO += product(p_II.mT, w_IO.mT)
     q_IO, columns = torch.empty_like(w_IO), order.tolist()
 
     def choose(j: int) -> Tensor:
         column, group = columns[j], columns[j] // size
         if not static and j % size == 0:
-            grid = fit(w_IO[j : j + size].mT, spec, importance_I[j : j + size])
+            grid = fit(w_IO[j : j + size].mT, spec, h_II[j : j + size, j : j + size])
             scale_GO[group], zero_GO[group] = grid.scale_OG[:, 0], grid.zero_OG[:, 0]
         scale, zero = scale_GO[group], zero_GO[group]
         q = (w_IO[j] / scale).round_().add_(zero).clamp_(0, spec.largest)

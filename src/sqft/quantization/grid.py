@@ -8,6 +8,7 @@ Shape letters: O output features, I input features, G groups along the input, S 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,10 @@ class GridSpec:
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale and a zero point; -1: the whole row.
         symmetric: the zero point is 2^(bits - 1) and the range is symmetric; otherwise it follows minimum and maximum.
-        clip: 'none' (the range covers every weight) or 'mse' (the range of least error, which may clip the largest).
+        clip: 'none' (the range covers every weight), or the range of least error, which may clip the largest: 'mse' (of
+            squared errors) or 'hessian' (of the group's share of the layer's outputs).
         scale_bits: round scales to so many significant bits; 7 makes 4-bit grids exact in GGUF's Q4_1.
+        min_zero: the smallest zero point. Kernels that store zero - 1 want 1.
     """
 
     bits: int = 4
@@ -38,6 +41,7 @@ class GridSpec:
     symmetric: bool = False
     clip: str = "none"
     scale_bits: int | None = None
+    min_zero: int = 0
 
     @property
     def largest(self) -> int:
@@ -88,11 +92,13 @@ class Grid:
         return (q_OI.float() - zero) * scale
 
 
-def fit(w_OI: Tensor, spec: GridSpec, importance_I: Tensor | None = None) -> Grid:
-    """The grid of a weight: by minimum and maximum of each group, or by least squared error with ``clip='mse'``.
+def fit(w_OI: Tensor, spec: GridSpec, h_II: Tensor | None = None) -> Grid:
+    """The grid of a weight: by minimum and maximum of each group, or by least error.
 
     Scales are rounded to float16 (and to ``scale_bits``) here, so that every integer is computed with the scale that is
-    stored. ``importance_I`` weighs the columns' squared errors. Raises UsageError if the group size does not divide I.
+    stored. ``h_II``, X^T X of the inputs, weighs the errors e of a group's weights: with ``clip='mse'`` by its diagonal
+    (without it all columns count alike), with 'hessian' by the group's block, e^T H_gg e. Raises UsageError if the
+    group size does not divide I, or 'hessian' is without one.
     """
     rows, inputs = w_OI.shape
     size = spec.columns(inputs)
@@ -102,23 +108,37 @@ def fit(w_OI: Tensor, spec: GridSpec, importance_I: Tensor | None = None) -> Gri
         high = torch.maximum(-low, high)
         low = -high
     scale_OG, zero_OG = _from_range(low, high, spec)
-    if spec.clip == "mse":
-        weights_GS = w_OI.new_ones(1) if importance_I is None else importance_I.float().view(-1, size)
+    if spec.clip != "none":
+        weigh = _weighing(h_II, spec.clip, inputs, size)
         for chunk in row_chunks(rows, 4 * inputs, w_OI.device):
-            scale_OG[chunk], zero_OG[chunk] = _least_error(w_OGS[chunk], low[chunk], high[chunk], weights_GS, spec)
+            scale_OG[chunk], zero_OG[chunk] = _least_error(w_OGS[chunk], low[chunk], high[chunk], weigh, spec)
     return Grid(spec.bits, scale_OG.half(), zero_OG.to(torch.uint8))
 
 
-def _least_error(w_OGS: Tensor, low_OG: Tensor, high_OG: Tensor, weights_GS: Tensor,
+def _weighing(h_II: Tensor | None, clip: str, inputs: int, size: int) -> Callable[[Tensor], Tensor]:
+    """What makes [O, G] of errors [O, G, S], which it may write to."""
+    if clip == "hessian":
+        if h_II is None:
+            raise UsageError("clip hessian needs a method that knows the Hessian of the inputs, such as gptq")
+        groups = torch.arange(inputs, device=h_II.device).view(-1, size)
+        h_GSS = h_II[groups[:, :, None], groups[:, None, :]].float()
+        return lambda e_OGS: (torch.bmm(e_OGS.transpose(0, 1), h_GSS).transpose(0, 1) * e_OGS).sum(-1)
+    if h_II is None:
+        return lambda e_OGS: e_OGS.square_().sum(-1)
+    importance_GS = h_II.diagonal().float().view(-1, size)  # by the square of its input a column's error counts
+    return lambda e_OGS: e_OGS.square_().mul_(importance_GS).sum(-1)
+
+
+def _least_error(w_OGS: Tensor, low_OG: Tensor, high_OG: Tensor, weigh: Callable[[Tensor], Tensor],
                  spec: GridSpec) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scale and zero point of the shrunk range with the least weighted squared error."""
+    """Scale and zero point of the shrunk range with the least weighted error."""
     best_scale, best_zero = _from_range(low_OG, high_OG, spec)
     least = torch.full_like(low_OG, torch.inf)
     for shrink in SHRINKS:
         scale, zero = _from_range(low_OG * shrink, high_OG * shrink, spec)
         q = torch.mul(w_OGS, (1 / scale)[..., None])
         below = -zero[..., None]
-        error = q.round().clamp_(below, below + spec.largest).sub_(q).square_().mul_(weights_GS).sum(-1)
+        error = weigh(q.round().clamp_(below, below + spec.largest).sub_(q))
         error.mul_(scale.square())
         better = error < least
         least = torch.where(better, error, least)
@@ -130,6 +150,8 @@ def _from_range(low_OG: Tensor, high_OG: Tensor, spec: GridSpec) -> tuple[Tensor
     """Scale and zero point (float32 [O, G]) of ranges that contain 0; an empty range gets the range [-1, 1]."""
     empty = high_OG == low_OG
     low, high = torch.where(empty, -1.0, low_OG), torch.where(empty, 1.0, high_OG)
+    if spec.min_zero and not spec.symmetric:  # what lies above 0 has fewer integers
+        low = torch.minimum(low, -high * (spec.min_zero / (spec.largest - spec.min_zero)))
     scale = (high - low) / spec.largest
     if spec.scale_bits is not None:
         mantissa, exponent = torch.frexp(scale)
@@ -137,4 +159,4 @@ def _from_range(low_OG: Tensor, high_OG: Tensor, spec: GridSpec) -> tuple[Tensor
     scale = scale.half().clamp(min=SMALLEST_SCALE).float()
     if spec.symmetric:
         return scale, torch.full_like(scale, 2 ** (spec.bits - 1))
-    return scale, (-low / scale).round().clamp(0, spec.largest)
+    return scale, (-low / scale).round().clamp(spec.min_zero, spec.largest)
