@@ -33,8 +33,8 @@ class Compressing(OnDevice):
     length: int = option(512, "tokens a calibration block")
     batch_size: int = option(4, "calibration blocks a forward pass")
     seed: int = option(0, "seed of the choice of calibration blocks")
-    repair: str = option("none", "let the weights that stay make good, layer by layer, what is changed",
-                         ("none", "layer"))  # fmt: skip
+    repair: str = option("none", "let the weights that stay make good what is changed: in each layer's outputs or, by "
+                         "training after that, each block's (sparsify)", ("none", "layer", "block"))  # fmt: skip
     dtype: str = option("auto", "of the written float weights", ("auto", "float32", "bfloat16", "float16"))
 
     def __post_init__(self) -> None:
@@ -50,8 +50,11 @@ class SparsifyConfig(Compressing):
     pattern: str | None = option(None, "N:M, e.g. 2:4 keeps 2 of every 4 neighbours; replaces --sparsity")
     overrides: dict[str, float] = option(help="module pattern=sparsity, e.g. '*.down_proj=0.4'", factory=dict)
     exclude: list[str] = option(help="module patterns that stay dense, e.g. 'model.layers.0.*'", factory=list)
+    repair_epochs: int = option(8, "repair block: the most passes over the calibration text a block")
+    repair_rate: float = option(5e-4, "repair block: learning rate")
 
     def __post_init__(self) -> None:
+        check_positive(self, "repair_epochs", "repair_rate")
         for name, value in {"sparsity": self.sparsity, **self.overrides}.items():
             if not 0 < value < 1:
                 where = name if name == "sparsity" else f"override '{name}'"
@@ -92,6 +95,8 @@ class QuantizeConfig(Compressing):
             raise UsageError(f"min_zero is {self.min_zero}: choose 0 or 1")
         if self.format == "gptq" and not self.symmetric:
             raise UsageError("format gptq (v1) is for symmetric grids: other tools refuse asymmetric v1; use gptq_v2")
+        if self.repair == "block":
+            raise UsageError("repair block trains float weights: give it to sparsify, and repair layer to quantize")
         super().__post_init__()
 
 

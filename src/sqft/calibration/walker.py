@@ -12,12 +12,13 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import greenlet
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from sqft.errors import SqftError
@@ -38,9 +39,26 @@ class Calls:
     returns_tuple: bool
 
 
+class Rebuild(Protocol):
+    """Changes a block as a whole, when all its layers have been changed one after the other."""
+
+    def known(self, block: Block) -> bool:
+        """Whether an earlier walk has done it, and all that comes before."""
+        ...
+
+    def restore(self, block: Block) -> None:
+        """Puts what that walk made into the block."""
+        ...
+
+    def change(self, block: Block, forward: Callable[[Any, int], Tensor], targets: list[Tensor]) -> None:
+        """``forward(tensors, i)`` is the block's output of batch i with these parameters, by name, in the place of its
+        own; ``targets`` are what the un-changed block gives in the un-changed model."""
+        ...
+
+
 def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: NewStatistic,
          change: Change, progress: str, device: torch.device, sequential: bool = False, fast: bool = False,
-         paired: bool = False) -> Iterator[Block]:  # fmt: skip
+         paired: bool = False, rebuild: Rebuild | None = None) -> Iterator[Block]:  # fmt: skip
     """Lets ``change(block, statistics)`` change one block after the other; yields each when the walk is done with it.
 
     It is a generator so that a caller can write and drop a block before the next one is touched, or let two walks with
@@ -58,17 +76,25 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
         fast: multiply by the fastest library, instead of exactly as the model does.
         paired: with ``sequential``: carry the un-changed model's activations too, in as much memory and another pass;
             ``statistic.update(x, dense_x)`` gets both.
+        rebuild: with ``paired``: what changes each block once more, as a whole; its inputs are held until then.
     """
     with torch.no_grad():
         calls = None if tokens is None else capture(architecture, tokens, batch_size)
         dense = capture(architecture, tokens, batch_size) if tokens is not None and paired else None
     for index, block in enumerate(tqdm(architecture.blocks, desc=progress, unit="block", disable=None)):
+        home, target = _places(block.module, device)
+        if target != home:
+            block.module.to(target)
+        again = rebuild is not None and calls is not None and not rebuild.known(block)
+        inputs = list(calls.hidden) if again else []
         with torch.no_grad(), _fast_products(block) if fast else contextlib.nullcontext():
-            home, target = _places(block.module, device)
-            if target != home:
-                block.module.to(target)
             if calls is None:
                 change(block, {})
+            elif rebuild is not None and not again:
+                assert dense is not None
+                replay(block.module, index, dense, target, keep=True)
+                rebuild.restore(block)
+                replay(block.module, index, calls, target, keep=True)
             elif sequential:
                 _in_groups(block, index, calls, target, new_statistic, change, dense)
             else:
@@ -77,8 +103,13 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
                 change(block, statistics)
                 if index + 1 < len(architecture.blocks):
                     replay(block.module, index, calls, target, keep=True)
-            if target != home:
-                block.module.to(home)
+        if again:
+            calls.hidden = inputs
+            rebuild.change(block, functools.partial(_output, block.module, index, calls, target), dense.hidden)
+            with torch.no_grad(), _fast_products(block) if fast else contextlib.nullcontext():
+                replay(block.module, index, calls, target, keep=True)
+        if target != home:
+            block.module.to(home)
         yield block
         release_memory()
 
@@ -183,6 +214,13 @@ def replay(module: nn.Module, index: int, calls: Calls, device: torch.device | N
         out = module(_to(calls.hidden[i], device), *arguments, **keywords)
         if keep:
             calls.hidden[i] = out[0] if calls.returns_tuple else out
+
+
+def _output(module: nn.Module, index: int, calls: Calls, device: torch.device | None, tensors: Any, i: int) -> Tensor:
+    """A block's output of batch i with these parameters in the place of its own, differentiable by them."""
+    arguments, keywords = _to(calls.arguments[index][i], device)
+    out = functional_call(module, tensors, (_to(calls.hidden[i], device), *arguments), keywords)
+    return out[0] if calls.returns_tuple else out
 
 
 def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Calls:

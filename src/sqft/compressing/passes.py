@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from sqft.calibration.statistics import Gradient, Hessian, Paired, gradients, is_paired
 from sqft.calibration.walker import walk
+from sqft.compressing.rebuild import BlockRepair
 from sqft.compressing.tokens import calibration_tokens
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import SqftError, UsageError
@@ -46,7 +48,7 @@ class Pass(ABC):
         if not isinstance(self.method, kind):
             decorator = f"@{kind.__name__.lower()}"
             raise SqftError(f"{methods.kind} '{config.method}' is not decorated: it has to be a sqft {decorator}")
-        self.repairs = config.repair == "layer"
+        self.repairs = config.repair != "none"
         self.paired = self.repairs or is_paired(self.method.needs)  # the un-changed model's inputs have to be known too
         self._device = pick_device(config.device)
         self.layers: dict[str, QuantLinear] = {}  # empty ones, for the modules that will be packed
@@ -54,6 +56,7 @@ class Pass(ABC):
         self._done: set[str] = set()
         self._tokens: Tensor | None = None
         self._gradients: dict[str, Gradient] = {}
+        self.rebuild: BlockRepair | None = None
 
     @abstractmethod
     def plan(self, architecture: Architecture) -> None:
@@ -86,7 +89,9 @@ class Pass(ABC):
         self._tokens = tokens
         if self.method.needs is Gradient:
             if self.repairs:
-                raise UsageError(f"--repair layer does not go with the method {self.config.method}: it needs gradients")
+                raise UsageError(
+                    f"repair {self.config.repair} does not go with the method {self.config.method}: it needs gradients"
+                )
             weights = [weight for weight in architecture.weights() if weight.name in self._chosen]
             self._gradients, self._tokens = gradients(model, weights, tokens), None
 
@@ -95,7 +100,9 @@ class Pass(ABC):
         needs, size = self.method.needs, self.config.batch_size
         statistic = functools.partial(Paired, needs) if self.repairs else needs
         for block in walk(architecture, self._tokens, size, statistic, self.change, self.title, self._device,
-                          self.sequential, needs is Hessian or self.paired, self.paired):  # fmt: skip
+                          self.sequential, needs is Hessian or self.paired, self.paired, self.rebuild):  # fmt: skip
+            if self.rebuild is not None and self.rebuild.restored(block):
+                self._done.update(block.weights)
             unseen = [name for name in block.weights if name in self._chosen and name not in self._done]
             if unseen:
                 raise SqftError(f"no calibration token reached {unseen[0]}: take more samples, or exclude it")
@@ -142,9 +149,12 @@ class Prune(Pass):
         self.title = f"Sparsify ({config.method})"
         self.sequential = self.paired
         self._counts: dict[str, tuple[int, int]] = {}
+        self.work: Path | None = None  # where finished blocks are kept, to go on from
 
     def plan(self, architecture: Architecture) -> None:
         self._chosen = patterns(architecture, self.config)
+        if self.config.repair == "block":
+            self.rebuild = BlockRepair(self.config, self._chosen.keys(), self.work)
 
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
         for weights, value, products in self._groups(block, statistics):
@@ -167,6 +177,7 @@ class Prune(Pass):
             "sparsity": zeros / weights, "zeros": zeros, "weights": weights,
             "parameters": sum(p.numel() for p in model.parameters()),
             "by_module": {name: round(zero / count, 6) for name, (zero, count) in self._counts.items()},
+            **(self.rebuild.metrics() if self.rebuild else {}),
         }  # fmt: skip
 
 

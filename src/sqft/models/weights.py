@@ -131,7 +131,7 @@ class Weight:
             whole = old.detach() if mine else old.detach().clone()
             whole[self._index] = new
             new = whole
-        _store(self.module, self._parameter, new.contiguous(), sliced=self._index is not None)
+        store(self.module, self._parameter, new.contiguous(), sliced=self._index is not None)
 
     def replace(self, module: nn.Module) -> None:
         """Puts another module in this one's place, in the model, and in the block that has this weight."""
@@ -201,7 +201,8 @@ def stored_state(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Ten
         yield name, stored(module.get_submodule(path), leaf).detach() if tensor.device.type == "meta" else tensor
 
 
-def _store(module: Any, name: str, tensor: Tensor, sliced: bool) -> None:
+def store(module: Any, name: str, tensor: Tensor, sliced: bool = False) -> None:
+    """Puts a tensor in the place of a module's parameter, or where accelerate keeps it; the old one stays as it is."""
     old, hook = getattr(module, name), _offload(module)
     if hook is not None and old.device.type == "meta":
         place = hook.weights_map  # a mapping, with a prefix, onto a dict or a loader that looks into its dict first

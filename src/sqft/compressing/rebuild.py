@@ -1,0 +1,142 @@
+"""``BlockRepair``: ``--repair block`` where tensors meet modules and files.
+
+A block whose layers are pruned and repaired is trained as a whole (``sparsity/reconstruct.py``). A stage that writes a
+folder keeps each trained block in a work folder beside it until all is done, and goes on from there when it is run
+again after an interruption.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sqft.config import SparsifyConfig
+from sqft.errors import SqftError
+from sqft.models.discover import Block
+from sqft.models.tensors import save_tensors
+from sqft.models.weights import store
+from sqft.sparsity.reconstruct import reconstruct
+
+MASK, NUMBERS = "mask:", "numbers"  # names in a kept block's file, beside those of its parameters
+
+
+class BlockRepair:
+    """A walk's ``Rebuild``. ``chosen``: names of the weights that are pruned, the others of linear layers stay as they
+    are. ``work``: where finished blocks are kept."""
+
+    def __init__(self, config: SparsifyConfig, chosen: Container[str], work: Path | None = None) -> None:
+        self._config, self._chosen, self._work = config, chosen, work
+        self._numbers: dict[str, list[float]] = {}  # held-out errors before and after, epochs, seconds; by block
+        self._restored: set[str] = set()
+
+    def known(self, block: Block) -> bool:
+        return self._work is not None and self._file(block).is_file()
+
+    def restored(self, block: Block) -> bool:
+        """Whether ``restore`` was called with it."""
+        return block.name in self._restored
+
+    def restore(self, block: Block) -> None:
+        """Raises SqftError for a file that cannot be read."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            kept = load_file(self._file(block))
+        except (SafetensorError, OSError) as error:
+            raise SqftError(f"{self._file(block)} cannot be read ({error}): remove its folder") from None
+        self._restored.add(block.name)
+        self._numbers[block.name] = kept.pop(NUMBERS).tolist()
+        for name, weight in block.weights.items():
+            if (mask := kept.pop(MASK + name, None)) is not None:
+                weight.set_packed_mask(mask)
+        _put(block.module, kept)
+
+    def change(self, block: Block, forward: Callable[[Any, int], Tensor], targets: list[Tensor]) -> None:
+        """Raises SqftError for a block that is not in memory, or text of a single batch."""
+        if len(targets) < 2:
+            raise SqftError("repair of blocks holds some calibration text out, and has a single batch: use more "
+                            "--samples, or a smaller --batch-size")  # fmt: skip
+        start, masks = dict(self._parameters(block)), dict(_masks(block, self._chosen))
+        if any(tensor.device.type == "meta" for tensor in start.values()):
+            raise SqftError(f"{block.name} is off-loaded: repair of blocks needs it in memory; use --repair layer")
+        dtypes, began = {name: tensor.dtype for name, tensor in start.items()}, time.perf_counter()
+
+        def output(tensors: Any, batch: int) -> Tensor:
+            return forward({name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}, batch)
+
+        config = self._config
+        found = reconstruct(output, start, masks, targets, config.repair_epochs, config.repair_rate, config.seed)
+        _put(block.module, found.tensors)
+        seconds = round(time.perf_counter() - began, 2)
+        self._numbers[block.name] = [found.before, found.after, found.epochs, seconds]
+        if self._work is not None:
+            self._keep(block, found.tensors)
+
+    def metrics(self) -> dict[str, Any]:
+        """Of all blocks: the mean held-out error before and after, seconds, and each block's numbers."""
+        before, after, _, seconds = (list(column) for column in zip(*self._numbers.values(), strict=True))
+        return {
+            "error_before": sum(before) / len(before), "error_after": sum(after) / len(after),
+            "repair_seconds": round(sum(seconds), 2),
+            "blocks": {name: {"error_before": n[0], "error_after": n[1], "epochs": round(n[2]), "seconds": n[3]}
+                       for name, n in self._numbers.items()},
+        }  # fmt: skip
+
+    def _parameters(self, block: Block) -> Iterator[tuple[str, Tensor]]:
+        """What is trained: pruned weights, biases, norm gains; not what was excluded from pruning."""
+        excluded = {id(p) for name, weight in block.weights.items() if name not in self._chosen
+                    for p in weight.module.parameters()}  # fmt: skip
+        for name, parameter in block.module.named_parameters():
+            if id(parameter) not in excluded and parameter.is_floating_point():
+                yield name, parameter.detach()
+
+    def _file(self, block: Block) -> Path:
+        assert self._work is not None
+        return self._work / f"{block.name}.safetensors"
+
+    def _keep(self, block: Block, tensors: dict[str, Tensor]) -> None:
+        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        masks = {MASK + name: weight.packed_mask for name, weight in block.weights.items()}
+        kept |= {name: mask.cpu().contiguous() for name, mask in masks.items() if mask is not None}
+        kept[NUMBERS] = torch.tensor(self._numbers[block.name], dtype=torch.float64)
+        file = self._file(block)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(kept, temporary := file.with_suffix(".writing"))
+        temporary.replace(file)
+
+
+def _masks(block: Block, chosen: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """bool, in the shapes of the parameters that hold the weights, by the parameters' names in the block."""
+    names = {id(parameter): name for name, parameter in block.module.named_parameters()}
+    masks: dict[str, Tensor] = {}
+    for weight in block.weights.values():
+        if weight.name in chosen and (mask_OI := weight.mask) is not None:
+            name = names[id(weight.parameter)]
+            whole = masks.setdefault(name, torch.ones_like(weight.parameter, dtype=torch.bool))
+            weight.part(whole).copy_(mask_OI)
+    yield from masks.items()
+
+
+def _put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Puts parameters into a module, by name, in the place of the old ones, which may be mapped files."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        store(owner := module.get_submodule(path), leaf, tensor.to(getattr(owner, leaf).device))
+
+
+def work_folder(out: Path, key: str) -> Path:
+    """Where a stage of this key keeps its finished blocks until it is done."""
+    return out.absolute().with_name(f".{out.name}.repairing-{key[:12]}")
+
+
+def remove_work(out: Path) -> None:
+    """Removes the work folders of an output that is done."""
+    for stale in out.absolute().parent.glob(f".{out.name}.repairing-*"):
+        shutil.rmtree(stale, ignore_errors=True)
