@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
-from sqft.config import CompareConfig, QuantizeConfig, TrainConfig
+from sqft.config import CompareConfig, MergeConfig, QuantizeConfig, TrainConfig
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.keys import folder_key, stage_key
 from sqft.options import from_dict, load_yaml, to_dict
@@ -19,23 +19,33 @@ from sqft.stages import RUN, STAGES
 from sqft.tasks.lookup import get_task
 
 DEMO_MODEL = "demo-model"
-SECTIONS: dict[str, Any] = {**{name: row.config for name, row in STAGES.items()}, "compare": CompareConfig}
+TEACHER = "teacher"  # the section whose adapter is trained on the dense model and merged, for train to distil from
+SECTIONS: dict[str, Any] = {**{name: row.config for name, row in STAGES.items()}, TEACHER: TrainConfig,
+                            "compare": CompareConfig}  # fmt: skip
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What ``run`` does. ``configs`` holds the options of each section that the recipe has (``recipe["train"]`` is None
-    where it is left out): stages, in whatever order, and those of ``sqft compare``. ``evaluate_on`` names whose models
-    the evaluate stage scores: 'model' (what the recipe starts from) and stages.
+    where it is left out): stages, a teacher, and those of ``sqft compare``. ``order`` is that of the stages:
+    'quantize' may come after 'merge'. ``evaluate_on`` names whose models the evaluate stage scores: 'model' (what the
+    recipe starts from), 'teacher' and stages.
     """
 
     model: str
     output: str
     configs: Mapping[str, Any] = field(default_factory=dict)
     evaluate_on: tuple[str, ...] = ("model", "sparsify", "quantize", "merge")
+    order: tuple[str, ...] = RUN
 
     def __post_init__(self) -> None:
+        order = [name for name in self.order if name != "quantize"]
+        if sorted(self.order) != sorted(RUN) or order != [name for name in RUN if name != "quantize"]:
+            raise UsageError(f"order is {', '.join(self.order)}: it has to be {', '.join(RUN)}, and only quantize may "
+                             "stand elsewhere (after merge, say)")  # fmt: skip
+        if self["train"] and self["train"].distill == TEACHER and not self[TEACHER]:
+            raise UsageError("train distils from 'teacher', and the recipe has no section of that name")
         if self["merge"] and not self["train"]:
             raise UsageError("a recipe with 'merge' needs 'train': without adapters there is nothing to merge")
         if self["search"] and not (self["train"] and self["train"].search_space):
@@ -62,7 +72,7 @@ def load_recipe(source: str | Path) -> Recipe:
         raise UsageError(f"there is no recipe {source}: {did_you_mean(str(source), shipped_recipes())}")
     values, lines = load_yaml(path)
     built: dict[str, Any] = {"configs": {}}
-    known = ("model", "output", "evaluate_on", *SECTIONS)
+    known = ("model", "output", "evaluate_on", "order", *SECTIONS)
     for key, value in values.items():
         at = f"{path}:{lines[(key,)]}"
         if key not in known:
@@ -72,10 +82,11 @@ def load_recipe(source: str | Path) -> Recipe:
                 raise UsageError(f"{at}: '{key}' takes a mapping of options, e.g. {key}: {{}}")
             inner = {k[1]: line for k, line in lines.items() if len(k) == 2 and k[0] == key}
             built["configs"][key] = from_dict(SECTIONS[key], value or {}, str(path), inner)
-        elif key == "evaluate_on":
-            wrong = [v for v in value if v not in ("model", *RUN)]
-            if wrong:
-                raise UsageError(f"{at}: evaluate_on knows model, {', '.join(RUN)}, not '{wrong[0]}'")
+        elif key in ("evaluate_on", "order"):
+            names = RUN if key == "order" else ("model", TEACHER, *RUN)
+            wrong = [v for v in value or () if v not in names]
+            if wrong or not isinstance(value, list):
+                raise UsageError(f"{at}: {key} is a list of {', '.join(names)}, not '{wrong[0] if wrong else value}'")
             built[key] = tuple(value)
         else:
             built[key] = str(value)
@@ -104,12 +115,14 @@ def with_adapter(recipe: Recipe, adapter: str) -> Recipe:
         return recipe
     kind = KINDS[adapter]
     last = "merge" if kind.merges else "search" if recipe["search"] else "train"
+    merged = kind.merges and not kind.packed and recipe.order.index("quantize") > recipe.order.index("merge")
     changed = recipe.using(
-        train=train, quantize=(recipe["quantize"] or QuantizeConfig()) if kind.packed else None,
-        merge=(recipe["merge"] or STAGES["merge"].config()) if kind.merges else None,
+        train=train, merge=(recipe["merge"] or MergeConfig()) if kind.merges else None,
+        quantize=(recipe["quantize"] or QuantizeConfig()) if kind.packed else recipe["quantize"] if merged else None,
     )  # fmt: skip
     scored = (*(name for name in recipe.evaluate_on if name != "merge"), last)
-    return replace(changed, output=f"{recipe.output}-{adapter}", evaluate_on=scored)
+    order = RUN if kind.packed else recipe.order
+    return replace(changed, output=f"{recipe.output}-{adapter}", evaluate_on=scored, order=order)
 
 
 def shipped_recipes() -> list[str]:
@@ -131,10 +144,10 @@ def with_options(recipe: Recipe, **given: str | None) -> Recipe:
 
 def check_data(recipe: Recipe) -> None:
     """Reads every task's split that the recipe needs: what is missing is an error before any work."""
-    for name in ("train", "search", "evaluate"):
+    for name in ("train", TEACHER, "search", "evaluate"):
         config = recipe[name]
         if config and config.task:
-            get_task(config.task, config.data_dir).examples("train" if name == "train" else config.split, 1)
+            get_task(config.task, config.data_dir).examples(getattr(config, "split", "train"), 1)
 
 
 def resolve_model(model: str) -> str:
@@ -176,8 +189,13 @@ def steps(recipe: Recipe) -> list[Step]:
     out = Path(recipe.output)
     produced = {"model": resolve_model(recipe.model)}
     found: list[Step] = []
+    if recipe[TEACHER]:
+        adapter, merged = out / TEACHER / "train", out / TEACHER / "merge"
+        found = [Step("teacher/train", "train", recipe[TEACHER], produced["model"], adapter),
+                 Step("teacher/merge", "merge", MergeConfig(), str(adapter), merged)]  # fmt: skip
+        produced[TEACHER] = str(merged)
     current = "model"
-    for name in RUN:
+    for name in recipe.order:
         config = recipe[name]
         if config is None:
             continue

@@ -13,8 +13,10 @@ from test_cli import call, fails
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers
+from sqft.artifact import read_manifest
 from sqft.recipe import Recipe, load_recipe, run, with_adapter, with_options
 from sqft.sparsity.masks import load_masks
+from sqft.stages import RUN
 
 RECIPES = {"llama-3-8b-gsm8k": "llama", "mistral-7b-v0.3-gsm8k": "mistral", "phi-3-mini-gsm8k": "phi3"}
 ADAPTED = {"llama": ["down_proj", "k_proj", "q_proj", "up_proj", "v_proj"], "phi3": ["qkv_proj"]}
@@ -109,6 +111,35 @@ def test_another_adapter_keeps_the_recipes_merge_options(dense: Path, tmp_path: 
     chosen = with_adapter(load_recipe(recipe), "qa-sparse-peft")
     assert chosen["merge"] == sqft.MergeConfig(tolerance=0.001, max_shard_size="1GB")
     assert with_adapter(load_recipe(recipe), "lora")["merge"] is None
+
+
+def test_a_teacher_and_quantization_after_merging(dense: Path, tmp_path: Path) -> None:
+    text = (
+        f"model: {dense}\noutput: {tmp_path / 'run'}\norder: [sparsify, train, search, merge, quantize]\n"
+        "teacher: {adapter: lora, task: arithmetic, limit: 4, eval_limit: 2, max_steps: 1, r: 4, learning_rate: 0.02}\n"
+        "sparsify: {samples: 4, length: 32}\nquantize: {samples: 4, length: 32, group_size: 32}\n"
+        "train: {distill: teacher, task: arithmetic, limit: 8, eval_limit: 2, max_steps: 1, r: 4}\nmerge: {}\n"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    results = run(recipe)
+    assert list(results) == ["teacher/train", "teacher/merge", "sparsify", "train", "merge", "quantize"]
+    teacher, merged = (read_manifest(tmp_path / "run" / name) for name in ("teacher/merge", "quantize"))
+    assert read_manifest(tmp_path / "run" / "train").config["distill"] == str(tmp_path / "run" / "teacher" / "merge")
+    assert merged.parent == "../merge" and merged.metrics["zeros_kept"] == 1.0 and teacher.parent == "../train"
+    said: list[str] = []
+    run(recipe, say=said.append)
+    assert len(said) == 6 and all(line.endswith("unchanged, skipped") for line in said)
+    aware = with_adapter(load_recipe(recipe), "qa-sparse-peft")  # which needs its base packed: quantize comes first
+    assert aware.order == RUN and with_adapter(load_recipe(recipe), "lora")["quantize"] is None
+    for wrong, message in (("order: [train, sparsify, search, merge, quantize]", "order is train, sparsify"),
+                           ("order: [merge, quantise]", "order is a list of sparsify"),
+                           ("teacher: null", "no section of that name")):  # fmt: skip
+        key = wrong.partition(":")[0]
+        lines = [wrong if line.startswith(key) else line for line in text.splitlines()]
+        recipe.write_text("\n".join(lines).replace("teacher: null\n", ""))
+        with pytest.raises(sqft.UsageError, match=message.replace("[", "\\[")):
+            load_recipe(recipe)
 
 
 @pytest.mark.slow
