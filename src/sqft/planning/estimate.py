@@ -162,8 +162,9 @@ def train(shape: Shape, config: TrainConfig) -> Cost:
     saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * max(shape.inputs)
     a_token = shape.layers * saved * shape.itemsize + LOGITS * shape.vocabulary
     base = shape.adapted * shape.itemsize if config.base else 0
+    batch = config.batch_size * longest * a_token
     return Cost(products=products, moved=steps * config.gradient_accumulation * passes * built,
-                memory=shape.bytes + base + teacher + ADAM * shape.factors + config.batch_size * longest * a_token)  # fmt: skip
+                memory=shape.bytes + base + teacher + ADAM * shape.factors + batch)  # fmt: skip
 
 
 def _score(shape: Shape, lengths: Lengths, generated: int, batch_size: int, times: int = 1) -> Cost:
