@@ -97,7 +97,10 @@ def save(model: nn.Module, tokenizer: Tokenizer, out: str | Path, *, parent: str
 
 
 def write_files(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    """What ``save`` writes, into a folder that is there."""
+    """What ``save`` writes, into a folder that is there. Raises SqftError for an adapter that is not finite."""
+    for name, parameter in model.named_parameters() if getattr(model, "peft_config", None) else ():
+        if ".lora_" in name and parameter.device.type != "meta" and not bool(parameter.isfinite().all()):
+            raise SqftError(f"the adapter has weights that are not finite ({name}): its training has diverged")
     if packed_layers(model) and not getattr(model, "peft_config", None):
         save_packed(model, tokenizer, folder, MAX_SHARD_BYTES)
     else:

@@ -89,12 +89,44 @@ def test_a_training_that_diverges_is_an_error_and_keeps_its_checkpoints(
             next(p for p in kwargs["model"].parameters() if p.requires_grad).data.fill_(math.nan)
 
     monkeypatch.setattr(ProgressBar, "on_step_end", spoil)
-    step = 5 if logging_steps == 1 else 6
-    with pytest.raises(sqft.SqftError, match=rf"diverged: at step {step} .*lower the learning rate \(it is 0.02\)"):
-        sqft.train(sparse, config, examples, out=tmp_path / "out")
+    said = r"diverged: at step 5 the gradient is not finite; lower the learning rate \(it is 0.02\), .*kept.*/checkpoint-3\."
+    for _ in range(2):  # the same options resume, and diverge again
+        with pytest.raises(sqft.SqftError, match=said) as error:
+            sqft.train(sparse, config, examples, out=tmp_path / "out")
+        assert "bfloat16" not in str(error.value) and "learn_scales" not in str(error.value)
     assert not (tmp_path / "out").exists()
     (work,) = tmp_path.glob(".out.training-*")
     assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-3"]
+    adapter, _ = sqft.load(work / "checkpoint-3")
+    assert all(p.isfinite().all() for p in adapter.parameters())
+    monkeypatch.setattr(ProgressBar, "on_step_end", step_end)
+    lower = sqft.TrainConfig(**{**vars(config), "learning_rate": 0.01})
+    assert sqft.train(sparse, lower, examples, out=tmp_path / "out")["steps"] == 12 and not work.exists()
+
+
+def test_the_weights_are_those_of_before_the_step_that_diverges(sparse: Path, examples, monkeypatch) -> None:
+    """And what to try names the precision and the scales, where they are not the safest."""
+    model, tokenizer = adapted(sparse)
+    loss_of = loop.DistillTrainer.compute_loss
+
+    def spoil(self, *args, **kwargs):
+        return loss_of(self, *args, **kwargs) * (math.nan if self.state.global_step == 2 else 1)
+
+    monkeypatch.setattr(loop.DistillTrainer, "compute_loss", spoil)
+    config = sqft.TrainConfig(max_steps=6, precision="bfloat16", logging_steps=50, **OPTIONS)
+    with pytest.raises(
+        sqft.SqftError, match=r"at step 3 .*train in float32 \(it is bfloat16\). Nothing was written. Other"
+    ):
+        sqft.train(model, config, examples, tokenizer=tokenizer)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_an_adapter_that_is_not_finite_is_never_written(sparse: Path, tmp_path: Path) -> None:
+    model, tokenizer = adapted(sparse)
+    next(iter(sqft.Elastic(model).layers.values())).lora_B["default"].weight.data[0, 0] = math.inf
+    with pytest.raises(sqft.SqftError, match=r"not finite \(.*lora_B"):
+        sqft.save(model, tokenizer, tmp_path / "adapter", parent=sparse)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_learning_rate_without_sense_diverges(sparse: Path, examples) -> None:

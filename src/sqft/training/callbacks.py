@@ -3,11 +3,13 @@ may not go on."""
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -78,9 +80,36 @@ class Finished(Exception):
     """What is resumed was trained to its end already."""
 
 
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest whole checkpoint: one whose last-written file, the trainer's state, can be read."""
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
 class Guard(TrainerCallback):
-    """Ends a training that has diverged before it is saved, and one that is resumed at its end: the Trainer would train
-    another step. Before every checkpoint the loss is logged, so that a resumed run's log is a straight one's."""
+    """Ends a training that has diverged, before the weights are moved or saved, and one that is resumed at its end: the
+    Trainer would train another step. Before every checkpoint the loss is logged, so that a resumed run's log is a
+    straight one's.
+
+    A loss that is not finite has a gradient that is not, so every step's gradient is looked at (float16's may be: its
+    steps are skipped). ``learn_scales``: whether scales are trained, which is then one more thing to try without.
+    """
+
+    def __init__(self, learn_scales: bool = False) -> None:
+        self._learn_scales = learn_scales
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                              **kwargs: Any) -> None:  # fmt: skip
+        if not args.fp16:
+            gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+            finite = not gradients or bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
+            self._check(finite, "the gradient is", args, state.global_step + 1)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -90,13 +119,22 @@ class Guard(TrainerCallback):
         if control.should_save or control.should_training_stop:
             control.should_log = True
             finite = all(bool(p.isfinite().all()) for p in kwargs["model"].parameters() if p.requires_grad)
-            self._check(finite, "the adapter has weights", args, state)
+            self._check(finite, "the adapter has weights", args, state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for name, value in (kwargs.get("logs") or {}).items():
-            self._check(not name.endswith("loss") or math.isfinite(value), f"{name} is", args, state)
+            self._check(not name.endswith("loss") or math.isfinite(value), f"{name} is", args, state.global_step)
 
-    def _check(self, finite: bool, what: str, args: TrainingArguments, state: TrainerState) -> None:
-        if not finite:
-            raise SqftError(f"training has diverged: at step {state.global_step} {what} not finite; lower the learning "
-                            f"rate (it is {args.learning_rate:g})")  # fmt: skip
+    def _check(self, finite: bool, what: str, args: TrainingArguments, step: int) -> None:
+        if finite:
+            return
+        precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else ""
+        tries = [f"lower the learning rate (it is {args.learning_rate:g})",
+                 f"warm up longer (it is {args.warmup_steps:g} steps, at most a tenth of all)",
+                 *([f"train in float32 (it is {precision})"] if precision else []),
+                 *(["leave learn_scales out"] if self._learn_scales else [])]  # fmt: skip
+        kept = last_checkpoint(Path(args.output_dir or ""))
+        said = f"; the last good checkpoint is kept, an adapter folder: {kept}" if kept else ""
+        raise SqftError(f"training has diverged: at step {step} {what} not finite; {', or '.join(tries)}. Nothing was "
+                        f"written{said}. Other options begin anew (a checkpoint has its own optimizer and "
+                        "schedule), the same ones would diverge again")  # fmt: skip

@@ -34,7 +34,7 @@ from sqft.models.types import PeftModel, Tokenizer
 from sqft.probe import write_probe
 from sqft.registry import KINDS
 from sqft.tasks.base import Example
-from sqft.training.callbacks import Attention, Finished, Guard, ProgressBar, Stopwatch
+from sqft.training.callbacks import Attention, Finished, Guard, ProgressBar, Stopwatch, last_checkpoint
 from sqft.training.data import TrainingData, collate, load_examples, padding, tokenize_all
 from sqft.training.distill import TERMS, Distill
 from sqft.training.teachers import distillation_of
@@ -160,7 +160,9 @@ def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, da
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
     )
-    callbacks: list[Any] = [Guard(), *([Attention(config.attention)] if config.attention else [])]
+    callbacks: list[Any] = [Guard(config.learn_scales)]
+    if config.attention:
+        callbacks.append(Attention(config.attention))
     if Elastic(model).groups:
         callbacks.append(RankScheduler(config.rank_strategy, config.rank_every == "micro-batch", config.seed))
     trainer = DistillTrainer(
@@ -243,18 +245,6 @@ def mean_loss(log: Sequence[dict[str, Any]], name: str = "loss") -> float:
             total += torch.tensor(entry[name] * (entry["step"] - last), dtype=torch.float32).item()
             last = entry["step"]
     return total / last
-
-
-def last_checkpoint(work: Path) -> Path | None:
-    """The newest whole checkpoint: one whose last-written file, the trainer's state, can be read."""
-    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
 
 
 def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: Tokenizer, folder: Path) -> None:

@@ -33,8 +33,9 @@ class Parts:
         if family not in FAMILIES:
             raise UsageError(f"distillation: model family '{family}' is not known: {did_you_mean(family, FAMILIES)}")
         self.model, self.causal = model, causal
-        self.blocks: list[Any] = list(causal.get_submodule(FAMILIES[family].blocks))
-        self.backbone: Any = getattr(causal, causal.base_model_prefix)
+        path = FAMILIES[family].blocks
+        self.blocks: list[Any] = list(causal.get_submodule(path))
+        self.backbone: Any = causal.get_submodule(path.rpartition(".")[0])  # whose output goes to the head
         self._check_head()
 
     @property
