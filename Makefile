@@ -55,13 +55,14 @@ types: install
 test: lint types peers  ## everything that CI runs
 	$(BIN)/pytest -n 2
 
-bench: install peers  ## about an hour and three quarters; writes benchmarks/results and prints the checks
+bench: install peers  ## over two hours; writes benchmarks/results and prints the checks
 	$(BIN)/python benchmarks/bench_sparse_peft.py
 	$(BIN)/python benchmarks/bench_sparsify.py
 	$(BIN)/python benchmarks/bench_qa_sparse_peft.py
 	$(BIN)/python benchmarks/bench_nls.py
 	$(BIN)/python benchmarks/bench_quantize.py
 	$(BIN)/python benchmarks/bench_quality.py
+	$(BIN)/python benchmarks/bench_formats.py
 	$(BIN)/python benchmarks/checks.py
 
 clean:

@@ -58,16 +58,16 @@ def markdown(name: str) -> str:
         rows, unrounded = results["rows"].get(source, {}), results["float"].get(source)
         if not unrounded:
             continue
-        lines += [f"| {title} | {' | '.join(texts)} | over float | over {BEFORE} | bits a weight | seconds |",
-                  "|---|" + "---|" * (len(texts) + 4)]  # fmt: skip
+        lines += [f"| {title} | {' | '.join(texts)} | over float | over {BEFORE} | bits a weight |",
+                  "|---|" + "---|" * (len(texts) + 3)]  # fmt: skip
         numbers = " | ".join(f"{value:.2f}" for value in unrounded.values())
-        lines.append(f"| float | {numbers} | 1.000 | | | |")
+        lines.append(f"| float | {numbers} | 1.000 | | |")
         for row, content in rows.items():
             scores = content["perplexity"]
             numbers = " | ".join(f"{value:.2f}" for value in scores.values())
             ratio = f"{mean_ratio(scores, rows[BEFORE]['perplexity']):.3f}" if BEFORE in rows else ""
             lines.append(f"| {row} | {numbers} | {mean_ratio(scores, unrounded):.3f} | {ratio} "
-                         f"| {content['bits']:.2f} | {content['seconds']:.0f} |")  # fmt: skip
+                         f"| {content['bits']:.2f} |")  # fmt: skip
         lines.append("")
     return "\n".join(lines)
 

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
+from sqft.calibration.statistics import is_paired
 from sqft.config import EvaluateConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
 from sqft.kernels.dispatch import pick_device, product
 from sqft.planning.workload import Lengths, of_problems, of_text, of_training
-from sqft.registry import KINDS
+from sqft.registry import KINDS, QUANTIZERS
 from sqft.searching.strategies import SEARCHES
 
 # Bytes moved a weight, where a step is bound by memory.
@@ -132,11 +133,13 @@ def sparsify(shape: Shape, config: SparsifyConfig) -> Cost:
 
 
 def quantize(shape: Shape, config: QuantizeConfig) -> Cost:
-    cost = _compress(shape, config, passes=1 if config.true_sequential else 2)
-    cost += Cost(moved=CLIP * shape.weights * (config.clip == "mse"))
+    paired = config.repair == "layer" or is_paired(QUANTIZERS[config.method].needs)  # the dense model goes beside
+    cost = _compress(shape, config, passes=1 if config.true_sequential and not paired else 2)
+    cost += Cost(moved=CLIP * shape.weights * (config.clip != "none"))
     if config.method == "rtn":
         return cost
-    hessians = sum(config.samples * config.length * i**2 + FACTORIZE * i**3 for i in shape.inputs)
+    products = 3 if paired else 1  # of the inputs: of a symmetric one half is computed
+    hessians = sum(products * config.samples * config.length * i**2 + FACTORIZE * i**3 for i in shape.inputs)
     return cost + Cost(float32=hessians, fixed=COLUMN * sum(shape.inputs))
 
 
