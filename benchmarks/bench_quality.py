@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", default=[str(t) for t in texts] if data.is_dir() else ["builtin"])
     parser.add_argument("--keep", action="store_true", help="measure only what the last results lack")
     parser.add_argument("--only", default="", help="measure only rows with this in their names")
+    parser.add_argument("--precision", default="auto", help="of products in the repair of blocks")
     parser.add_argument("--markdown", action="store_true", help="print the table of the last run")
     arguments = parser.parse_args()
     if arguments.markdown:
@@ -119,7 +120,7 @@ def main() -> None:
         for repaired, repair in REPAIRS.items():
             config = sqft.SparsifyConfig(method=method, pattern=pattern, repair=repair, **common)
             measure(f"{method} {pattern or '50 %'}{repaired}", sqft.sparsify, "dense", config)
-    small = {**common, "batch_size": 1}  # then there are more steps of training
+    small = {**common, "batch_size": 1, "repair_precision": arguments.precision}  # of 1: more steps of training
     for method, pattern in BLOCK_ROWS:
         config = sqft.SparsifyConfig(method=method, pattern=pattern, repair="block", **small)
         measure(f"{method} {pattern or '50 %'}{BLOCKS}", sqft.sparsify, "dense", config)
