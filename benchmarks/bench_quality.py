@@ -1,5 +1,5 @@
-"""What one-shot repair (``--repair layer``, no training) gives back of SmolLM2-135M's perplexity: pruning methods and
-patterns, and GPTQ on the dense and on a sparse model, with and without it, on the same tokens; and what it costs.
+"""What repair gives back of SmolLM2-135M's perplexity: pruning methods and patterns, and GPTQ on the dense and on a
+sparse model, without repair, with ``--repair layer`` and with ``--repair block``, on the same tokens; and what it costs.
 
     python benchmarks/bench_quality.py [--model FOLDER] [--calibration SOURCE] [--text SOURCE ...] [--samples N]
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_sparsify import text_name
-from common import RESULTS, check, write_results
+from common import RESULTS, check, machine, write_results
 
 import sqft
 from sqft.compressing import passes
@@ -27,6 +27,9 @@ PRUNED = (("wanda", None), ("sparsegpt", None), ("wanda", "32:64"), ("wanda", "2
 REPAIRS = {"": "none", ", repaired": "layer"}
 SPARSE = "wanda 50 %, repaired"  # what is quantized, beside the dense model
 MORE = f"{SPARSE}, four times the tokens"
+BLOCKS = ", blocks repaired"  # rows of --repair block
+BLOCK_ROWS = (("sparsegpt", "2:4"), ("wanda", None), ("wanda", "32:64"), ("wanda", "2:4"))
+MORE_BLOCKS = f"sparsegpt 2:4{BLOCKS}, four times the tokens"
 
 
 def mean_ratio(ours: dict[str, float], theirs: dict[str, float]) -> float:
@@ -49,17 +52,27 @@ def markdown() -> str:
 
 
 def checks_of(dense: dict[str, float], rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the rows that are there."""
     scores, first = {name: row["perplexity"] for name, row in rows.items()}, next(iter(dense))
-    ratio = {kind: mean_ratio(scores[f"GPTQ, 4 bits, repaired, of {kind}"], scores[f"GPTQ, 4 bits, of {kind}"])
-             for kind in ("dense", SPARSE)}  # fmt: skip
-    return [
-        check(f"{MORE} / dense, {first}", scores[MORE][first] / dense[first], 1.60),
-        check("sparsegpt 2:4, repaired / Wanda-50, mean of texts",
-              mean_ratio(scores["sparsegpt 2:4, repaired"], scores["wanda 50 %"]), 1.0),
-        check("wanda 32:64 / 50 %, both repaired, mean of texts",
-              mean_ratio(scores["wanda 32:64, repaired"], scores[SPARSE]), 1.05),
-        *(check(f"GPTQ of {kind}: repaired / not, mean of texts", value, 0.97) for kind, value in ratio.items()),
+    wanted = [  # what, of which row, against which (None: the dense model), limit
+        (f"{MORE} / dense, {first}", MORE, None, 1.60),
+        *((f"{name} / Wanda-50, mean of texts", name, "wanda 50 %", 1.0)
+          for name in ("sparsegpt 2:4, repaired", f"sparsegpt 2:4{BLOCKS}", MORE_BLOCKS)),
+        (f"wanda 50 %{BLOCKS} / dense, worst text", f"wanda 50 %{BLOCKS}", None, 1.60),
+        ("wanda 32:64 / 50 %, both repaired, mean of texts", "wanda 32:64, repaired", SPARSE, 1.05),
+        *((f"GPTQ of {kind}: repaired / not, mean of texts", f"GPTQ, 4 bits, repaired, of {kind}",
+           f"GPTQ, 4 bits, of {kind}", 0.97) for kind in ("dense", SPARSE)),
     ]  # fmt: skip
+    checks = []
+    for what, ours, theirs, limit in wanted:
+        if ours in scores and (theirs is None or theirs in scores):
+            base = dense if theirs is None else scores[theirs]
+            ratios = {text: scores[ours][text] / base[text] for text in dense}
+            mean = mean_ratio(scores[ours], base)
+            checks.append(
+                check(what, mean if "mean" in what else ratios[first] if first in what else max(ratios.values()), limit)
+            )
+    return checks
 
 
 def main() -> None:
@@ -72,6 +85,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="blocks of 512 tokens")
     parser.add_argument("--text", nargs="+", default=[str(t) for t in texts] if data.is_dir() else ["builtin"])
     parser.add_argument("--keep", action="store_true", help="measure only what the last results lack")
+    parser.add_argument("--only", default="", help="measure only rows with this in their names")
+    parser.add_argument("--precision", default="auto", help="of products in the repair of blocks")
     parser.add_argument("--markdown", action="store_true", help="print the table of the last run")
     arguments = parser.parse_args()
     if arguments.markdown:
@@ -92,17 +107,23 @@ def main() -> None:
         return {text_name(t): perplexity(live, tokenizer, t, 1024, 3072)["perplexity"] for t in arguments.text}
 
     def measure(name: str, verb: Any, source: str, config: Any) -> None:
-        if name in rows:
+        if name in rows or arguments.only not in name:
             return
-        seconds = verb(out / source, config, out=out / name, overwrite=True)["seconds"]
-        rows[name] = {"perplexity": scores(out / name), "seconds": seconds}
+        metrics = verb(out / source, config, out=out / name, overwrite=True)
+        rows[name] = {"perplexity": scores(out / name), "seconds": metrics["seconds"], "processor": processor}
+        rows[name] |= {key: metrics[key] for key in ("error_before", "error_after") if key in metrics}
         print(name, rows[name], flush=True)
+        write_results("quality", {"samples": arguments.samples, "dense": dense, "rows": rows}, checks_of(dense, rows))
 
-    dense = scores(out / "dense")
+    dense, processor = scores(out / "dense"), machine()["processor"]
     for method, pattern in PRUNED:
         for repaired, repair in REPAIRS.items():
             config = sqft.SparsifyConfig(method=method, pattern=pattern, repair=repair, **common)
             measure(f"{method} {pattern or '50 %'}{repaired}", sqft.sparsify, "dense", config)
+    small = {**common, "batch_size": 1, "repair_precision": arguments.precision}  # of 1: more steps of training
+    for method, pattern in BLOCK_ROWS:
+        config = sqft.SparsifyConfig(method=method, pattern=pattern, repair="block", **small)
+        measure(f"{method} {pattern or '50 %'}{BLOCKS}", sqft.sparsify, "dense", config)
     for lean in (0.0, 1.0):
         kept, passes.repair = passes.repair, functools.partial(passes.repair, lean=lean)
         config = sqft.SparsifyConfig(repair="layer", **common)
@@ -118,10 +139,10 @@ def main() -> None:
             )
     config = sqft.SparsifyConfig(repair="layer", **{**common, "samples": 4 * arguments.samples})
     measure(MORE, sqft.sparsify, "dense", config)
-    results = {"samples": arguments.samples, "dense": dense, "rows": rows}
-    checks = checks_of(dense, rows)
-    print(json.dumps(checks, indent=1))
-    write_results("quality", results, checks)
+    more = {**small, "samples": 4 * arguments.samples}
+    config = sqft.SparsifyConfig(method="sparsegpt", pattern="2:4", repair="block", **more)
+    measure(MORE_BLOCKS, sqft.sparsify, "dense", config)
+    print(json.dumps(checks_of(dense, rows), indent=1))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,21 @@ def test_what_is_trained(many: Tensor) -> None:
     assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in model.parameters())
     for weight in describe(model).weights():
         assert weight.mask is None or not weight.read()[~weight.mask].any()
+
+
+def test_products_in_half_precision(many: Tensor) -> None:
+    """Of float32 weights: near what float32 products give, and as exact about zeros."""
+    found = {}
+    for precision in ("auto", "bfloat16"):
+        model = pico_model()
+        metrics = sqft.sparsify(model, replace(CONFIG, repair_rate=1e-3, repair_precision=precision), many)
+        weights = list(describe(model).weights())
+        assert all(w.dtype == torch.float32 and torch.equal(w.read() != 0, w.mask) for w in weights)
+        found[precision] = metrics["error_after"], weights[-1].read()
+    assert (
+        found["bfloat16"][0] == pytest.approx(found["auto"][0], rel=0.02) and found["auto"][0] < metrics["error_before"]
+    )
+    assert not torch.equal(found["bfloat16"][1], found["auto"][1])
 
 
 class Killed(Exception):

@@ -63,15 +63,18 @@ class BlockRepair:
         if len(targets) < 2:
             raise SqftError("repair of blocks holds some calibration text out, and has a single batch: use more "
                             "--samples, or a smaller --batch-size")  # fmt: skip
+        config = self._config
         start, masks = dict(self._parameters(block)), dict(_masks(block, self._chosen))
         if any(tensor.device.type == "meta" for tensor in start.values()):
             raise SqftError(f"{block.name} is off-loaded: repair of blocks needs it in memory; use --repair layer")
         dtypes, began = {name: tensor.dtype for name, tensor in start.items()}, time.perf_counter()
 
-        def output(tensors: Any, batch: int) -> Tensor:
-            return forward({name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}, batch)
+        device, low = next(iter(start.values())).device.type, config.repair_precision == "bfloat16"
 
-        config = self._config
+        def output(tensors: Any, batch: int) -> Tensor:
+            with torch.autocast(device, torch.bfloat16, enabled=low, cache_enabled=False):
+                return forward({name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}, batch)
+
         found = reconstruct(output, start, masks, targets, config.repair_epochs, config.repair_rate, config.seed)
         _put(block.module, found.tensors)
         seconds = round(time.perf_counter() - began, 2)
