@@ -1,7 +1,8 @@
 """``sqft compare``: the paper's table for one's own model and task, every method from the same recipe; and two runs.
 
-A method is a base (dense, sparse, INT4), perhaps an adapter on it, and whether that merges. Methods share the
-stages that they have in common; one that is there already is skipped: an interrupted comparison goes on where it was.
+A method is a base (dense, sparse, INT4), perhaps an adapter on it, whether that merges, and what comes after. Methods
+share the stages that they have in common; one that is there already is skipped: an interrupted comparison goes on where
+it was.
 """
 
 from __future__ import annotations
@@ -13,41 +14,52 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
-from sqft.config import CompareConfig, MeasureConfig, MergeConfig, QuantizeConfig, SearchConfig, SparsifyConfig
+from sqft.config import CompareConfig, MeasureConfig, MergeConfig, SearchConfig, SparsifyConfig, for_kind
 from sqft.errors import UsageError, did_you_mean
 from sqft.evaluation.intervals import paired
 from sqft.options import from_dict, to_dict
 from sqft.recipe import Recipe, check_data, load_recipe, resolve_model, run_stage
 from sqft.registry import KINDS
 from sqft.reporting.collect import RESULT
+from sqft.stages import STAGES
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table. ``base``: model, sparsify or quantize; ``adapter``: the kind, if it is tuned."""
+    """One row of the table. ``base``: model, sparsify or quantize; ``adapter``: the kind, if it is tuned; ``after``: a
+    stage that takes the merged model; ``like``: the row whose adapter it has, which is trained once for both."""
 
     title: str
     base: str
     adapter: str | None = None
     elastic: bool = False
+    after: str | None = None
+    like: str | None = None
 
     @property
-    def merges(self) -> bool | None:
-        return None if self.adapter is None else KINDS[self.adapter].merges
+    def one_model(self) -> bool | None:
+        return None if self.adapter is None else KINDS[self.adapter].one_model
 
 
-METHODS: dict[str, Contender] = {  # the paper's rows in its order, and one that tells the mask's part from the rank's
+# The paper's rows in its order, one that tells the mask's part from the rank's, and what they have to be seen beside:
+# what the dense model, all kept weights, and quantizing after merging would reach.
+METHODS: dict[str, Contender] = {
     "dense": Contender("w/o tune, dense", "model"),
+    "dense-lora": Contender("LoRA, dense", "model", "lora"),
     "sparse": Contender("w/o tune, sparse", "sparsify"),
     "lora": Contender("LoRA", "sparsify", "lora"),
     "shears": Contender("Shears", "sparsify", "lora", elastic=True),
     "sparse-peft-fixed": Contender("SparsePEFT, fixed rank", "sparsify", "sparse-peft"),
     "sparse-peft": Contender("SQFT + SparsePEFT", "sparsify", "sparse-peft", elastic=True),
+    "sparse-full": Contender("all kept weights", "sparsify", "sparse-full"),
     "sparse-int4": Contender("w/o tune, sparse, INT4", "quantize"),
     "gptq-lora": Contender("GPTQ + LoRA", "quantize", "sqft"),
     "sqft": Contender("SQFT", "quantize", "sqft", elastic=True),
+    "merge-gptq": Contender(
+        "SQFT + SparsePEFT, then GPTQ", "sparsify", "sparse-peft", elastic=True, after="quantize", like="sparse-peft"
+    ),
     "qa-sparse-peft": Contender("SQFT + QA-SparsePEFT", "quantize", "qa-sparse-peft", elastic=True),
 }
 
@@ -121,20 +133,24 @@ def run_method(name: str, recipe: Recipe, sparsity: float | None, out: Path, say
         sparsify = replace(recipe["sparsify"] or SparsifyConfig(), sparsity=sparsity)
         stage("sparsify", sparsify, "model", out / "sparsify")
     if method.base == "quantize":
-        stage("quantize", recipe["quantize"] or QuantizeConfig(), "sparsify", out / "quantize")
+        stage("quantize", recipe["quantize"] or STAGES["quantize"].config(), "sparsify", out / "quantize")
     last = method.base
     for kind, config in adapter_stages(method, recipe, folders):
-        stage(kind, config, last, out / name / kind)
+        stage(kind, config, last, out / (method.like or name) / kind)
         last = kind
+    if method.after:
+        stage(method.after, recipe[method.after] or STAGES[method.after].config(), last, out / name / method.after)
+        last = method.after
     stage("evaluate", recipe["evaluate"], last, out / name / "evaluate")
     stage("measure", recipe["measure"] or MeasureConfig(), last, out / name / "measure")
     train, search, merge = (metrics.get(kind, {}) for kind in ("train", "search", "merge"))
-    kept = merge.get("sparsity", metrics.get(method.base, {}).get("sparsity"))
+    made = next((m for m in (metrics.get(last, {}), merge, metrics.get(method.base, {})) if "sparsity" in m), {})
+    kept = made.get("sparsity")
     return {
-        "name": name, "method": method.title, "mergeable": method.merges, "sparsity": sparsity,
+        "name": name, "method": method.title, "mergeable": method.one_model, "sparsity": sparsity,
         "precision": metrics["measure"]["precision"],
         **{key: metrics["evaluate"].get(key) for key in ("accuracy", "accuracy_ci95", "accuracy_norm", "problems")},
-        "sparsity_kept": kept if method.merges is not False else None,
+        "sparsity_kept": kept if method.one_model is not False else None,
         "size": metrics["measure"]["size"], "trainable_parameters": train.get("trainable_parameters"),
         "adapter_parameters": search.get("parameters", train.get("trainable_parameters")),
         "validation_score": search.get("score"),
@@ -150,15 +166,14 @@ def adapter_stages(method: Contender, recipe: Recipe, folders: Mapping[str, str]
         return []
     aware = KINDS[method.adapter].quantization_aware
     float_base = folders["sparsify"] if aware and recipe["train"].base else None
-    train = replace(recipe["train"], adapter=method.adapter, base=float_base,
-                    learn_scales=recipe["train"].learn_scales and aware)  # fmt: skip
+    train = replace(for_kind(recipe["train"], method.adapter), base=float_base)
     if not method.elastic:
         train = replace(train, search_space=[], rank_groups=[])
     stages: list[tuple[str, Any]] = [("train", train)]
     if method.elastic:  # without a search in the recipe: the paper's heuristic
         by_heuristic = SearchConfig(strategy="median", task=train.task, data_dir=train.data_dir, metric="loss")
         stages.append(("search", recipe["search"] or by_heuristic))
-    if method.merges:
+    if KINDS[method.adapter].merges:
         stages.append(("merge", recipe["merge"] or MergeConfig()))
     return stages
 

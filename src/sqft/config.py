@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqft.errors import UsageError
 from sqft.options import check_positive, option
@@ -105,8 +105,10 @@ class QuantizeConfig(Compressing):
 class TrainConfig(OnDevice):
     """Fine-tune low-rank adapters with the paper's defaults (SQFT, appendix: rank 32, alpha 64, q,k,v,up,down)."""
 
-    adapter: str = option("sparse-peft", "masked adapters on a float or (qa-) a packed base, which merge; or LoRA on a "
-                          "float (lora) or packed (sqft) base, which does not", KINDS, alias="pipeline")  # fmt: skip
+    adapter: str = option("sparse-peft", "masked adapters on a float or (qa-) a packed base, which merge; LoRA on a "
+                          "float (lora) or packed (sqft) base, which does not; or none: sparse-full trains the kept "
+                          "weights of a float model, of a dense one all, and writes a model", KINDS,
+                          alias="pipeline")  # fmt: skip
     base: str | None = option(None, "qa-sparse-peft: folder of the sparse model before quantization (in a recipe: "
                               "sparsify), to add the adapter to instead of what the integers mean",
                               kind="folder")  # fmt: skip
@@ -131,9 +133,15 @@ class TrainConfig(OnDevice):
     distill_ranks: bool = option(False, "strategy sandwich: train the largest, the smallest and a drawn sub-adapter in "
                                  "every step, the latter two by the largest's predictions")  # fmt: skip
     lora_alpha: int = option(64, "the adapter is scaled by alpha / r")
+    rslora: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
     lora_dropout: float = option(0.0, "dropout on the adapter's input")
-    target_modules: list[str] = option(help="modules to adapt; default: the family's q,k,v,up,down", factory=list)
-    learning_rate: float | None = option(None, "peak learning rate of AdamW; default: 3e-4, of qa-sparse-peft 1e-3")
+    init: str = option("default", "A at random, or along the gradient of the loss on a few batches; B is zero",
+                       ("default", "gradient"))  # fmt: skip
+    target_modules: list[str] = option(help="modules to adapt; default: the family's q,k,v,up,down; all: all linear "
+                                       "weights of the blocks", factory=list)  # fmt: skip
+    train_norms: bool = option(False, "train the norms beside the adapters; they are merged too")
+    learning_rate: float | None = option(None, "peak learning rate of AdamW; default: 3e-4, of qa-sparse-peft 1e-3, of "
+                                         "sparse-full 5e-5")  # fmt: skip
     scheduler: str = option("cosine", "learning-rate schedule", ("cosine", "linear", "constant_with_warmup"))
     warmup_steps: int = option(100, "steps of linear warm-up; at most a tenth of all steps is used")
     weight_decay: float = option(0.0, "of AdamW")
@@ -176,6 +184,11 @@ class TrainConfig(OnDevice):
             raise UsageError(f"lora_dropout is {self.lora_dropout}: it has to lie in [0, 1)")
         if (self.base or self.learn_scales) and not KINDS[self.adapter].quantization_aware:
             raise UsageError(f"base and learn_scales go with adapter qa-sparse-peft, not {self.adapter}")
+        if KINDS[self.adapter].whole:
+            default = TrainConfig()
+            for name in _OF_LAYERS:
+                if getattr(self, name) != getattr(default, name):
+                    raise UsageError(f"{name} is about adapters, and {self.adapter} has none: leave it out")
         if self.rank_groups and not self.search_space:
             raise UsageError("rank_groups go with a search_space, e.g. 32,24,16")
         if any(rank < 1 for rank in self.search_space):
@@ -183,6 +196,21 @@ class TrainConfig(OnDevice):
         if self.task and self.data:
             raise UsageError("task and data exclude each other: give one of them")
         check_distillation(self)
+
+
+# What says how adapters look: nothing to a kind that trains the weights themselves.
+_OF_LAYERS = ("r", "search_space", "rank_groups", "rank_strategy", "rank_every", "lora_alpha", "rslora", "lora_dropout",
+              "init", "target_modules", "train_norms")  # fmt: skip
+
+
+def for_kind(config: TrainConfig, adapter: str) -> TrainConfig:
+    """The options with another kind of adapter; what does not go with it is the default's, and so is the learning rate
+    between adapters and whole weights. Raises UsageError for an unknown kind."""
+    kind, default = KINDS[adapter], TrainConfig()
+    dropped = () if kind.quantization_aware else ("base", "learn_scales")
+    dropped += _OF_LAYERS if kind.whole else ()
+    dropped += ("learning_rate",) if kind.whole != KINDS[config.adapter].whole else ()
+    return replace(config, adapter=adapter, **{name: getattr(default, name) for name in dropped})
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
-from sqft.config import CompareConfig, MergeConfig, QuantizeConfig, TrainConfig
+from sqft.config import CompareConfig, MergeConfig, QuantizeConfig, TrainConfig, for_kind
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.keys import folder_key, stage_key
-from sqft.options import from_dict, load_yaml, to_dict
+from sqft.options import from_dict, load_yaml
 from sqft.registry import KINDS
 from sqft.stages import RUN, STAGES
 from sqft.tasks.lookup import get_task
@@ -30,7 +30,8 @@ class Recipe:
     """What ``run`` does. ``configs`` holds the options of each section that the recipe has (``recipe["train"]`` is None
     where it is left out): stages, a teacher, and those of ``sqft compare``. ``order`` is that of the stages:
     'quantize' may come after 'merge'. ``evaluate_on`` names whose models the evaluate stage scores: 'model' (what the
-    recipe starts from), 'teacher' and stages.
+    recipe starts from), 'teacher' and stages; where training itself makes the model (adapter sparse-full), 'merge'
+    means 'train'.
     """
 
     model: str
@@ -46,6 +47,9 @@ class Recipe:
                              "stand elsewhere (after merge, say)")  # fmt: skip
         if self["train"] and self["train"].distill == TEACHER and not self[TEACHER]:
             raise UsageError("train distils from 'teacher', and the recipe has no section of that name")
+        if self.whole and (self["merge"] or self["search"]):
+            raise UsageError(f"adapter {self['train'].adapter} trains the model itself: there is nothing to search or "
+                             "merge, leave 'search' and 'merge' out")  # fmt: skip
         if self["merge"] and not self["train"]:
             raise UsageError("a recipe with 'merge' needs 'train': without adapters there is nothing to merge")
         if self["search"] and not (self["train"] and self["train"].search_space):
@@ -53,6 +57,11 @@ class Recipe:
 
     def __getitem__(self, section: str) -> Any:
         return self.configs.get(section)
+
+    @property
+    def whole(self) -> bool:
+        """Whether its train stage makes a model, instead of adapters."""
+        return bool(self["train"]) and KINDS[self["train"].adapter].whole
 
     def using(self, **configs: Any) -> Recipe:
         """The recipe with other options of some sections; None leaves a section out."""
@@ -107,18 +116,16 @@ def with_adapter(recipe: Recipe, adapter: str) -> Recipe:
     """
     if recipe["train"] is None:
         raise UsageError("the recipe does not train: there is no adapter to choose")
-    values = to_dict(recipe["train"]) | {"adapter": adapter}
-    if not KINDS[adapter].quantization_aware:
-        values |= {"base": None, "learn_scales": False}
-    train = from_dict(TrainConfig, values)
+    train = for_kind(recipe["train"], adapter)
     if train == recipe["train"]:
         return recipe
     kind = KINDS[adapter]
-    last = "merge" if kind.merges else "search" if recipe["search"] else "train"
-    merged = kind.merges and not kind.packed and recipe.order.index("quantize") > recipe.order.index("merge")
+    search = None if kind.whole else recipe["search"]
+    last = "merge" if kind.merges else "search" if search else "train"
+    after = kind.one_model and not kind.packed and recipe.order.index("quantize") > recipe.order.index("merge")
     changed = recipe.using(
-        train=train, merge=(recipe["merge"] or MergeConfig()) if kind.merges else None,
-        quantize=(recipe["quantize"] or QuantizeConfig()) if kind.packed else recipe["quantize"] if merged else None,
+        train=train, search=search, merge=(recipe["merge"] or MergeConfig()) if kind.merges else None,
+        quantize=(recipe["quantize"] or QuantizeConfig()) if kind.packed else recipe["quantize"] if after else None,
     )  # fmt: skip
     scored = (*(name for name in recipe.evaluate_on if name != "merge"), last)
     order = RUN if kind.packed else recipe.order
@@ -203,7 +210,8 @@ def steps(recipe: Recipe) -> list[Step]:
         config = replace(config, **{key: folder for key, folder in named.items() if folder})
         found.append(Step(name, name, config, produced[current], out / name))
         produced[name], current = str(out / name), name
-    scored = [name for name in recipe.evaluate_on if name in produced] if recipe["evaluate"] else []
+    wanted = dict.fromkeys("train" if recipe.whole and name == "merge" else name for name in recipe.evaluate_on)
+    scored = [name for name in wanted if name in produced] if recipe["evaluate"] else []
     return found + [
         Step(f"evaluate/{name}", "evaluate", recipe["evaluate"], produced[name], out / "evaluate" / name)
         for name in scored

@@ -77,6 +77,7 @@ EXPORTERS = Registry("exporter", "sqft.exporters", {"huggingface": "sqft.exporte
 KINDS = Registry("adapter", "sqft.adapter_kinds", {
     "sparse-peft": "sqft.adapters.kinds:SPARSE_PEFT", "qa-sparse-peft": "sqft.adapters.kinds:QA_SPARSE_PEFT",
     "lora": "sqft.adapters.kinds:LORA", "sqft": "sqft.adapters.kinds:SQFT",
+    "sparse-full": "sqft.adapters.kinds:SPARSE_FULL",
 })  # fmt: skip
 TASKS = Registry("task", "sqft.tasks", {  # a Task, a TaskSpec, or the path of a task's YAML file
     "arithmetic": "sqft.tasks.arithmetic:ARITHMETIC",

@@ -51,7 +51,8 @@ def test_every_method_and_again(dense: Path, data: Path, tmp_path: Path, capsys)
     rows = result["rows"]
     tuned = [name for name, method in METHODS.items() if method.adapter]
     assert [(row["name"], row["sparsity"]) for row in rows] == [
-        ("dense", None), *((name, s) for s in (0.25, 0.5) for name in METHODS if name != "dense")]  # fmt: skip
+        ("dense", None), ("dense-lora", None),
+        *((name, s) for s in (0.25, 0.5) for name in METHODS if METHODS[name].base != "model")]  # fmt: skip
     for row in rows:
         assert row["problems"] == 12 and row["size"] > 0 and row["decode_tokens_per_second"] > 0
         assert (
@@ -60,11 +61,18 @@ def test_every_method_and_again(dense: Path, data: Path, tmp_path: Path, capsys)
         assert ("difference_ci95" in row) == (row["name"] != "lora")
         if row["mergeable"]:
             folder = tmp_path / "out" / row["folder"]
-            assert artifact.read_manifest(folder).stage == "merge" and row["sparsity_kept"] >= row["sparsity"]
+            last = {"sparse-full": "train", "merge-gptq": "quantize"}.get(row["name"], "merge")
+            assert artifact.read_manifest(folder).stage == last and row["sparsity_kept"] >= row["sparsity"]
             assert artifact.read_manifest(folder).metrics["zeros_kept"] == 1.0
     by_name = {row["name"]: row for row in rows if row["sparsity"] in (0.5, None)}
     assert [by_name[n]["precision"] for n in ("dense", "lora", "sparse-peft", "sqft", "qa-sparse-peft")] == [
         "FP32", "FP32 + FP32", "FP32", "INT4 + FP32", "INT4"]  # fmt: skip
+    assert by_name["dense-lora"]["sparsity_kept"] is None and by_name["dense-lora"]["mergeable"] is False
+    assert by_name["merge-gptq"]["precision"] == "INT4" and by_name["merge-gptq"]["size"] == by_name["sparse-int4"]["size"]
+    merged = artifact.read_manifest(tmp_path / "out" / by_name["sparse-peft"]["folder"])  # trained and merged once
+    assert artifact.read_manifest(tmp_path / "out" / by_name["merge-gptq"]["folder"]).parent_key == merged.key
+    full = artifact.read_manifest(tmp_path / "out" / by_name["sparse-full"]["folder"])
+    assert full.config["r"] == 32 and full.config["search_space"] == [] and full.metrics["learning_rate"] == 5e-5
     assert by_name["shears"]["trainable_parameters"] == by_name["lora"]["trainable_parameters"]
     assert by_name["qa-sparse-peft"]["size"] < by_name["sqft"]["size"] < by_name["sparse-peft"]["size"]
     assert "| SQFT + QA-SparsePEFT | 50 % | yes | INT4 |" in (tmp_path / "out" / "table.md").read_text()

@@ -148,7 +148,7 @@ def test_a_failed_merge_leaves_the_live_adapter_as_it_was(
         raise error("on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sqft.merging.verify.check_logits", fail)
+        patch.setattr("sqft.verify.check_logits", fail)
         with pytest.raises(error, match="on purpose"):
             sqft.merge(adapter, sqft.MergeConfig(ranks="minimal" if kind == "sparse" else None))
     after = dict(adapter.named_modules())

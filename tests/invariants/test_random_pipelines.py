@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pico import FAMILIES, pico_model, pico_tokenizer
-from transformers import AutoConfig
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.elastic.handle import set_ranks
 from sqft.formats.checkpoint import packed_layers
-from sqft.models.discover import describe
+from sqft.models.discover import describe, norms
 from sqft.sparsity.masks import mask_of
+from sqft.training.data import collate
+from sqft.training.initial import from_gradient
 
 DRAWS, FAST = 64, 5
 VALUES: dict[str, list[Any]] = {
@@ -28,6 +31,10 @@ VALUES: dict[str, list[Any]] = {
     "dtype": ["float32", "bfloat16", "float16"],
     "kind": ["sparse-peft", "lora", "qa-sparse-peft", "qa-sparse-peft, learnt scales", "qa-sparse-peft, dense"],
     "elastic": [False, True],
+    "norms": [False, True],
+    "targets": ["", "all"],
+    "rslora": [False, True],
+    "init": ["default", "gradient"],
     "tied": [False, True],
     "biased": [False, True],
     "sharded": [False, True],
@@ -43,6 +50,10 @@ class Draw:
     dtype: str
     kind: str
     elastic: bool
+    norms: bool
+    targets: str
+    rslora: bool
+    init: str
     tied: bool
     biased: bool
     sharded: bool
@@ -57,7 +68,8 @@ class Draw:
 
     def __str__(self) -> str:
         grid = f"INT{self.bits} {self.format}{' symmetric' * self.symmetric}, " * self.packed
-        flags = [name for name in ("elastic", "tied", "biased", "sharded") if getattr(self, name)]
+        flags = [name for name in ("elastic", "norms", "rslora", "tied", "biased", "sharded") if getattr(self, name)]
+        flags += [f"{self.targets} targets"] * bool(self.targets) + ["gradient"] * (self.init == "gradient")
         return f"{self.family}, {grid}{', '.join([self.dtype, self.kind, *flags])}"
 
 
@@ -96,14 +108,24 @@ def make_base(draw: Draw, tokens) -> Any:
     return model
 
 
+def begin_along_the_gradient(adapter: Any, tokens) -> None:
+    rows = [{"input_ids": row, "labels": row} for row in tokens.tolist()]
+    trainer = Trainer(adapter, TrainingArguments(use_cpu=True, report_to=[]), train_dataset=rows,
+                      data_collator=partial(collate, fill=0))  # fmt: skip
+    from_gradient(trainer, sqft.TrainConfig(batch_size=2))
+
+
 def make_adapter(draw: Draw, model: Any, tokens) -> Any:
     """Attached and trained for two steps."""
     config = sqft.SqftConfig(
         r=4, lora_alpha=8, search_space=[4, 2] if draw.elastic else None, quantization_aware=draw.packed,
         sparse_adapter=draw.kind not in ("lora", "qa-sparse-peft, dense"), learn_scales="scales" in draw.kind,
+        train_norms=draw.norms, use_rslora=draw.rslora, target_modules=[draw.targets] if draw.targets else None,
     )  # fmt: skip
     torch.manual_seed(0)
     adapter = sqft.attach(model, config)
+    if draw.init == "gradient":
+        begin_along_the_gradient(adapter, tokens)
     # Learnt scales are small: a step of the factors' size would be many times as large.
     scales = [p for name, p in adapter.named_parameters() if "lora_scales" in name]
     factors = [p for name, p in adapter.named_parameters() if p.requires_grad and "lora_scales" not in name]
@@ -149,6 +171,7 @@ def test_a_random_pipeline(draw: Draw, tokens, tmp_path: Path) -> None:
     state = merged.state_dict()
     trained = ("qweight", "scales") if "scales" in draw.kind else ("qweight",) if draw.packed else ("weight",)
     may_change = {f"{path}.{leaf}" for path in adapted for leaf in trained}
+    may_change |= {f"{path}.{leaf}" for path in norms(merged) if draw.norms for leaf in ("weight", "bias")}
     changed = {name for name in before if not torch.equal(before[name], state[name])}
     assert changed <= may_change and changed, changed - may_change
     for path, packed in expected.items():

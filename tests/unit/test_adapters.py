@@ -104,9 +104,10 @@ def test_attach_honours_peft_options_and_keeps_the_callers_config(sparse: Path) 
 
 
 def test_all_linear_and_regular_expressions(sparse: Path) -> None:
-    model = sqft.attach(sqft.load(sparse)[0], sqft.SqftConfig(target_modules="all-linear"))
-    assert len(adapter_layers(model)) == 14
-    with pytest.raises(sqft.UsageError, match=r"regular expression.*list.*all-linear"):
+    for name in ("all-linear", ["all"]):
+        model = sqft.attach(sqft.load(sparse)[0], sqft.SqftConfig(target_modules=name))
+        assert len(adapter_layers(model)) == 14
+    with pytest.raises(sqft.UsageError, match=r"regular expression.*list.*write 'all'"):
         sqft.attach(sqft.load(sparse)[0], sqft.SqftConfig(target_modules=r".*\.(q|v)_proj"))
 
 
@@ -287,7 +288,7 @@ def test_another_package_adds_a_kind(sparse: Path, examples, tokens, tmp_path: P
 
 
 def test_kinds_are_told_by_name_and_by_flags() -> None:
-    by_name = [sqft.SqftConfig(kind=name) for name in KINDS]
+    by_name = [sqft.SqftConfig(kind=name) for name in KINDS if not KINDS[name].whole]
     flags = [(config.sparse_adapter, config.quantization_aware, config.is_sqft) for config in by_name]
     assert flags == [(True, False, True), (True, True, True), (False, False, False), (False, False, False)]
     assert not sqft.SqftConfig(kind="qa-sparse-peft", sparse_adapter=False).sparse_adapter  # of a dense INT model

@@ -59,8 +59,10 @@ class SqftConfig(LoraConfig):
             ``float_base_key`` identifies its contents.
         search_space: ranks that a sub-adapter may have (NLS); none: the rank is fixed. ``r`` is the largest of them.
         rank_groups: which modules share a rank, and choices of their own: see ``make_groups``.
+        train_norms: train the model's norms too: ``sqft.attach`` adds their names to ``modules_to_save``.
 
-    ``target_modules`` left empty means the family's q, k, v, up and down projections when attached by ``sqft.attach``.
+    ``target_modules`` left empty means the family's q, k, v, up and down projections when attached by ``sqft.attach``,
+    'all' (or 'all-linear') all linear weights of the blocks.
     """
 
     kind: str = _option("", "name of an adapter kind", True)
@@ -71,11 +73,15 @@ class SqftConfig(LoraConfig):
     float_base_key: str = _option("", "key of the float base's contents")
     search_space: list[int] | None = _option(None, "ranks that a sub-adapter may have", True)
     rank_groups: list[str] | None = _option(None, "which modules share a rank")
+    train_norms: bool = _option(False, "train the model's norms too")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind:
             kind = KINDS[self.kind]
+            if kind.whole:
+                raise UsageError(f"{self.kind} has no adapters to attach: sqft.train(model, TrainConfig(adapter="
+                                 f"'{self.kind}'), tokenizer=...) trains the model itself")  # fmt: skip
             self.sparse_adapter, self.quantization_aware = kind.masked and self.sparse_adapter, kind.quantization_aware
             self.kind = "" if kind in PLAIN else self.kind  # which of the two the base decides
         if self.rank_groups and not self.search_space:

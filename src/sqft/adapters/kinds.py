@@ -16,16 +16,28 @@ from sqft.registry import KINDS
 @dataclass(frozen=True)
 class Kind:
     """``packed``: for an INT base, else for a float one. ``layer``: "module:class" of the adapter's layers.
-    ``learning_rate``: what training takes if it is told none."""
+    ``whole``: no layers are added, the base's own weights are trained: what training makes is a model, with nothing to
+    merge. ``learning_rate``: what training takes if it is told none."""
 
     name: str
     help: str
-    layer: str
+    layer: str = ""
     packed: bool = False
     masked: bool = False
     quantization_aware: bool = False
     merges: bool = False
+    whole: bool = False
     learning_rate: float = 3e-4  # the paper's
+
+    @property
+    def makes(self) -> str:
+        """What the train stage writes."""
+        return "model" if self.whole else "adapter"
+
+    @property
+    def one_model(self) -> bool:
+        """Whether base and what was learnt end as one model."""
+        return self.merges or self.whole
 
     def layer_class(self) -> Any:
         module, _, name = self.layer.partition(":")
@@ -39,6 +51,8 @@ QA_SPARSE_PEFT = Kind("qa-sparse-peft", "masked, and rounded on the base's own g
                       quantization_aware=True, merges=True, learning_rate=1e-3)  # fmt: skip
 LORA = Kind("lora", "plain LoRA", "sqft.adapters.lora:ElasticLora")
 SQFT = Kind("sqft", "plain LoRA beside an INT base (SQFT)", "sqft.adapters.quant_aware:QuantLoraLinear", packed=True)
+SPARSE_FULL = Kind("sparse-full", "the kept weights and the norms themselves (masked full fine-tuning)", masked=True,
+                   whole=True, learning_rate=5e-5)  # fmt: skip
 PLAIN = (LORA, SQFT)
 
 

@@ -17,11 +17,12 @@ from sqft import artifact
 from sqft.adapters.config import PEFT_TYPE, SqftConfig, check_initialisation, register
 from sqft.adapters.groups import make_groups
 from sqft.adapters.kinds import layer_kind
+from sqft.adapters.norms import train_rounded
 from sqft.adapters.quant_aware import FLOAT_BASE
 from sqft.adapters.sparse import give_mask
 from sqft.errors import SqftError, UsageError, first_line
 from sqft.models.dense import load_dense
-from sqft.models.discover import Architecture, describe, resolve_targets
+from sqft.models.discover import Architecture, describe, norms, resolve_targets
 from sqft.models.types import PreTrainedModel
 from sqft.models.weights import is_linear
 from sqft.sparsity.masks import ensure_masks, packed_mask
@@ -31,9 +32,9 @@ def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMode
     """Attaches fresh adapters: those of a ``SqftConfig``, plain LoRA for PEFT's ``LoraConfig``. It keeps the config.
 
     Target modules are looked up in the model's family; an empty list means the family's q, k, v, up and down,
-    'all-linear' all weights of its blocks. Raises UsageError for a target that matches no module and an option that
-    does not go with the base, SqftError if masked adapters are asked for on a model that is not sparse, or adapters
-    that do not go with a float or a packed base.
+    'all' (or 'all-linear') all weights of its blocks. Raises UsageError for a target that matches no module and an
+    option that does not go with the base, SqftError if masked adapters are asked for on a model that is not sparse, or
+    adapters that do not go with a float or a packed base.
     """
     config = copy.deepcopy(config) if config is not None else SqftConfig()
     names = _target_names(describe(model), config)
@@ -43,18 +44,20 @@ def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMode
     if isinstance(config, SqftConfig) and config.search_space:
         groups = make_groups(names, config.rank_groups or (), config.search_space)
         config.r = max(group.choices[0] for group in groups)
+    if getattr(config, "train_norms", False):
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *norms(model)]))
     _prepare_bases(model, {name: model.get_submodule(name) for name in names}, config)
-    return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    adapted: Any = get_peft_model(model, config)
+    train_rounded(adapted)
+    return adapted
 
 
 def _target_names(architecture: Architecture, config: LoraConfig) -> list[str]:
     """Full names of the modules that a fresh config adapts, in execution order. Raises UsageError if there is none."""
     wanted = config.target_modules or ()
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        wanted = architecture.names()
-    elif isinstance(wanted, str) and set(wanted) & set("\\()|^$+.{"):
+    if isinstance(wanted, str) and set(wanted) & set("\\()|^$+.{"):
         raise UsageError(f"target_modules is the regular expression '{wanted}': name the modules in a list, with shell "
-                         "patterns if need be (['q_proj', '*.3.mlp.*']), or write 'all-linear'")  # fmt: skip
+                         "patterns if need be (['q_proj', '*.3.mlp.*']), or write 'all'")  # fmt: skip
     names = resolve_targets(architecture, [wanted] if isinstance(wanted, str) else sorted(wanted))
     for saved in config.modules_to_save or ():
         if inside := next((name for name in architecture.names() if f".{saved}." in f".{name}."), None):
@@ -126,11 +129,14 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
         raise
     except Exception as error:  # PEFT raises many kinds; each means adapter and model do not fit, or a corrupt file
         raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: {first_line(error)}") from error
-    missing = [key for key in found.missing_keys if ".lora_" in key and ".default" in key]
+    parts = (".lora_", ".modules_to_save.")
+    missing = [key for key in found.missing_keys if ".default" in key and any(part in key for part in parts)]
     for what, keys in (("lacks", missing), ("has beside its base", found.unexpected_keys)):
         if keys:
             raise SqftError(f"adapter {folder} does not fit its base model, or is corrupt: it {what} {keys[0]} and "
                             f"{len(keys) - 1} more weights")  # fmt: skip
+    if trainable:
+        train_rounded(loaded)
     return loaded
 
 

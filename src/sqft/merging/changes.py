@@ -41,8 +41,9 @@ def merged_tensors(model: PeftModel) -> Changes:
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             _check_still_sparse(path, module, name)
-            saved = module.modules_to_save[name].state_dict()
-            found |= {f"{path}.{leaf}": partial(torch.Tensor.detach, tensor) for leaf, tensor in saved.items()}
+            stored: Any = module.original_module.state_dict()  # what is trained in float32 computes rounded to this
+            found |= {f"{path}.{leaf}": partial(torch.Tensor.to, tensor.detach(), stored[leaf].dtype)
+                      for leaf, tensor in module.modules_to_save[name].state_dict().items()}  # fmt: skip
         elif isinstance(module, TrainableTokensWrapper) and name in module.token_adapter.trainable_tokens_delta:
             found[f"{path}.weight"] = partial(module.token_adapter.get_merged_weights, [name])
     for key, tensor in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items():
@@ -128,14 +129,16 @@ def check_mergeable(model: PeftModel, config: MergeConfig) -> Changes:
 
 
 def unload(model: PeftModel, undo: ExitStack) -> Any:
-    """The base without PEFT's modules, with those that the adapter trained whole; ``undo`` puts everything back."""
+    """The base without PEFT's modules; ``undo`` puts everything back."""
     base: Any = model.get_base_model()
     inside = ()  # of a wrapper: other wrappers in it go with it
     for path, wrapper in list(base.named_modules()):
         if not isinstance(wrapper, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or path.startswith(inside):
             continue
         inside = f"{path}."
-        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            inner = wrapper.original_module  # ``put`` gives it what was trained
+        elif isinstance(wrapper, AuxiliaryTrainingWrapper):
             inner = wrapper.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
         else:
             inner = wrapper.get_base_layer()

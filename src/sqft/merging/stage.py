@@ -25,13 +25,13 @@ from sqft.errors import UsageError
 from sqft.folders import is_adapter, load
 from sqft.formats.checkpoint import packed_layers, save_packed
 from sqft.merging.changes import Changes, check_mergeable, put, unload
-from sqft.merging.verify import verify
 from sqft.models.dense import save_settings
 from sqft.models.tensors import ModelWriter, layout
 from sqft.models.types import PeftModel, Tokenizer
 from sqft.models.weights import stored_state
 from sqft.probe import check_probe, logits, sample_tokens
 from sqft.sparsity.masks import collect_masks, save_masks, stored_masks
+from sqft.verify import verify
 
 
 def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
@@ -70,7 +70,7 @@ def merge(adapter: PeftModel | str | Path, config: MergeConfig | None = None, *,
         before = logits(adapter, tokens)
         merged = unload(adapter, undo)
         tensors = put(merged, changes, undo)
-        verify(merged, before, tokens, config, collect_masks(merged), masked, tensors.items())
+        verify(merged, before, tokens, config.tolerance, collect_masks(merged), masked, tensors.items())
         undo.pop_all()
     return merged
 
@@ -83,6 +83,9 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
                   overwrite: bool) -> dict[str, Any]:  # fmt: skip
     given = None if ranks is None else {"ranks": ranks}
     with artifact.stage("merge", config, out, adapter, given=given, overwrite=overwrite) as made:
+        if artifact.is_stage(adapter) and not is_adapter(adapter) and artifact.read_manifest(adapter).stage == "train":
+            raise UsageError(f"{adapter} is one model already (it was trained without adapters): there is nothing to "
+                             "merge, use it as it is")  # fmt: skip
         if not is_adapter(adapter):
             raise UsageError(f"{adapter} is not an adapter folder: give the folder that 'sqft train' wrote")
         model, tokenizer = load(adapter, device=config.device)
@@ -103,7 +106,7 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
         merged = load(made.folder, device=config.device)[0]
         with torch.no_grad():
             expected = ((name, make()) for name, make in changes.items())
-            made.metrics.update(verify(merged, before, tokens, config, masks, masked, expected))
+            made.metrics.update(verify(merged, before, tokens, config.tolerance, masks, masked, expected))
     return made.metrics
 
 

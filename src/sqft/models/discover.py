@@ -91,6 +91,12 @@ def input_device(model: Any) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
+def norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The norms of a model, those of the blocks and others, by name: modules with a weight of one dimension."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(weight := module._parameters.get("weight"), torch.Tensor) and weight.dim() == 1}  # fmt: skip
+
+
 def match_modules(patterns: Sequence[str], names: Sequence[str], what: str) -> dict[str, list[str]]:
     """Which full module names each shell-style pattern matches. A pattern that matches nothing is a UsageError."""
     matched = {}
@@ -107,8 +113,11 @@ def match_modules(patterns: Sequence[str], names: Sequence[str], what: str) -> d
 
 
 def resolve_targets(architecture: Architecture, targets: Sequence[str]) -> list[str]:
-    """Full names of the modules to adapt; without targets, the family's. A name that matches nothing is an error."""
+    """Full names of the modules to adapt; without targets, the family's; of 'all', PEFT's 'all-linear', every linear
+    weight of the blocks. A name that matches nothing is an error."""
     names = architecture.names()
+    if len(targets) == 1 and targets[0].lower() in ("all", "all-linear"):
+        return names
     for target in targets:
         fused = architecture.family.fused.get(target)
         if fused and not any(name.endswith("." + target) for name in names):

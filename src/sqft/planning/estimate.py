@@ -161,9 +161,10 @@ def train(shape: Shape, config: TrainConfig) -> Cost:
     passes = 3 if config.gradient_checkpointing else 2  # over the blocks; over the head two
     products = 2 * forward(shape, tokens, longest) + (passes - 2) * forward(shape, tokens, longest, head=False)
     built = UNPACK * shape.weights * shape.packed
-    if KINDS[config.adapter].masked:  # the gradient of the whole weight; with dropout the adapter has its own products
+    kind = KINDS[config.adapter]
+    if kind.masked:  # the gradient of the whole weight; with dropout the adapter has its own products
         products += 2 * tokens * shape.adapted * (1 + passes * (config.lora_dropout > 0))
-        built = BUILD[shape.packed] * shape.adapted
+        built = 0 if kind.whole else BUILD[shape.packed] * shape.adapted
     times = 3 if config.distill_ranks else 1  # sub-adapters a step
     products, built = times * products, times * built
     teacher = 0.0
@@ -173,6 +174,7 @@ def train(shape: Shape, config: TrainConfig) -> Cost:
     saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * max(shape.inputs)
     a_token = shape.layers * saved * shape.itemsize + LOGITS * shape.vocabulary
     base = shape.adapted * shape.itemsize if config.base else 0
+    base += (ADAM - shape.itemsize) * shape.adapted if kind.whole else 0
     batch = config.batch_size * longest * a_token
     return Cost(products=products, moved=steps * config.gradient_accumulation * passes * built,
                 memory=shape.bytes + base + teacher + ADAM * shape.factors + batch)  # fmt: skip

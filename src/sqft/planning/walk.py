@@ -65,7 +65,8 @@ class Walk:
         """What a step needs; if its data is not here a note, but no time and memory."""
         before, stage = self.shapes[step.source], STAGES[step.stage]
         after = self.shapes[str(step.folder)] = self._change(before, step)
-        needs = {"disk_bytes": {"model": after.bytes, "adapter": 4 * after.factors, "numbers": None}[stage.makes]}
+        makes = KINDS[step.config.adapter].makes if step.stage == "train" else stage.makes
+        needs = {"disk_bytes": {"model": after.bytes, "adapter": 4 * after.factors, "numbers": None}[makes]}
         try:
             shape = after if step.stage == "train" else before
             cost = load(shape) + stage.estimator()(shape, step.config)
@@ -91,6 +92,8 @@ class Walk:
         if step.stage == "train":
             if not self.packed:
                 check_kind(self.model, KINDS[config.adapter], step.source)
+            if KINDS[config.adapter].whole:
+                return shape._replace(adapted=shape.weights)
             names = resolve_targets(self.architecture, config.target_modules)
             choices = config.search_space or [config.r]
             make_groups(names, config.rank_groups, choices)

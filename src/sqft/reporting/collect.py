@@ -41,6 +41,7 @@ class StageFolder:
         self.kind, self.config, self.metrics = self.manifest.stage, self.manifest.config, self.manifest.metrics
         self.numbers = numbers(self.metrics)
         self.is_adapter = (self.folder / "adapter_config.json").is_file()
+        self.is_adapted = self.kind == "merge" or (self.kind == "train" and not self.is_adapter)  # one model
 
 
 @dataclass

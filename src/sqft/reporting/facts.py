@@ -44,7 +44,7 @@ def stage_rows(section: Section) -> list[Row]:
         for task in (first, *others):
             scores = {**(stage.scores.get("", {}) if task == first else {}), **stage.scores.get(task, {})}
             rows.append({**stage.numbers, **scores, "title": stage.name + (f", {task}" if others else ""),
-                         "mergeable": stage.kind == "merge" or (False if stage.is_adapter else None),
+                         "mergeable": stage.is_adapted or (False if stage.is_adapter else None),
                          "task": task, "stage": stage, "size": section.serving_bytes(stage),
                          "precision": f"INT{bits:.0f}" if bits else "float",
                          "predictions": stage.predictions if task == first else []})  # fmt: skip
@@ -52,9 +52,9 @@ def stage_rows(section: Section) -> list[Row]:
 
 
 def final_stage(section: Section) -> StageFolder | None:
-    """What a run is about: the last merged model, else the last stage; scored ones first."""
+    """What a run is about: the last merged or fully trained model, else the last stage; scored ones first."""
     stages = [stage for stage in section.stages if stage.kind != "model"]
-    return max(reversed(stages), key=lambda stage: (bool(stage.scores), stage.kind == "merge"), default=None)
+    return max(reversed(stages), key=lambda stage: (bool(stage.scores), stage.is_adapted), default=None)
 
 
 def stage_table(section: Section) -> Table:

@@ -56,7 +56,8 @@ def _card(section: Section, stage: StageFolder) -> dict[str, str]:
     value = text(stage.numbers[key]) if key in stage.numbers else human(size) if size else "-"
     accuracy = next((percent(s["accuracy"]) for s in stage.scores.values() if "accuracy" in s), "")
     detail = "the start" if stage.kind == "model" else f"{detail} {stage.config.get(option, '')}"
-    return {"kind": stage.kind, "name": stage.name, "value": value, "detail": detail, "accuracy": accuracy}
+    kind = "merge" if stage.is_adapted else stage.kind
+    return {"kind": kind, "name": stage.name, "value": value, "detail": detail, "accuracy": accuracy}
 
 
 def score_over_size(sections: Sequence[Section]) -> list[Figure]:

@@ -119,7 +119,7 @@ class Guard(TrainerCallback):
         if control.should_save or control.should_training_stop:
             control.should_log = True
             finite = all(bool(p.isfinite().all()) for p in kwargs["model"].parameters() if p.requires_grad)
-            self._check(finite, "the adapter has weights", args, state.global_step)
+            self._check(finite, "trained weights are", args, state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for name, value in (kwargs.get("logs") or {}).items():

@@ -1,4 +1,4 @@
-"""The train stage: adapters on a sparse model, by Hugging Face's Trainer, resumable in the middle."""
+"""The train stage: adapters on a sparse model, or its weights, by Hugging Face's Trainer, resumable in the middle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sqft import artifact
 from sqft.adapters.config import SqftConfig
-from sqft.adapters.kinds import LORA, Kind, layer_kind
+from sqft.adapters.kinds import Kind, layer_kind
 from sqft.adapters.peft_bridge import adapter_layers, attach
 from sqft.config import TrainConfig
 from sqft.elastic.handle import RECORDS, Elastic
@@ -30,13 +30,17 @@ from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, write_files
 from sqft.formats.checkpoint import packed_layers
 from sqft.kernels.dispatch import peak_memory, pick_device
-from sqft.models.types import PeftModel, Tokenizer
+from sqft.models.types import Tokenizer
+from sqft.models.weights import linear_weights
 from sqft.probe import write_probe
 from sqft.registry import KINDS
+from sqft.sparsity.masks import count_zeros
 from sqft.tasks.base import Example
+from sqft.training import whole
 from sqft.training.callbacks import Attention, Finished, Guard, ProgressBar, Stopwatch, last_checkpoint
 from sqft.training.data import TrainingData, collate, load_examples, padding, tokenize_all
 from sqft.training.distill import TERMS, Distill
+from sqft.training.initial import from_gradient
 from sqft.training.teachers import distillation_of
 
 
@@ -46,19 +50,21 @@ def adapter_config(config: TrainConfig) -> SqftConfig:
         r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
         target_modules=list(config.target_modules) or None, kind=config.adapter,
         search_space=config.search_space or None, rank_groups=config.rank_groups or None,
-        learn_scales=config.learn_scales, float_base=str(Path(config.base).absolute()) if config.base else None,
+        use_rslora=config.rslora, train_norms=config.train_norms, learn_scales=config.learn_scales,
+        float_base=str(Path(config.base).absolute()) if config.base else None,
     )  # fmt: skip
 
 
-def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data: Sequence[Example] | None = None, *,
+def train(model: Any, config: TrainConfig | None = None, data: Sequence[Example] | None = None, *,
           tokenizer: Tokenizer | None = None, eval_data: Sequence[Example] = (),
           out: str | Path | None = None, overwrite: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Fine-tunes adapters.
+    """Fine-tunes adapters, or with the adapter kind 'sparse-full' the kept weights themselves.
 
     Args:
-        model: a ``PeftModel`` from ``attach`` (trained in place; needs ``tokenizer``), or the folder of a sparse model
-            (then ``out`` is needed: adapters are attached, trained and written there). A folder's training leaves
-            checkpoints beside ``out`` and resumes from them after an interruption, with the same result, bit for bit.
+        model: a ``PeftModel`` from ``attach``, or for 'sparse-full' a ``transformers`` model (trained in place; needs
+            ``tokenizer``), or the folder of a sparse model (then ``out`` is needed: adapters are attached, trained and
+            written there, or the trained model). A folder's training leaves checkpoints beside ``out`` and resumes from
+            them after an interruption, with the same result, bit for bit.
         data, eval_data: examples, instead of the config's task or data.
 
     Returns metrics: loss, eval_loss, steps, seconds, trainable parameters. Raises UsageError for options
@@ -76,9 +82,22 @@ def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data
         return _train_folder(str(model), config, examples, given, Path(out), overwrite)
     if tokenizer is None or out is not None:
         raise UsageError("a live model is trained in place with its tokenizer, and written with sqft.save")
-    with tempfile.TemporaryDirectory() as work:  # Trainer makes a folder even if it writes nothing
+    kind = KINDS[config.adapter]
+    if kind.whole != (getattr(model, "peft_config", None) is None):
+        raise UsageError(f"this model carries adapters, and adapter {kind.name} trains one without: merge them first"
+                         if kind.whole else "this model has no adapters: sqft.attach them first, or train its own "
+                         "weights (adapter='sparse-full')")  # fmt: skip
+    if kind.whole:
+        check_kind(model, kind, "this model")
+        config = whole.precision_of(model, config)
+    with _opened(model, kind), tempfile.TemporaryDirectory() as work:  # Trainer makes it even if it writes nothing
         trainer = make_trainer(model, tokenizer, config, examples, Path(work), checkpoints=False)
-        return _run(trainer, model, None) | examples.notes
+        return _run(trainer, model, None, config) | examples.notes
+
+
+def _opened(model: Any, kind: Kind) -> contextlib.AbstractContextManager[None]:
+    """Holds what is not an adapter ready for training."""
+    return whole.trainable(model) if kind.whole else contextlib.nullcontext()
 
 
 def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: dict[str, Any], out: Path,
@@ -87,16 +106,23 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
         if is_adapter(source):
             raise UsageError(f"{source} is an adapter: give the sparse model that it belongs to")
         base, tokenizer = load(source, mask=config.mask)
-        check_kind(base, KINDS[config.adapter], source)
+        kind = KINDS[config.adapter]
+        check_kind(base, kind, source)
         set_seed(config.seed)
-        model = attach(base, adapter_config(config))
+        model: Any = base if kind.whole else attach(base, adapter_config(config))
+        config = whole.precision_of(model, config) if kind.whole else config
         work = work_folder(out, made.key)
-        trainer = make_trainer(model, tokenizer, config, data, work)
-        made.metrics.update(_run(trainer, model, last_checkpoint(work)) | data.notes)
-        write_files(model, tokenizer, made.folder)
+        with _opened(model, kind):
+            trainer = make_trainer(model, tokenizer, config, data, work)
+            made.metrics.update(_run(trainer, model, last_checkpoint(work), config) | data.notes)
+        if kind.whole:
+            made.metrics.update(whole.write_verified(model, tokenizer, made.folder))
+        else:
+            write_files(model, tokenizer, made.folder)
+            write_probe(model, tokenizer, made.folder)
         if config.tensorboard:
             shutil.copytree(work / "logs", made.folder, dirs_exist_ok=True)
-        _write_logs(trainer, model, tokenizer, made.folder)
+        _write_logs(trainer, made.folder)
     for stale in out.absolute().parent.glob(f".{out.name}.training-*"):
         shutil.rmtree(stale, ignore_errors=True)
     return made.metrics
@@ -119,7 +145,7 @@ def check_kind(base: nn.Module, kind: Kind, source: str) -> None:
                      "quantize), or use sparse-peft or lora")  # fmt: skip
 
 
-def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, data: TrainingData,
+def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: TrainingData,
                  work: Path, checkpoints: bool = True) -> Trainer:  # fmt: skip
     """A Hugging Face Trainer with this config; ``work`` takes event files and, unless switched off, checkpoints."""
     device = training_device(config)
@@ -129,7 +155,8 @@ def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, da
     steps_an_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation))
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.epochs)
     group = config.group_by_length and not config.packing
-    kind = next(map(layer_kind, adapter_layers(model).values()), LORA)
+    layers = adapter_layers(model)
+    kind = next(map(layer_kind, layers.values()), KINDS[config.adapter])
     arguments = TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=config.batch_size,
@@ -163,7 +190,7 @@ def make_trainer(model: PeftModel, tokenizer: Tokenizer, config: TrainConfig, da
     callbacks: list[Any] = [Guard(config.learn_scales)]
     if config.attention:
         callbacks.append(Attention(config.attention))
-    if Elastic(model).groups:
+    if layers and Elastic(model).groups:
         callbacks.append(RankScheduler(config.rank_strategy, config.rank_every == "micro-batch", config.seed))
     trainer = DistillTrainer(
         model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks,  # pyright: ignore
@@ -197,11 +224,13 @@ def _tensorboard(folder: Path) -> TensorBoardCallback:
     return TensorBoardCallback(SummaryWriter(log_dir=str(folder)))
 
 
-def _run(trainer: Trainer, model: nn.Module, checkpoint: Path | None) -> dict[str, Any]:
+def _run(trainer: Trainer, model: nn.Module, checkpoint: Path | None, config: TrainConfig) -> dict[str, Any]:
     watch = Stopwatch(checkpoint)
     trainer.add_callback(watch)
     with peak_memory() as peak, _forward_kept(model):
         try:
+            if config.init == "gradient" and checkpoint is None:  # a checkpoint has what it led to
+                from_gradient(trainer, config)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Finished:
             trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
@@ -213,10 +242,17 @@ def _run(trainer: Trainer, model: nn.Module, checkpoint: Path | None) -> dict[st
         "eval_loss": evaluations[-1] if evaluations else None,
         "learning_rate": trainer.args.learning_rate,
         "steps": trainer.state.global_step,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable_parameters": trainable_parameters(model),
         "peak_bytes": peak.bytes,
         "seconds": round(watch.seconds, 2),
     }
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Those that a step can change: of a weight that is trained itself the pruned ones do not count."""
+    pruned = (weight.mask for weight in linear_weights(model) if not weight.packed and weight.parameter.requires_grad)
+    return (sum(p.numel() for p in model.parameters() if p.requires_grad)
+            - sum(count_zeros(mask_OI) for mask_OI in pruned if mask_OI is not None))  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -247,9 +283,8 @@ def mean_loss(log: Sequence[dict[str, Any]], name: str = "loss") -> float:
     return total / last
 
 
-def _write_logs(trainer: Trainer, model: PeftModel, tokenizer: Tokenizer, folder: Path) -> None:
-    """Adds the trainer's log, one JSON object a line, record of ranks and probe to the adapter's folder."""
-    write_probe(model, tokenizer, folder)
+def _write_logs(trainer: Trainer, folder: Path) -> None:
+    """Adds the trainer's log, one JSON object a line, and record of ranks to the folder."""
     entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]  # not of a whole run
     lines = "".join(json.dumps(entry) + "\n" for entry in entries)
     (folder / "training_log.jsonl").write_text(lines)

@@ -1,4 +1,4 @@
-"""Verification of a merged model: zeros, masks, every trained tensor and logits. What fails is not written."""
+"""Verification of a trained or merged model: zeros, masks, every trained tensor, logits. What fails is not written."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqft.config import MergeConfig
+from sqft import probe
 from sqft.errors import VerificationError
 from sqft.formats.checkpoint import packed_layers
 from sqft.models.discover import describe
-from sqft.probe import logits, tolerance
 from sqft.sparsity.masks import ZeroCounts, collect_masks
 
 _BUG = "nothing was written; this is a bug in sqft, please report it"
 
 
-def verify(merged: nn.Module, before: Tensor, tokens: Tensor, config: MergeConfig, masks: Mapping[str, Tensor],
+def verify(merged: nn.Module, before: Tensor, tokens: Tensor, tolerance: float, masks: Mapping[str, Tensor],
            masked: bool, expected: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:  # fmt: skip
     """Checks zeros and the base's ``masks`` (packed, by weight name; if the merge is not ``masked``, zeros are counted
     only), each trained tensor, which has to be the ``expected`` one of its name in the state dict, bit for bit, and the
@@ -49,19 +48,19 @@ def verify(merged: nn.Module, before: Tensor, tokens: Tensor, config: MergeConfi
         metrics["bits"] = adapted[0].bits
         metrics["integers_compared"] = sum(layer.in_features * layer.out_features for layer in adapted)
     metrics["tensors_compared"] = len(compared)
-    metrics["max_logit_difference"] = check_logits(before, logits(merged, tokens), config, masked)
+    metrics["max_logit_difference"] = check_logits(before, probe.logits(merged, tokens), tolerance, masked)
     metrics["tokens_compared"] = tokens.numel()
     return metrics
 
 
-def check_logits(before: Tensor, after: Tensor, config: MergeConfig, masked: bool) -> float:
-    """Largest difference of logits; raises VerificationError above the tolerance.
+def check_logits(before: Tensor, after: Tensor, exact: float, masked: bool) -> float:
+    """Largest difference of logits; raises VerificationError above the tolerance, ``exact`` of a masked adapter.
 
     A masked adapter multiplies with the very weight that is merged. Plain LoRA adds a second product, in another
     order of summation, so its tolerance follows the logits' size and precision.
     """
     difference = float((before.float() - after.float()).abs().max())
-    allowed = config.tolerance if masked else max(config.tolerance, tolerance(before, before.dtype))
+    allowed = exact if masked else max(exact, probe.tolerance(before, before.dtype))
     if not difference <= allowed:  # also catches NaN
         raise VerificationError(f"merged and un-merged logits differ by {difference:.3g}, allowed are {allowed:.3g}: "
                                 "nothing was written")  # fmt: skip
