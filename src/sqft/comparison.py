@@ -150,8 +150,9 @@ def adapter_stages(method: Contender, recipe: Recipe, folders: Mapping[str, str]
         return []
     aware = KINDS[method.adapter].quantization_aware
     float_base = folders["sparsify"] if aware and recipe["train"].base else None
-    train = replace(recipe["train"], adapter=method.adapter, base=float_base,
-                    learn_scales=recipe["train"].learn_scales and aware)  # fmt: skip
+    train = replace(recipe["train"], adapter=method.adapter, base=float_base)
+    if not aware:
+        train = replace(train, learn_scales=False, scale_learning_rate=None, units="weight")
     if not method.elastic:
         train = replace(train, search_space=[], rank_groups=[])
     stages: list[tuple[str, Any]] = [("train", train)]

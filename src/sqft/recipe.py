@@ -98,7 +98,7 @@ def with_adapter(recipe: Recipe, adapter: str) -> Recipe:
         raise UsageError("the recipe does not train: there is no adapter to choose")
     values = to_dict(recipe["train"]) | {"adapter": adapter}
     if not KINDS[adapter].quantization_aware:
-        values |= {"base": None, "learn_scales": False}
+        values |= {"base": None, "learn_scales": False, "scale_learning_rate": None, "units": "weight"}
     train = from_dict(TrainConfig, values)
     if train == recipe["train"]:
         return recipe

@@ -7,6 +7,9 @@ A pruned weight is "rounded" to exactly 0, whatever corrections it has received:
 the columns after it, as SparseGPT (arXiv 2301.00774, section 3) does with a weight that it prunes. Dropping them
 leaves a larger error of the outputs (``tests/oracles/test_gptq.py``; perplexity: ``benchmarks/bench_quantize.py``).
 
+What rounding takes away of a column as it is when it is reached, corrections included, is told as its fractions: with
+them a weight's t = integer + fraction is where training can start from without a dead zone.
+
 Shape letters: O output features, I input features, S columns a group.
 """
 
@@ -18,7 +21,7 @@ from torch import Tensor
 from sqft.calibration.statistics import Hessian
 from sqft.calibration.surgeon import BLOCK, inverse_factor, sweep, transposed
 from sqft.quantization.grid import Grid, GridSpec, fit
-from sqft.quantization.method import Quantized, quantizer
+from sqft.quantization.method import Quantized, fractions, quantizer
 
 DAMPING = 0.05  # of the Hessian's mean diagonal, added to it
 
@@ -56,6 +59,7 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
     u_II = inverse_factor(h_II[order[:, None], order], DAMPING).to(w_IO.dtype)
     w_IO = w_IO[order]
     q_IO, columns = torch.empty_like(w_IO), order.tolist()
+    fractions_IO = torch.empty_like(w_IO, dtype=torch.int8)
 
     def choose(j: int) -> Tensor:
         column, group = columns[j], columns[j] // size
@@ -63,15 +67,18 @@ def gptq(w_OI: Tensor, h_II: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, 
             grid = fit(w_IO[j : j + size].mT, spec, importance_I[j : j + size])
             scale_GO[group], zero_GO[group] = grid.scale_OG[:, 0], grid.zero_OG[:, 0]
         scale, zero = scale_GO[group], zero_GO[group]
-        q = (w_IO[j] / scale).round_().add_(zero).clamp_(0, spec.largest)
+        units = w_IO[j] / scale
+        q = units.round().add_(zero).clamp_(0, spec.largest)
+        fraction = fractions(units.add_(zero).sub_(q))
         if mask_IO is not None:
             q = torch.where(mask_IO[column], q, zero)
+            fraction.mul_(mask_IO[column])
             if not propagate:
                 w_IO[j].mul_(mask_IO[column])
-        q_IO[column] = q
+        q_IO[column], fractions_IO[column] = q, fraction
         return q.sub_(zero).mul_(scale)
 
     # A group never straddles two steps.
     sweep(w_IO, u_II, choose, BLOCK if static or BLOCK % size == 0 else size)
     found = Grid(spec.bits, scale_GO.mT.half(), zero_GO.mT.to(torch.uint8))
-    return Quantized(q_IO.mT.contiguous().to(torch.uint8), found)
+    return Quantized(q_IO.mT.contiguous().to(torch.uint8), found, fractions_IO.mT)
