@@ -81,6 +81,8 @@ class QuantizeConfig(Compressing):
     min_zero: int = option(0, "smallest zero point: 0, or 1 for kernels that store zero - 1")
     act_order: bool = option(True, "quantize the most active inputs first (groups stay contiguous)")
     true_sequential: bool = option(True, "quantize o after q,k,v with the inputs that these then give, and so on")
+    keep_fractions: bool = option(False, "write what rounding took away of each weight (a byte) beside the masks; "
+                                  "training of qa-sparse-peft then starts from it")  # fmt: skip
     exclude: list[str] = option(help="module patterns that stay float, e.g. 'model.layers.0.*'", factory=list)
     format: str = option("auto", "of the checkpoint; auto: gptq (v1 if symmetric, else v2)",
                          OneOf(("auto", "gptq_v2"), FORMATS))  # fmt: skip
@@ -113,7 +115,13 @@ class TrainConfig(OnDevice):
                               "sparsify), to add the adapter to instead of what the integers mean",
                               kind="folder")  # fmt: skip
     mask: str | None = option(None, "zeros: take the zeros of a packed model that has no masks as pruned", ("zeros",))
+    units: str = option("weight", "qa-sparse-peft: what the adapter counts in, weights or steps of the grid",
+                        ("weight", "step"))  # fmt: skip
     learn_scales: bool = option(False, "qa-sparse-peft: train the grid's scales too")
+    scale_learning_rate: float | None = option(None, "of the scales; default: a tenth of learning_rate (of adapter "
+                                               "scales, all of it)")  # fmt: skip
+    start: str | None = option(None, "folder of an adapter of this rank and these modules, to start from its weights",
+                               kind="folder", alias="from")  # fmt: skip
     task: str | None = option(None, TASK, kind="task")
     data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
     data: str | None = option(None, "instead of a task: a .txt/.jsonl file or a datasets name", kind="text")
@@ -141,7 +149,7 @@ class TrainConfig(OnDevice):
                                        "weights of the blocks", factory=list)  # fmt: skip
     train_norms: bool = option(False, "train the norms beside the adapters; they are merged too")
     learning_rate: float | None = option(None, "peak learning rate of AdamW; default: 3e-4, of qa-sparse-peft 1e-3, of "
-                                         "sparse-full 5e-5")  # fmt: skip
+                                         "scales 1e-5, of sparse-full 5e-5")  # fmt: skip
     scheduler: str = option("cosine", "learning-rate schedule", ("cosine", "linear", "constant_with_warmup"))
     warmup_steps: int = option(100, "steps of linear warm-up; at most a tenth of all steps is used")
     weight_decay: float = option(0.0, "of AdamW")
@@ -179,12 +187,19 @@ class TrainConfig(OnDevice):
 
     def __post_init__(self) -> None:
         check_positive(self, "r", "lora_alpha", "batch_size", "gradient_accumulation", "max_length", "learning_rate",
-                  "epochs", "save_steps", "logging_steps", "limit")  # fmt: skip
+                  "epochs", "save_steps", "logging_steps", "limit", "scale_learning_rate")  # fmt: skip
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora_dropout is {self.lora_dropout}: it has to lie in [0, 1)")
-        if (self.base or self.learn_scales) and not KINDS[self.adapter].quantization_aware:
-            raise UsageError(f"base and learn_scales go with adapter qa-sparse-peft, not {self.adapter}")
-        if KINDS[self.adapter].whole:
+        kind = KINDS[self.adapter]
+        if (self.base or self.learn_scales or self.units != "weight") and not kind.quantization_aware:
+            raise UsageError(f"base, units and learn_scales go with adapter qa-sparse-peft, not {self.adapter}")
+        if self.scale_learning_rate and not (self.learn_scales or kind.scales_only):
+            raise UsageError("scale_learning_rate goes with learn_scales")
+        if self.start and self.units != "weight":
+            raise UsageError("an adapter to start from counts in weights: leave units out")
+        if kind.scales_only and (self.base or self.start or self.search_space):
+            raise UsageError(f"adapter {self.adapter} trains no factors: leave base, start and search_space out")
+        if kind.whole:
             default = TrainConfig()
             for name in _OF_LAYERS:
                 if getattr(self, name) != getattr(default, name):
@@ -200,16 +215,19 @@ class TrainConfig(OnDevice):
 
 # What says how adapters look: nothing to a kind that trains the weights themselves.
 _OF_LAYERS = ("r", "search_space", "rank_groups", "rank_strategy", "rank_every", "lora_alpha", "rslora", "lora_dropout",
-              "init", "target_modules", "train_norms")  # fmt: skip
+              "init", "start", "target_modules", "train_norms")  # fmt: skip
 
 
 def for_kind(config: TrainConfig, adapter: str) -> TrainConfig:
     """The options with another kind of adapter; what does not go with it is the default's, and so is the learning rate
-    between adapters and whole weights. Raises UsageError for an unknown kind."""
+    between factors, whole weights and scales. Raises UsageError for an unknown kind."""
     kind, default = KINDS[adapter], TrainConfig()
-    dropped = () if kind.quantization_aware else ("base", "learn_scales")
+    dropped = () if kind.quantization_aware else ("base", "learn_scales", "scale_learning_rate", "units")
     dropped += _OF_LAYERS if kind.whole else ()
-    dropped += ("learning_rate",) if kind.whole != KINDS[config.adapter].whole else ()
+    dropped += ("base", "start", "search_space", "rank_groups") if kind.scales_only else ()
+    of_another = KINDS[config.adapter]
+    if (kind.whole, kind.scales_only) != (of_another.whole, of_another.scales_only):
+        dropped += ("learning_rate",)
     return replace(config, adapter=adapter, **{name: getattr(default, name) for name in dropped})
 
 

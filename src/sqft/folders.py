@@ -11,6 +11,7 @@ from torch import nn
 from sqft import artifact
 from sqft.errors import SqftError
 from sqft.formats.checkpoint import is_packed_folder, load_packed, packed_layers, save_packed
+from sqft.formats.fractions import attach_fractions, load_fractions, save_fractions, stored_fractions
 from sqft.kernels.dispatch import pick_device
 from sqft.models.dense import load_dense, load_tokenizer
 from sqft.models.tensors import MAX_SHARD_BYTES
@@ -26,8 +27,8 @@ def load(source: str | Path, *, dtype: str = "auto", device: str = "cpu", mask: 
     """A model, of whatever stage, and its tokenizer.
 
     A dense, sparse, merged or packed (GPTQ, compressed-tensors) folder, a GGUF file or a hub name gives a
-    ``transformers`` model, with its masks (packed weights are ``QuantLinear`` layers); an adapter folder gives a
-    ``PeftModel`` on its base.
+    ``transformers`` model, with its masks (packed weights are ``QuantLinear`` layers, with their fractions); an adapter
+    folder gives a ``PeftModel`` on its base.
 
     Args:
         dtype: 'auto' (as stored), 'float32', 'bfloat16' or 'float16'; of what is not packed.
@@ -52,6 +53,7 @@ def load(source: str | Path, *, dtype: str = "auto", device: str = "cpu", mask: 
     model: Any = load_packed(source, dtype) if is_packed_folder(source) else load_dense(source, dtype)
     model.to(target)
     attach_masks(model, load_masks(source))
+    attach_fractions(model, load_fractions(source))
     ensure_masks(model, mask)
     return model, load_tokenizer(source)
 
@@ -108,6 +110,9 @@ def write_files(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
         state = {"state_dict": dict(stored_state(model))} if away else {}
         model.save_pretrained(folder, **state)
     tokenizer.save_pretrained(folder)
-    masks = {} if (folder / ADAPTER_CONFIG).is_file() else stored_masks(model)
-    if masks:
+    if (folder / ADAPTER_CONFIG).is_file():  # both are the base's
+        return
+    if masks := stored_masks(model):
         save_masks(masks, folder)
+    if fractions := stored_fractions(model):
+        save_fractions(fractions, folder)

@@ -19,6 +19,7 @@ from sqft.errors import SqftError, UsageError
 
 MANIFEST = "sqft.json"
 MASKS = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
+FRACTIONS = Path("fractions") / "fractions.safetensors"  # as the masks
 FORMAT = 2
 TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 YAML_SUFFIXES = (".yaml", ".yml")
@@ -105,7 +106,8 @@ def folder_key(folder: str | Path) -> str:
             raise SqftError(f"{path / MANIFEST} is corrupt ({error}): run the stage again") from None
     if not path.exists():
         return hashlib.sha256(str(folder).encode()).hexdigest()
-    files = sorted([*path.iterdir(), *path.glob("masks/*")]) if path.is_dir() else [path]
+    beside = (path / file for file in (MASKS, FRACTIONS))
+    files = sorted([*path.iterdir(), *(file for file in beside if file.is_file())]) if path.is_dir() else [path]
     return contents_key({file.name: file_digest(file)
                          for file in files if file.suffix in _MODEL_SUFFIXES and file.is_file()})  # fmt: skip
 

@@ -76,7 +76,7 @@ FORMATS = Registry("checkpoint format", "sqft.formats", {  # by quantization_con
 EXPORTERS = Registry("exporter", "sqft.exporters", {"huggingface": "sqft.exporters.huggingface:HuggingFace"})
 KINDS = Registry("adapter", "sqft.adapter_kinds", {
     "sparse-peft": "sqft.adapters.kinds:SPARSE_PEFT", "qa-sparse-peft": "sqft.adapters.kinds:QA_SPARSE_PEFT",
-    "lora": "sqft.adapters.kinds:LORA", "sqft": "sqft.adapters.kinds:SQFT",
+    "lora": "sqft.adapters.kinds:LORA", "sqft": "sqft.adapters.kinds:SQFT", "scales": "sqft.adapters.kinds:SCALES",
     "sparse-full": "sqft.adapters.kinds:SPARSE_FULL",
 })  # fmt: skip
 TASKS = Registry("task", "sqft.tasks", {  # a Task, a TaskSpec, or the path of a task's YAML file

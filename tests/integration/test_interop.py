@@ -54,7 +54,7 @@ def scrambled(weight: Tensor, spec: GridSpec) -> Quantized:
     """As GPTQ with act-order and without static groups leaves it: neighbours in a random order share a group."""
     inputs = weight.shape[1]
     order = torch.randperm(inputs, generator=torch.Generator().manual_seed(1))
-    q_OI, grid = rtn(weight[:, order], None, spec)
+    q_OI, grid, _ = rtn(weight[:, order], None, spec)
     back = order.argsort()
     group_I = torch.arange(inputs) // spec.columns(inputs)
     return Quantized(q_OI[:, back], Grid(spec.bits, grid.scale_OG, grid.zero_OG, group_I[back]))

@@ -29,7 +29,16 @@ VALUES: dict[str, list[Any]] = {
     "format": ["auto", "gptq", "gptq_v2", "compressed-tensors"],
     "symmetric": [False, True],
     "dtype": ["float32", "bfloat16", "float16"],
-    "kind": ["sparse-peft", "lora", "qa-sparse-peft", "qa-sparse-peft, learnt scales", "qa-sparse-peft, dense"],
+    "kind": [
+        "sparse-peft",
+        "lora",
+        "qa-sparse-peft",
+        "qa-sparse-peft, learnt scales",
+        "qa-sparse-peft, dense",
+        "scales",
+    ],
+    "start": ["integers", "fractions"],
+    "units": ["weight", "step"],
     "elastic": [False, True],
     "norms": [False, True],
     "targets": ["", "all"],
@@ -49,6 +58,8 @@ class Draw:
     symmetric: bool
     dtype: str
     kind: str
+    start: str
+    units: str
     elastic: bool
     norms: bool
     targets: str
@@ -60,7 +71,7 @@ class Draw:
 
     @property
     def packed(self) -> bool:
-        return self.kind.startswith("qa")
+        return self.kind.startswith(("qa", "scales"))
 
     @property
     def masked(self) -> bool:
@@ -68,6 +79,7 @@ class Draw:
 
     def __str__(self) -> str:
         grid = f"INT{self.bits} {self.format}{' symmetric' * self.symmetric}, " * self.packed
+        grid += f"{self.start}, {self.units}, " * self.packed
         flags = [name for name in ("elastic", "norms", "rslora", "tied", "biased", "sharded") if getattr(self, name)]
         flags += [f"{self.targets} targets"] * bool(self.targets) + ["gradient"] * (self.init == "gradient")
         return f"{self.family}, {grid}{', '.join([self.dtype, self.kind, *flags])}"
@@ -80,6 +92,8 @@ def make_draws() -> list[Draw]:
         columns[name] = (values * DRAWS)[:DRAWS]
         random.Random(name).shuffle(columns[name])
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    for row in rows:  # rank 0 is not elastic
+        row["elastic"] = row["elastic"] and row["kind"] != "scales"
     for row in rows:  # v1 of the GPTQ format is for symmetric grids
         row["symmetric"] = row["symmetric"] or row["format"] == "gptq"
     return [Draw(**row) for row in rows]
@@ -103,7 +117,7 @@ def make_base(draw: Draw, tokens) -> Any:
         sqft.sparsify(model, sqft.SparsifyConfig(sparsity=0.4), tokens)
     if draw.packed:
         config = sqft.QuantizeConfig(bits=draw.bits, group_size=32, symmetric=draw.symmetric, format=draw.format,
-                                     act_order=draw.sharded)  # fmt: skip
+                                     act_order=draw.sharded, keep_fractions=draw.start == "fractions")  # fmt: skip
         sqft.quantize(model, config, tokens)
     return model
 
@@ -121,15 +135,19 @@ def make_adapter(draw: Draw, model: Any, tokens) -> Any:
         r=4, lora_alpha=8, search_space=[4, 2] if draw.elastic else None, quantization_aware=draw.packed,
         sparse_adapter=draw.kind not in ("lora", "qa-sparse-peft, dense"), learn_scales="scales" in draw.kind,
         train_norms=draw.norms, use_rslora=draw.rslora, target_modules=[draw.targets] if draw.targets else None,
+        units=draw.units if draw.packed else "weight",
     )  # fmt: skip
+    if draw.kind == "scales":
+        config = sqft.SqftConfig(kind="scales")
     torch.manual_seed(0)
     adapter = sqft.attach(model, config)
-    if draw.init == "gradient":
+    if draw.init == "gradient" and draw.kind != "scales":
         begin_along_the_gradient(adapter, tokens)
     # Learnt scales are small: a step of the factors' size would be many times as large.
     scales = [p for name, p in adapter.named_parameters() if "lora_scales" in name]
     factors = [p for name, p in adapter.named_parameters() if p.requires_grad and "lora_scales" not in name]
-    optimizer = torch.optim.AdamW([{"params": factors, "lr": 0.03}, {"params": scales, "lr": 1e-4}])
+    rate = 0.3 if draw.units == "step" else 0.03
+    optimizer = torch.optim.AdamW([{"params": factors, "lr": rate}, {"params": scales, "lr": 1e-4}])
     adapter.train()
     for _ in range(2):
         adapter(input_ids=tokens[:2], labels=tokens[:2]).loss.backward()
@@ -170,6 +188,7 @@ def test_a_random_pipeline(draw: Draw, tokens, tmp_path: Path) -> None:
             assert torch.equal(mask_of(weight.module), masks[weight.name])
     state = merged.state_dict()
     trained = ("qweight", "scales") if "scales" in draw.kind else ("qweight",) if draw.packed else ("weight",)
+    trained = ("scales",) if draw.kind == "scales" else trained
     may_change = {f"{path}.{leaf}" for path in adapted for leaf in trained}
     may_change |= {f"{path}.{leaf}" for path in norms(merged) if draw.norms for leaf in ("weight", "bias")}
     changed = {name for name in before if not torch.equal(before[name], state[name])}

@@ -10,7 +10,7 @@ import sqft
 from sqft.calibration.surgeon import inverse_factor
 from sqft.quantization.gptq import DAMPING, gptq
 from sqft.quantization.grid import GridSpec, fit
-from sqft.quantization.method import Quantized
+from sqft.quantization.method import Quantized, fractions
 from sqft.quantization.rtn import rtn
 
 
@@ -23,15 +23,16 @@ def problem(seed: int, rows: int = 12, inputs: int = 64, tokens: int = 300) -> t
     return w, x.mT @ x, torch.rand(rows, inputs, generator=g) < 0.5
 
 
-def naive(w: Tensor, h: Tensor, mask: Tensor | None, spec: GridSpec, act_order: bool) -> Tensor:
-    """De-quantized weights in float64: after each column, the rest follows by the inverse of the remaining Hessian."""
+def naive(w: Tensor, h: Tensor, mask: Tensor | None, spec: GridSpec, act_order: bool) -> tuple[Tensor, Tensor]:
+    """De-quantized weights in float64, and what rounding took away of each in steps: after each column, the rest
+    follows by the inverse of the remaining Hessian."""
     h = h.double() + DAMPING * h.double().diagonal().mean() * torch.eye(len(h))
     mask = torch.ones_like(w, dtype=torch.bool) if mask is None else mask
     w = w.double() * mask
     size = spec.columns(w.shape[1])
     order = h.diagonal().argsort(descending=True, stable=True).tolist() if act_order else list(range(len(h)))
     static = fit(w, spec)
-    out = torch.zeros_like(w)
+    out, fractions = torch.zeros_like(w), torch.zeros_like(w)
     for place, j in enumerate(order):
         if act_order or size == w.shape[1]:
             scale, zero = static.scale_OG[:, j // size].double(), static.zero_OG[:, j // size].double()
@@ -40,10 +41,11 @@ def naive(w: Tensor, h: Tensor, mask: Tensor | None, spec: GridSpec, act_order: 
             scale, zero = grid.scale_OG[:, 0].double(), grid.zero_OG[:, 0].double()
         q = ((w[:, j] / scale).round() + zero).clamp(0, spec.largest)
         out[:, j] = torch.where(mask[:, j], (q - zero) * scale, 0)
+        fractions[:, j] = (w[:, j] / scale - (q - zero)).clamp(-0.5, 0.5) * mask[:, j]
         rest = order[place:]
         inverse = torch.linalg.inv(h[rest][:, rest])
         w[:, rest] -= torch.outer((w[:, j] - out[:, j]) / inverse[0, 0], inverse[0])
-    return out
+    return out, fractions
 
 
 def loss(w: Tensor, quantized: Tensor, h: Tensor) -> float:
@@ -59,8 +61,11 @@ def test_equals_the_naive_version(spec: GridSpec, act_order: bool, masked: bool)
     for seed in range(3):
         w, h, mask = problem(seed, inputs=192)  # more than one block of lazy updates
         mask = mask if masked else None
-        expected = naive(w, h, mask, spec, act_order)
-        torch.testing.assert_close(gptq(w.double(), h, mask, spec, act_order=act_order).weight().double(), expected)
+        expected, fractions = naive(w, h, mask, spec, act_order)
+        exact = gptq(w.double(), h, mask, spec, act_order=act_order)
+        torch.testing.assert_close(exact.weight().double(), expected)
+        assert exact.fractions_OI is not None and fractions.abs().max() > 0.45
+        torch.testing.assert_close(exact.fractions_OI.double() / 256, fractions, rtol=0, atol=1.001 / 256)
         # In float32 a weight in the middle of two grid points may fall to the other side, and move those after it.
         ours = gptq(w, h, mask, spec, act_order=act_order).weight()
         w = w * mask if masked else w
@@ -87,6 +92,19 @@ def test_every_pruned_weight_is_exactly_zero(bits: int, method) -> None:
     w, h, mask = problem(1)
     quantized: Quantized = method(w, *([h] if method.needs else []), mask, GridSpec(bits, 32))
     assert not quantized.weight()[~mask].any() and quantized.weight().any()
+    assert quantized.fractions_OI is not None
+    assert not quantized.fractions_OI[~mask].any() and quantized.fractions_OI.any()
+
+
+def test_an_integer_and_its_fraction_round_to_the_integer() -> None:
+    """Also where the weight lay in the middle of two points, or far beyond the last one."""
+    units = torch.cat([torch.arange(-40, 40) / 2, torch.randn(2000) * 8, torch.tensor([-0.5, 0.5, 1e9, -1e9])])
+    q = units.round().clamp(-7, 8)
+    found = fractions(units - q)
+    assert found.dtype == torch.int8 and found.min() == -127 and found.max() == 127
+    assert torch.equal((q + found.float() / 256).round(), q)
+    inside = (units - q).abs() <= 0.5
+    torch.testing.assert_close((q + found.float() / 256)[inside], units[inside], rtol=0, atol=1 / 256)
 
 
 def test_handing_on_the_corrections_of_pruned_weights_is_better_than_dropping_them() -> None:

@@ -31,7 +31,7 @@ class Problem:
         g = torch.Generator().manual_seed(bits)
         mask = torch.rand(O, I, generator=g) < 0.5
         w = torch.randn(O, I, generator=g) * mask
-        q_OI, grid = rtn(w, mask, GridSpec(bits, 32))
+        q_OI, grid, f_OI = rtn(w, mask, GridSpec(bits, 32))
         if scrambled:
             order = torch.randperm(I, generator=g)
             group = torch.arange(I).div(32, rounding_mode="floor")[order]
@@ -41,9 +41,10 @@ class Problem:
                 mask[:, order],
                 w[:, order],
             )
+            f_OI = f_OI[:, order]
         layer = QuantLinear.from_quantized(Quantized(q_OI, grid), 32, False)
         new = layer.scales.float() * (0.9 + 0.2 * torch.rand(layer.scales.shape, generator=g)) if learnt else None
-        self.mask, self.dtype, self.grid, self.q_OI = mask, dtype, grid, q_OI
+        self.mask, self.dtype, self.grid, self.q_OI, self.f_OI = mask, dtype, grid, q_OI, f_OI
         self.x, self.dy, self.bias = (torch.randn(*s, generator=g).to(dtype) for s in ((T, I), (T, O), (O,)))
         a, b = torch.randn(R, I, generator=g), torch.randn(O, R + 2, generator=g)[:, :R] * 0.2
         self.w = w.to(dtype)
@@ -56,17 +57,31 @@ class Problem:
     def spread(self, value_OG: Tensor) -> Tensor:
         return self.grid.spread(value_OG, I).double()
 
-    def base(self) -> Tensor:
-        """What the integers mean."""
-        return (self.q_OI.double() - self.spread(self.grid.zero_OG)) * self.spread(self.grid.scale_OG)
+    def base(self, kind: str = "") -> Tensor:
+        """What the integers mean, with their fractions or not; or the un-quantized weight."""
+        if "float base" in kind:
+            return self.w.double()
+        q_OI = self.q_OI.double() + (self.f_OI.double() / 256 if "fractions" in kind else 0)
+        return (q_OI - self.spread(self.grid.zero_OG)) * self.spread(self.grid.scale_OG)
+
+    def start(self, kind: str) -> Adapter:
+        """The adapter with the base that the kind names."""
+        device = self.adapter.a_RI.device
+        return self.adapter._replace(
+            base=self.adapter.base if "float base" in kind else None, in_steps="steps" in kind,
+            fractions=self.f_OI.mT.contiguous().to(device) if "fractions" in kind else None,
+        )  # fmt: skip
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         return SCALE * self.mask * (b @ a)
 
-    def quantized(self, w: Tensor, scales_OI: Tensor) -> Tensor:
+    def quantized(self, kind: str, a: Tensor, b: Tensor, scales_OI: Tensor) -> Tensor:
         """Straight-through rounding, autograd's own clamp."""
         zero = self.spread(self.grid.zero_OG)
-        t = w / scales_OI
+        if "steps" in kind:
+            t = self.base(kind) / self.spread(self.grid.scale_OG) + self.delta(a, b)
+        else:
+            t = (self.base(kind) + self.delta(a, b)) / scales_OI
         return scales_OI * torch.clamp(t + (t.round() - t).detach(), -zero, self.packed.largest - zero)
 
     def doubles(self) -> list[Tensor]:
@@ -111,6 +126,8 @@ def check_masked_gradients(run: Any, device: str, dtype: torch.dtype) -> None:
         assert ours.dtype == torch.float32  # as A and B
 
 
+STARTS = [f"{learnt}{start}{units}" for learnt in ("", "learnt scales ") for start in ("", "float base ", "fractions ")
+          for units in ("", "steps")]  # fmt: skip
 GRIDS = [(bits, scrambled) for bits in (2, 3, 4, 8) for scrambled in (False, True)]
 
 
@@ -121,25 +138,24 @@ def check_dequantized(run: Any, device: str, dtype: torch.dtype) -> None:
 
 
 def check_quant_aware_weight(run: Any, device: str, dtype: torch.dtype) -> None:
-    for bits, scrambled, learnt, float_base in [(*grid, *kind) for grid in GRIDS for kind in ((0, 0), (1, 0), (0, 1))]:
-        p = Problem(device, dtype, bits, scrambled, bool(learnt))
+    for grid, kind in [(grid, kind) for grid in GRIDS for kind in STARTS]:
+        p = Problem(device, dtype, *grid, "learnt" in kind)
         a, b, *new = p.doubles()
-        base, adapter = (p.w.double(), p.adapter) if float_base else (p.base(), p.adapter._replace(base=None))
-        scales = p.spread(new[0].detach().mT if new else p.grid.scale_OG)
+        adapter, scales = p.start(kind), p.spread(new[0].detach().mT if new else p.grid.scale_OG)
         w = run(p.packed, adapter, dtype)
-        near(w, p.quantized(base + p.delta(a, b), scales), dtype)
+        near(w, p.quantized(kind, a, b, scales), dtype)
         assert w.dtype == dtype and not w.cpu()[~p.mask].any()
         merged = ops.merge_packed(p.packed, adapter)
         assert torch.equal(ops.dequantized(merged, I, dtype), w)  # bit for bit
 
 
 def check_quant_aware_gradients(run: Any, device: str, dtype: torch.dtype) -> None:
-    for learnt, float_base in ((0, 0), (1, 0), (0, 1)):
-        p = Problem(device, dtype, 4, False, bool(learnt))
+    for bits, scrambled, kind in [(*grid, kind) for grid in ((4, False), (4, True), (2, False)) for kind in STARTS]:
+        p = Problem(device, dtype, bits, scrambled, "learnt" in kind)
         a, b, *new = p.doubles()
-        base, adapter = (p.w.double(), p.adapter) if float_base else (p.base(), p.adapter._replace(base=None))
-        scales = new[0].mT.repeat_interleave(32, 1) if new else p.spread(p.grid.scale_OG)
-        w = p.quantized(base + p.delta(a, b), scales)
+        adapter, group_I = p.start(kind), torch.arange(I) // 32 if p.grid.group_I is None else p.grid.group_I
+        scales = new[0].mT.index_select(1, group_I) if new else p.spread(p.grid.scale_OG)
+        w = p.quantized(kind, a, b, scales)
         (p.x.double() @ w.mT).backward(p.dy.double())
         da, db, ds, w_OI = run(p.ddy, p.dx, p.packed, adapter)
         assert (ds is None) == (not new)
@@ -164,17 +180,21 @@ def test_every_operator_on_every_device_and_dtype(op: str, device: str, dtype: t
 
 
 @pytest.mark.parametrize(("training", "dropout"), [(True, 0.3), (False, 0.0)])
-@pytest.mark.parametrize("kind", ["float", "packed", "quantization-aware", "scrambled", "learnt scales", "float base"])
+@pytest.mark.parametrize("kind", [
+    "float", "packed", "quantization-aware", "scrambled", "learnt scales", "float base", "fractions", "steps",
+    "learnt scales, fractions, steps",
+])  # fmt: skip
 def test_opcheck(kind: str, training: bool, dropout: float) -> None:
     """Schema, fakes, autograd registration and compilation of both operators, by torch's own check."""
-    p = Problem("cpu", torch.float32, 4, kind == "scrambled", kind == "learnt scales")
+    p = Problem("cpu", torch.float32, 4, kind == "scrambled", "learnt" in kind)
     x, bias = p.x.view(4, 10, I).requires_grad_(), p.bias.requires_grad_()
     words = [] if kind == "float" else [tensor for tensor in p.packed[:4] if tensor is not None]
-    new = p.adapter.new_scales
-    factors = [p.adapter.a_RI.requires_grad_(), p.adapter.b_OR.requires_grad_(), p.adapter.mask_OP]
-    factors = [] if kind == "packed" else [*factors, *([] if new is None else [new.requires_grad_()])]
-    base = p.adapter.base if kind in ("float", "float base") else None
-    shared = (base, words, factors, 4, SCALE, dropout, torch.tensor(3))
+    adapter = p.start("float base" if "float" in kind else kind)
+    leaves = [v for v in (adapter.a_RI, adapter.b_OR, adapter.new_scales) if v is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    fields = (None, None, None, SCALE, None, None, None, False) if kind == "packed" else tuple(adapter)
+    shared = (words, 4, *fields, dropout, torch.tensor(3))
     torch.library.opcheck(torch.ops.sqft.linear.default, (x, bias, *shared, training))
     dy = p.dy.view(4, 10, O)
     torch.library.opcheck(torch.ops.sqft.linear_backward.default, (dy, x.detach(), *detached(shared), training))

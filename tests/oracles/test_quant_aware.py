@@ -97,7 +97,7 @@ def problem(bits: int, symmetric: bool = False, scrambled: bool = False, seed: i
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(96, 64, generator=g) < 0.5
     w = torch.randn(96, 64, generator=g) * mask
-    q_OI, grid = rtn(w, mask, GridSpec(bits, 32, symmetric))
+    q_OI, grid, _ = rtn(w, mask, GridSpec(bits, 32, symmetric))
     if scrambled:
         order = torch.randperm(64, generator=g)
         group = torch.arange(64).div(32, rounding_mode="floor")
@@ -265,6 +265,50 @@ def test_learnt_scales_have_a_floor(pushed: float, scrambled: bool) -> None:
     assert (merged.scales > 0).all() and torch.isfinite(merged.scales).all()
     weight = quant_aware_weight(layer.packed(), adapter, torch.float32)
     assert torch.equal(dequantized(merged, 64, torch.float32), weight) and not weight[~mask].any()
+
+
+@pytest.mark.parametrize("scrambled", [False, True])
+def test_integers_do_not_depend_on_learnt_scales_in_steps(scrambled: bool) -> None:
+    """So a scale's gradient is the sum of its group's integers, each times the weight's gradient, exactly."""
+    x, layer, a, b, mask = problem(4, scrambled=scrambled)
+    adapter = Adapter(a, b, pack_mask(mask), 0.5, None, None, None, True)
+    integers = merge_packed(layer.packed(), adapter).qweight
+    assert not torch.equal(integers, layer.qweight)
+    for factor in (0.3, 1.0, 1.7):
+        new = (layer.scales.float() * factor).requires_grad_()
+        changed = merge_packed(layer.packed(), adapter._replace(new_scales=new))
+        assert torch.equal(changed.qweight, integers) and torch.equal(changed.scales, new.half())
+        quant_aware_linear(x, layer.packed(), None, adapter._replace(new_scales=new)).sum().backward()
+        units = layer_like(layer, integers).integers().float() - layer.grid().zero_OG[:, layer.g_idx.long()]
+        expected = torch.zeros(2, 96).index_add(0, layer.g_idx.long(), (units * x.sum(0)).mT)
+        torch.testing.assert_close(new.grad, expected, rtol=1e-4, atol=1e-3)
+
+
+def layer_like(layer: QuantLinear, qweight: Tensor) -> QuantLinear:
+    changed = QuantLinear(layer.in_features, layer.out_features, layer.bits, layer.group_size)
+    changed.qweight, changed.qzeros, changed.scales, changed.g_idx = qweight, layer.qzeros, layer.scales, layer.g_idx
+    return changed
+
+
+@pytest.mark.parametrize("in_steps", [False, True])
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_with_fractions_and_without_an_adapter_it_is_the_base_bit_for_bit(
+    bits: int, learnt: bool, in_steps: bool
+) -> None:
+    x, layer, a, b, mask = problem(bits)
+    f_IO = torch.randint(-127, 128, (64, 96), dtype=torch.int8, generator=torch.Generator().manual_seed(1)) * mask.mT
+    new = layer.scales.float() if learnt else None
+    adapter = Adapter(a, torch.zeros_like(b), pack_mask(mask), 0.5, None, new, f_IO, in_steps)
+    merged = merge_packed(layer.packed(), adapter)
+    assert torch.equal(merged.qweight, layer.qweight) and torch.equal(merged.scales, layer.scales)
+    assert torch.equal(quant_aware_linear(x, layer.packed(), None, adapter, training=False), layer(x))
+    # There is no dead zone: a tenth of a step moves about a tenth of the weights that are not clamped.
+    tenth = adapter._replace(a_RI=torch.full((1, 64), 0.2), b_OR=torch.ones(96, 1), in_steps=True)
+    moved = layer_like(layer, merge_packed(layer.packed(), tenth).qweight).integers() != layer.integers()
+    assert not moved[~mask].any() and 0.03 < float(moved[mask].float().mean()) < 0.13
+    dead = tenth._replace(fractions=None)
+    assert torch.equal(merge_packed(layer.packed(), dead).qweight, layer.qweight)
 
 
 def test_training_at_a_huge_rate_keeps_learnt_scales_finite() -> None:

@@ -57,6 +57,9 @@ class SqftConfig(LoraConfig):
         float_base: with ``quantization_aware``, folder of the un-quantized sparse model to add the adapter to (as in
             the paper), instead of what the base's integers mean. It is saved relative to the adapter's folder.
             ``float_base_key`` identifies its contents.
+        units: with ``quantization_aware``, what A and B count in: 'weight' (the paper), or 'step', steps of the grid.
+        fractions: with ``quantization_aware``, start from what rounding took away (``QuantLinear.fractions``), or not;
+            None: if the base has it. It is saved as True or False.
         search_space: ranks that a sub-adapter may have (NLS); none: the rank is fixed. ``r`` is the largest of them.
         rank_groups: which modules share a rank, and choices of their own: see ``make_groups``.
         train_norms: train the model's norms too: ``sqft.attach`` adds their names to ``modules_to_save``.
@@ -71,6 +74,8 @@ class SqftConfig(LoraConfig):
     learn_scales: bool = _option(False, "train the grid's scales too")
     float_base: str | None = _option(None, "folder of the un-quantized sparse base")
     float_base_key: str = _option("", "key of the float base's contents")
+    units: str = _option("weight", "what the factors count in: weight or step")
+    fractions: bool | None = _option(None, "start from what rounding took away")
     search_space: list[int] | None = _option(None, "ranks that a sub-adapter may have", True)
     rank_groups: list[str] | None = _option(None, "which modules share a rank")
     train_norms: bool = _option(False, "train the model's norms too")
@@ -84,14 +89,22 @@ class SqftConfig(LoraConfig):
                                  f"'{self.kind}'), tokenizer=...) trains the model itself")  # fmt: skip
             self.sparse_adapter, self.quantization_aware = kind.masked and self.sparse_adapter, kind.quantization_aware
             self.kind = "" if kind in PLAIN else self.kind  # which of the two the base decides
+            if kind.scales_only:
+                self.learn_scales, self.units, self.fractions = True, "step", False
+                self.sparse_adapter, self.r = False, 1  # the base need not be sparse; the factors are not used
+                if self.search_space or self.float_base:
+                    raise UsageError(f"{self.kind} trains no factors: leave search_space and float_base out")
         if self.rank_groups and not self.search_space:
             raise UsageError("rank_groups go with a search_space, e.g. [32, 24, 16]")
         if self.search_space and min(self.search_space) < 1:
             raise UsageError(f"search_space is {self.search_space}: ranks are greater than 0")
         if self.search_space and self.rank_pattern:
             raise UsageError("rank_pattern does not go with a search_space: give groups their own ranks (rank_groups)")
-        for name in ("learn_scales", "float_base"):
-            if getattr(self, name) and not self.quantization_aware:
+        if self.units not in ("weight", "step"):
+            raise UsageError(f"units is '{self.units}': choose weight or step")
+        for name, given in (("learn_scales", self.learn_scales), ("float_base", self.float_base),
+                            ("units", self.units != "weight"), ("fractions", self.fractions)):  # fmt: skip
+            if given and not self.quantization_aware:
                 raise UsageError(f"{name} goes with quantization_aware=True only")
         if self.is_sqft:
             check_options(self)

@@ -17,7 +17,8 @@ from sqft.registry import KINDS
 class Kind:
     """``packed``: for an INT base, else for a float one. ``layer``: "module:class" of the adapter's layers.
     ``whole``: no layers are added, the base's own weights are trained: what training makes is a model, with nothing to
-    merge. ``learning_rate``: what training takes if it is told none."""
+    merge. ``learning_rate``: what training takes if it is told none. ``scales_only``: nothing but the grid's scales is
+    trained, at that rate."""
 
     name: str
     help: str
@@ -28,6 +29,7 @@ class Kind:
     merges: bool = False
     whole: bool = False
     learning_rate: float = 3e-4  # the paper's
+    scales_only: bool = False
 
     @property
     def makes(self) -> str:
@@ -49,6 +51,8 @@ SPARSE_PEFT = Kind("sparse-peft", "masked by the base's sparsity (SparsePEFT)", 
 QA_SPARSE_PEFT = Kind("qa-sparse-peft", "masked, and rounded on the base's own grid (QA-SparsePEFT)",
                       "sqft.adapters.quant_aware:QuantAwareLoraLinear", packed=True, masked=True,
                       quantization_aware=True, merges=True, learning_rate=1e-3)  # fmt: skip
+SCALES = Kind("scales", "the grid's scales alone; integers stay", "sqft.adapters.quant_aware:ScalesLinear", packed=True,
+              masked=True, quantization_aware=True, merges=True, learning_rate=1e-5, scales_only=True)  # fmt: skip
 LORA = Kind("lora", "plain LoRA", "sqft.adapters.lora:ElasticLora")
 SQFT = Kind("sqft", "plain LoRA beside an INT base (SQFT)", "sqft.adapters.quant_aware:QuantLoraLinear", packed=True)
 SPARSE_FULL = Kind("sparse-full", "the kept weights and the norms themselves (masked full fine-tuning)", masked=True,

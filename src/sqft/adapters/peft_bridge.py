@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -25,6 +33,7 @@ from sqft.models.dense import load_dense
 from sqft.models.discover import Architecture, describe, norms, resolve_targets
 from sqft.models.types import PreTrainedModel
 from sqft.models.weights import is_linear
+from sqft.registry import KINDS
 from sqft.sparsity.masks import ensure_masks, packed_mask
 
 
@@ -55,6 +64,8 @@ def attach(model: PreTrainedModel, config: LoraConfig | None = None) -> PeftMode
 def _target_names(architecture: Architecture, config: LoraConfig) -> list[str]:
     """Full names of the modules that a fresh config adapts, in execution order. Raises UsageError if there is none."""
     wanted = config.target_modules or ()
+    if not wanted and getattr(config, "kind", "") and KINDS[config.kind].scales_only:  # pyright: ignore
+        wanted = [weight.name for weight in architecture.weights() if weight.packed]
     if isinstance(wanted, str) and set(wanted) & set("\\()|^$+.{"):
         raise UsageError(f"target_modules is the regular expression '{wanted}': name the modules in a list, with shell "
                          "patterns if need be (['q_proj', '*.3.mlp.*']), or write 'all'")  # fmt: skip
@@ -92,6 +103,12 @@ def _prepare_bases(model: nn.Module, modules: Mapping[str, Any], config: LoraCon
             delattr(module, FLOAT_BASE)
     if isinstance(config, SqftConfig) and source:
         _set_float_bases(modules, config)
+    elif isinstance(config, SqftConfig) and config.quantization_aware:
+        there = any(getattr(module, "fractions", None) is not None for module in modules.values())
+        if config.fractions and not there:
+            raise SqftError("the adapter starts from the fractions of its base, which has none: quantize it with "
+                            "--keep-fractions, or leave fractions out")  # fmt: skip
+        config.fractions = there if config.fractions is None else config.fractions
 
 
 def _set_float_bases(modules: Mapping[str, Any], config: SqftConfig) -> None:
@@ -138,6 +155,37 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
     if trainable:
         train_rounded(loaded)
     return loaded
+
+
+def start_from(model: PeftModel, folder: str | Path) -> None:
+    """Gives a model's fresh adapter another's weights: A and B, and whatever else that trained. Raises UsageError if
+    they differ in modules, rank or scaling, saying in what; SqftError for a corrupt file."""
+    name = active_adapter(model)
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise UsageError(f"{folder} is not an adapter folder: give one that 'sqft train' wrote to start from")
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # pyright: ignore[reportArgumentType]
+    try:
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(str(folder))]
+        theirs, state = kind.from_pretrained(str(folder)), load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # PEFT and safetensors raise many kinds
+        raise SqftError(f"adapter {folder} cannot be read: {first_line(error)}") from error
+    mine = model.peft_config[name]
+    for option in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "units"):
+        other, own = (getattr(config, option, "weight") for config in (theirs, mine))
+        if other != own:
+            raise UsageError(f"{folder} has {option} {other} and this adapter {own}: they have to be equal to start "
+                             "from it")  # fmt: skip
+    fresh = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    for what, keys in (("trains", state.keys() - fresh.keys()),
+                       ("lacks", {key for key in fresh if ".lora_scales" not in key} - state.keys())):  # fmt: skip
+        if keys:
+            raise UsageError(f"{folder} {what} {min(keys).removeprefix('base_model.model.')} and {len(keys) - 1} more, "
+                             "unlike this adapter: give both the same target_modules and options")  # fmt: skip
+    for key, tensor in state.items():
+        if tensor.shape != fresh[key].shape:
+            raise UsageError(f"{folder} has {key} of shape {list(tensor.shape)} and this adapter "
+                             f"{list(fresh[key].shape)}: it is of another model")  # fmt: skip
+    set_peft_model_state_dict(model, state, adapter_name=name)
 
 
 def _targeted(model: nn.Module, config: Any) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Adapters on a packed base: QA-SparsePEFT, which merges on the base's own grid, and plain LoRA, which cannot.
+"""Adapters on a packed base: QA-SparsePEFT, which merges on the base's own grid, its scales alone, and plain LoRA,
+which cannot be merged.
 
 QA-SparsePEFT (SQFT, arXiv 2410.03750, section 3.4; ``kernels/reference.py``) trains through the grid that the merged
-weight will be on. W is what the base's integers mean, or the un-quantized sparse weight they were made from
-(``float_base``, as in the paper). Merging stores the integers that training rounded to; nothing else changes.
+weight will be on. W is what the base's integers mean, with what rounding took away if that is beside them
+(``QuantLinear.fractions``), or the un-quantized sparse weight they were made from (``float_base``, as in the paper).
+Merging stores the integers that training rounded to; nothing else changes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from sqft.adapters.kinds import QA_SPARSE_PEFT, SQFT
+from sqft.adapters.kinds import QA_SPARSE_PEFT, SCALES, SQFT
 from sqft.adapters.lora import ElasticLora, factors
 from sqft.adapters.sparse import MaskedLoraLinear, check_finite
 from sqft.errors import SqftError, UsageError
@@ -33,7 +35,7 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        self._before_merge: list[Packed] = []
+        self._before_merge: list[tuple[Packed, Tensor | None]] = []
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
@@ -44,9 +46,11 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
             raise SqftError(f"the float base of '{adapter_name}' is not beside its layer, or another adapter's is: "
                             "sqft.attach and sqft.load put it there, one for all adapters of a layer")  # fmt: skip
         if not hasattr(self, "lora_scales"):
-            self.lora_scales = nn.ParameterDict()
+            self.lora_scales, self._starts = nn.ParameterDict(), {}
         if getattr(config, "learn_scales", False):
             self.lora_scales[adapter_name] = nn.Parameter(self._linear.scales.float().clone())
+        from_fractions = config.fractions is not False and not config.float_base
+        self._starts[adapter_name] = (from_fractions, config.units == "step")
         super().update_layer(adapter_name, *args, config=config, **kwargs)
 
     @property
@@ -55,9 +59,11 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
 
     def _adapter(self, name: str) -> Adapter:
         a, b = factors(self, name)
-        new_scales = self.lora_scales.get(name, None)
         base = getattr(self._linear, FLOAT_BASE, None)
-        return Adapter(a, b, self.mask, self.scaling[name], base, cast("Tensor | None", new_scales))
+        from_fractions, in_steps = self._starts[name]
+        fractions = self._linear.fractions if from_fractions else None
+        scaling, new_scales = self.scaling[name], cast("Tensor | None", self.lora_scales.get(name, None))
+        return Adapter(a, b, self.mask, scaling, base, new_scales, fractions, in_steps)
 
     def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
         packed, bias = self._linear.packed(), self._linear.bias
@@ -78,13 +84,29 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
     def _put_in(self, adapter: str, safe: bool) -> None:
         check_finite(adapter, safe, *factors(self, adapter))
         linear, packed = self._linear, self.merged_packed(adapter)
-        self._before_merge.append(linear.packed())
-        linear.qweight, linear.scales = packed.qweight, packed.scales
+        self._before_merge.append((linear.packed(), linear.fractions))
+        linear.qweight, linear.scales, linear.fractions = packed.qweight, packed.scales, None
 
     def _take_out(self, adapter: str) -> None:
         """Puts the base's integers back: rounding cannot be undone, so they were kept."""
-        before = self._before_merge.pop()
+        before, self._linear.fractions = self._before_merge.pop()
         self._linear.qweight, self._linear.scales = before.qweight, before.scales
+
+
+class ScalesLinear(QuantAwareLoraLinear):
+    """The grid's scales alone, as in EfficientQAT's second phase (arXiv 2407.11062): integers, and with them zeros, are
+    the base's. Its factors, which PEFT wants, are frozen and cut to rank 0."""
+
+    kind = SCALES
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(*args, **kwargs)
+        for factor in (*self.lora_A.values(), *self.lora_B.values()):
+            factor.requires_grad_(False)
+
+    def _adapter(self, name: str) -> Adapter:
+        adapter = super()._adapter(name)
+        return adapter._replace(a_RI=adapter.a_RI[:0], b_OR=adapter.b_OR[:, :0])
 
 
 class QuantLoraLinear(ElasticLora):

@@ -217,6 +217,8 @@ class Quantize(Pass):
         for weights, value, products in self._groups(block, statistics):
             masks = [weight.mask for weight in weights]
             results = self._together(weights, masks, value, products)
+            if self.config.keep_fractions and any(result.fractions_OI is None for result in results):
+                raise UsageError(f"method {self.config.method} does not tell fractions: leave keep_fractions out")
             for weight, mask_OI, result in zip(weights, masks, results, strict=True):
                 layer = QuantLinear.from_quantized(result, self._spec.group_size, self._spec.symmetric, weight.bias)
                 if mask_OI is not None:
@@ -236,10 +238,11 @@ class Quantize(Pass):
         mask_OI = None if all(m is None for m in masks) else torch.cat([m.to(w_OI.device) for m in whole])
         if products is not None:
             w_OI = repair(w_OI, w_OI, mask_OI, *products)
-        q_OI, grid = self.method(w_OI, *value, mask_OI, self._spec, act_order=self.config.act_order)
+        q_OI, grid, f_OI = self.method(w_OI, *value, mask_OI, self._spec, act_order=self.config.act_order)
         rows = [weight.shape[0] for weight in weights]
-        pieces = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), strict=True)
-        return [Quantized(q, Grid(self._spec.bits, scale, zero)) for q, scale, zero in pieces]
+        kept = f_OI.split(rows) if f_OI is not None and self.config.keep_fractions else [None] * len(rows)
+        pieces = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), kept, strict=True)
+        return [Quantized(q, Grid(self._spec.bits, scale, zero), f) for q, scale, zero, f in pieces]
 
     def finish(self, block: Block) -> None:
         for name, weight in block.weights.items():

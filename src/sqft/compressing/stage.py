@@ -21,6 +21,7 @@ from sqft.compressing.rebuild import remove_work, work_folder
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import UsageError
 from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantization_config, write_quantize_config
+from sqft.formats.fractions import save_fractions, stored_fractions
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Block, describe
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
@@ -117,11 +118,13 @@ def _walk(model: Any, passes: Sequence[Pass], tokens: Tensor | None, tokenizer: 
 def _write(blocks: Iterable[Block], model: Any, last: Pass, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes a model as its blocks are finished, and drops them."""
     masks: dict[str, Tensor] = {}
+    fractions: dict[str, Tensor] = {}
     writer = ModelWriter(plan_tensors(model, last.layers, last.format), folder, MAX_SHARD_BYTES)
     for block in blocks:
         for name, tensor in encoded(block.module, last.format, block.name + "."):
             writer.add(name, tensor)
         masks |= {f"{block.name}.{name}": mask for name, mask in stored_masks(block.module).items()}
+        fractions |= {f"{block.name}.{name}": each for name, each in stored_fractions(block.module).items()}
         block.module.to("meta")
     if last.layers:
         model.config.quantization_config = quantization_config(model, last.layers, last.format)
@@ -133,3 +136,5 @@ def _write(blocks: Iterable[Block], model: Any, last: Pass, tokenizer: Tokenizer
     save_settings(model, tokenizer, folder)
     if masks:
         save_masks(masks, folder)
+    if fractions:
+        save_fractions(fractions, folder)

@@ -26,8 +26,6 @@ from sqft.kernels.dispatch import kernel, product, row_chunks
 from sqft.kernels.packed import Packed, pack_words
 from sqft.kernels.reference import Adapter, grid_scales
 
-MASK = 2  # its place in an operator's list of an adapter's tensors
-
 
 def _run(op: str, device: torch.device, *arguments: Any) -> Any:
     """The operator's implementation for a device, without autograd and autocast, which would round what is exact."""
@@ -89,18 +87,19 @@ def _drop_features(a_RI: Tensor, p: float, seed: Tensor) -> Tensor:
     return a_RI if p == 0 else a_RI * drop(torch.ones_like(a_RI[:1]), p, seed)
 
 
-def _unflatten(base: Tensor | None, packed: Sequence[Tensor], adapter: Sequence[Tensor], bits: int,
-               scale: float) -> tuple[Packed | None, Adapter | None]:  # fmt: skip
-    """The weight of the operators' arguments: ``packed`` is empty, or qweight, qzeros, scales and perhaps g_idx;
-    ``adapter`` is empty, or A, B, mask and perhaps learnt scales."""
-    grid = adapted = None
-    if packed:
-        qweight, qzeros, scales, *g_idx = packed
-        grid = Packed(qweight, qzeros, scales, g_idx[0] if g_idx else None, bits)
-    if adapter:
-        a, b, mask, *new_scales = adapter
-        adapted = Adapter(a, b, mask, scale, base, new_scales[0] if new_scales else None)
-    return grid, adapted
+def _grid(words: Sequence[Tensor], bits: int) -> Packed | None:
+    """The packed weight of the operators' arguments: none, or qweight, qzeros, scales and perhaps g_idx."""
+    if not words:
+        return None
+    qweight, qzeros, scales, *g_idx = words
+    return Packed(qweight, qzeros, scales, g_idx[0] if g_idx else None, bits)
+
+
+def _adapter(a: Tensor | None, b: Tensor | None, mask: Tensor | None, scale: float, *rest: Any) -> Adapter | None:
+    """The adapter of the operators' arguments, which are None without one; ``rest`` as the fields of ``Adapter``."""
+    if a is None or b is None or mask is None:
+        return None
+    return Adapter(a, b, mask, scale, *rest)
 
 
 def _weight(packed: Packed | None, adapter: Adapter | None, inputs: int, dtype: torch.dtype) -> Tensor:
@@ -115,13 +114,16 @@ def _weight(packed: Packed | None, adapter: Adapter | None, inputs: int, dtype: 
 
 
 @torch.library.custom_op("sqft::linear", mutates_args=())
-def linear_op(x: Tensor, bias: Tensor | None, base: Tensor | None, packed: Sequence[Tensor], adapter: Sequence[Tensor],
-              bits: int, scale: float, p: float, seed: Tensor, training: bool) -> Tensor:  # fmt: skip
-    """See ``linear``. Lists as in ``_unflatten``; the result is no view, so that it may be changed in place."""
+def linear_op(x: Tensor, bias: Tensor | None, words: Sequence[Tensor], bits: int, a: Tensor | None, b: Tensor | None,
+              mask: Tensor | None, scale: float, base: Tensor | None, new_scales: Tensor | None,
+              fractions: Tensor | None, in_steps: bool, p: float, seed: Tensor,
+              training: bool) -> Tensor:  # fmt: skip
+    """See ``linear``; ``words`` as of ``_grid``, from ``a`` to ``in_steps`` the fields of an ``Adapter``. The result is
+    no view, so that it may be changed in place."""
     x_TI = x.reshape(-1, x.shape[-1])
     # Evaluation multiplies as nn.Linear does: un-merged and merged logits are then equal, not merely close.
     multiply = product if training else F.linear
-    grid, adapted = _unflatten(base, packed, adapter, bits, scale)
+    grid, adapted = _grid(words, bits), _adapter(a, b, mask, scale, base, new_scales, fractions, in_steps)
     with _no_autocast(x.device):
         if p and grid is None:
             assert base is not None and adapted is not None
@@ -138,18 +140,20 @@ def linear_op(x: Tensor, bias: Tensor | None, base: Tensor | None, packed: Seque
 
 
 @linear_op.register_fake
-def _(x, bias, base, packed, adapter, bits, scale, p, seed, training):
-    outputs = packed[2].shape[1] if packed else base.shape[0]
+def _(x, bias, words, bits, a, b, mask, scale, base, new_scales, fractions, in_steps, p, seed, training):
+    outputs = words[2].shape[1] if words else base.shape[0]
     return x.new_empty(*x.shape[:-1], outputs)
 
 
 @torch.library.custom_op("sqft::linear_backward", mutates_args=())
-def linear_backward_op(dy: Tensor, x: Tensor, base: Tensor | None, packed: Sequence[Tensor],
-                       adapter: Sequence[Tensor], bits: int, scale: float, p: float, seed: Tensor,
+def linear_backward_op(dy: Tensor, x: Tensor, words: Sequence[Tensor], bits: int, a: Tensor | None, b: Tensor | None,
+                       mask: Tensor | None, scale: float, base: Tensor | None, new_scales: Tensor | None,
+                       fractions: Tensor | None, in_steps: bool, p: float, seed: Tensor,
                        need_x: bool) -> list[Tensor]:  # fmt: skip
-    """The gradient of x, if need be, then those of ``adapter``'s but the mask. Without an adapter x may be empty."""
+    """The gradients of x, if need be, and of A, B and the learnt scales, of those that there are, in this order.
+    Without an adapter x may be empty."""
     x_TI, dy_TO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    grid, adapted = _unflatten(base, packed, adapter, bits, scale)
+    grid, adapted = _grid(words, bits), _adapter(a, b, mask, scale, base, new_scales, fractions, in_steps)
     with _no_autocast(x.device):
         if adapted is None:
             dx_TI, gradients = product(dy_TO, _weight(grid, None, x.shape[-1], dy.dtype).mT) if need_x else None, []
@@ -184,31 +188,31 @@ def _quant_aware_backward(dy_TO: Tensor, x_TI: Tensor, packed: Packed, adapter: 
 
 
 @linear_backward_op.register_fake
-def _(dy, x, base, packed, adapter, bits, scale, p, seed, need_x):
+def _(dy, x, words, bits, a, b, mask, scale, base, new_scales, fractions, in_steps, p, seed, need_x):
     dx = [dy.new_empty(*dy.shape[:-1], x.shape[-1])] if need_x else []
-    return dx + [torch.empty_like(tensor) for k, tensor in enumerate(adapter) if k != MASK]
+    return dx + [torch.empty_like(tensor) for tensor in (a, b, new_scales) if tensor is not None]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, _, base, packed, adapter, ctx.bits, ctx.scale, ctx.p, seed, _ = inputs
-    ctx.words = len(packed)
-    ctx.save_for_backward(x if adapter else x.new_empty(0, x.shape[-1]), base, seed, *packed, *adapter)
+    x, _, words, ctx.bits, a, b, mask, ctx.scale, base, new_scales, fractions, ctx.in_steps, ctx.p, seed, _ = inputs
+    kept = x if a is not None else x.new_empty(0, x.shape[-1])
+    ctx.save_for_backward(kept, seed, a, b, mask, base, new_scales, fractions, *words)
 
 
 def _backward(ctx, dy):
-    x, base, seed, *rest = ctx.saved_tensors
-    packed, adapter = rest[: ctx.words], rest[ctx.words :]
+    x, seed, a, b, mask, base, new_scales, fractions, *words = ctx.saved_tensors
     need_x, need_bias, *_ = ctx.needs_input_grad
     gradients = []
-    if adapter or need_x:
+    if a is not None or need_x:
         gradients = torch.ops.sqft.linear_backward(
-            dy.contiguous(), x, base, packed, adapter, ctx.bits, ctx.scale, ctx.p, seed, need_x
-        )
+            dy.contiguous(), x, words, ctx.bits, a, b, mask, ctx.scale, base, new_scales, fractions, ctx.in_steps,
+            ctx.p, seed, need_x,
+        )  # fmt: skip
     dx = gradients.pop(0) if need_x else None
     dbias = dy.flatten(0, -2).sum(0) if need_bias else None
-    if adapter:
-        gradients.insert(MASK, None)
-    return dx, dbias, None, [None] * ctx.words, gradients, *[None] * 5
+    da, db, *ds = gradients or (None, None)
+    dscales = ds[0] if ds else None
+    return dx, dbias, [None] * len(words), None, da, db, None, None, None, dscales, *[None] * 5
 
 
 linear_op.register_autograd(_backward, setup_context=_setup_context)
@@ -240,10 +244,9 @@ def linear(x: Tensor, bias: Tensor | None, packed: Packed | None = None, adapter
     # The seed comes from the CPU generator: no synchronisation with a GPU, and checkpointing restores it.
     seed = torch.randint(2**62, (), dtype=torch.int64) if p else torch.zeros((), dtype=torch.int64)
     words = [] if packed is None else [tensor for tensor in packed[:4] if tensor is not None]
-    factors, base, scale = [], None, 1.0
-    if adapter is not None:
-        *factors, scale, base, new_scales = adapter
-        factors += [] if new_scales is None else [new_scales]
+    nothing: Any = None
+    fields = Adapter(nothing, nothing, nothing, 1.0) if adapter is None else adapter
+    fields = fields._replace(scale=float(fields.scale))
     bias = bias if bias is None else bias.to(x.dtype)
     bits = 0 if packed is None else packed.bits
-    return torch.ops.sqft.linear(x, bias, base, words, factors, bits, float(scale), p, seed, training)
+    return torch.ops.sqft.linear(x, bias, words, bits, *fields, p, seed, training)

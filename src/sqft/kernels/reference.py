@@ -2,6 +2,7 @@
 
     SparsePEFT (eq. 1)             W' = W + s * M o (B A)
     QA-SparsePEFT (section 3.4)    W' = Q(W + s * M o (B A))    Q(w) = scale * clamp(round(w / scale), -z, largest - z)
+      in units of the grid         W' = Q(W + scale * s * M o (B A))     (as LR-QAT's adapters, arXiv 2406.06385)
 
 These functions are the truth that every kernel is compared with, and what runs where a device has no kernel. Neither
 holds more than a chunk, which stays in the cache, beside its results.
@@ -31,7 +32,8 @@ class Adapter(NamedTuple):
 
     ``base``: the float weight [O, I] that it is added to: SparsePEFT's, or the un-quantized one of a packed weight;
     None stands for what the packed integers mean. ``new_scales``: float32 [G, O] that are learnt instead of the packed
-    weight's, or None.
+    weight's, or None. ``fractions``: int8 [I, O], in 256ths of a step what rounding to the packed integers took away,
+    or None. ``in_steps``: the adapter counts in steps of the grid.
     """
 
     a_RI: Tensor
@@ -40,6 +42,8 @@ class Adapter(NamedTuple):
     scale: float
     base: Tensor | None = None
     new_scales: Tensor | None = None
+    fractions: Tensor | None = None
+    in_steps: bool = False
 
 
 def masked_weight(adapter: Adapter, dtype: torch.dtype) -> Tensor:
@@ -106,28 +110,43 @@ def grid_scales(packed: Packed, adapter: Adapter) -> Tensor:
 
 
 def _pieces(packed: Packed, adapter: Adapter) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """The adapted weight in units of its scale, ``t = (q - z) + s / scale * M o (B A)``, or ``(W + s * M o (B A)) /
-    scale`` of an un-quantized base W: a chunk of outputs, t [n, I / n, chunk] before rounding, the mask [I, chunk],
-    the least and the largest t and the scales, to match t."""
+    """The adapted weight in units of its scale, before rounding. With u the base in units of its own scale s0,
+    ``(q - z) + fraction``, or ``W / s0`` of an un-quantized base W,
+
+        t = s0 / scale * u + s / scale * M o (B A)      or, if the adapter counts in steps,      t = u + s * M o (B A).
+
+    Gives a chunk of outputs, t [n, I / n, chunk], the mask [I, chunk], the least and the largest t and the scales, to
+    match t. With B = 0 and the base's scales t rounds to q - z: the fractions are less than a half and exact."""
     a_IR, b_RO = adapter.a_RI.float().mT, adapter.b_OR.float().mT * adapter.scale
     inputs, outputs = a_IR.shape[0], b_RO.shape[1]
     scales_GO = grid_scales(packed, adapter).float()
     zeros = packed.by_column(packed.zeros_GO())
     scales = packed.by_column(scales_GO)
-    inverse = packed.by_column(1 / scales_GO)
-    ratio = None if adapter.new_scales is None else packed.by_column(packed.scales.float() / scales_GO)
+    # What the base and the adapter are multiplied with; None: with 1.
+    own = packed.by_column(1 / (packed.scales.float() if adapter.in_steps else scales_GO))
+    ratio = None
+    if adapter.new_scales is not None and not adapter.in_steps:
+        ratio = packed.by_column(packed.scales.float() / scales_GO)
     low = (-zeros).float()
     for chunk in row_chunks(outputs, inputs, b_RO.device):
         shape = (len(zeros), -1, chunk.stop - chunk.start)
         if adapter.base is None:
             mask = unpack_mask_IO(adapter.mask_OP[chunk], inputs)
-            t = torch.mm(a_IR, b_RO[:, chunk]).mul_(mask).view(shape).mul_(inverse[..., chunk])
+            t = torch.mm(a_IR, b_RO[:, chunk]).mul_(mask).view(shape)
+            if not adapter.in_steps:
+                t.mul_(own[..., chunk])
             u = unpack_words(packed.qweight[:, chunk], inputs, packed.bits).view(shape).sub_(zeros[..., chunk])
+            if adapter.fractions is not None:
+                u = torch.add(u, adapter.fractions[:, chunk].float().view(shape), alpha=1 / 256)
             t += u if ratio is None else u * ratio[..., chunk]
         else:
             mask = unpack_mask(adapter.mask_OP[chunk], inputs, torch.float32).mT
-            t = torch.addmm(adapter.base[chunk].float(), b_RO[:, chunk].mT, a_IR.mT).mT.mul_(mask)
-            t = t.view(shape).mul_(inverse[..., chunk])
+            base, b_CR = adapter.base[chunk].float(), b_RO[:, chunk].mT
+            if adapter.in_steps:
+                base = base.mT.view(shape).mul(own[..., chunk]).view(mask.shape).mT
+            t = torch.addmm(base, b_CR, a_IR.mT).mT.mul_(mask).view(shape)
+            if not adapter.in_steps:
+                t.mul_(own[..., chunk])
         below = low[..., chunk]
         yield chunk, t, mask, below, below + packed.largest, scales[..., chunk]
 
@@ -155,7 +174,9 @@ def quant_aware_gradients(dy_TO: Tensor, x_TI: Tensor, packed: Packed,
     Rounding is straight-through; the clamp passes gradients inside its range and none outside, where the rounded
     weight does not move with t. With G = dY^T X, and C 1 where t is inside the range: dA = s B^T (M o C o G),
     dB = s (M o C o G) A^T, and for a learnt scale the sum over its group of G o (clamp(round(t)) - C o t) (LSQ, arXiv
-    1902.08153, eq. 3). A scale beyond one of ``scale_limits`` keeps a gradient that leads back inside, and no other.
+    1902.08153, eq. 3). For an adapter that counts in steps G o scale stands in dA and dB, and t does not depend on the
+    scale: its gradient is exactly the sum of G o clamp(round(t)). A scale beyond one of ``scale_limits`` keeps a
+    gradient that leads back inside, and no other.
     """
     a_RI, b_OR = adapter.a_RI.float(), adapter.b_OR.float()
     w_IO = _empty_IO(adapter, x_TI.dtype)
@@ -169,12 +190,15 @@ def quant_aware_gradients(dy_TO: Tensor, x_TI: Tensor, packed: Packed,
         rounded = torch.clamp(nearest, low, high)
         inside = nearest.eq_(rounded)  # 1.0 or 0.0, in place: several times faster than masked_fill
         if ds_GO is not None:
-            by_column = g_IO.view(t.shape) * (rounded - t.mul_(inside))
+            moved = rounded if adapter.in_steps else rounded - t.mul_(inside)
+            by_column = g_IO.view(t.shape) * moved
             if packed.g_idx is None:
                 ds_GO[:, chunk] += by_column.sum(1)
             else:
                 ds_GO[:, chunk].index_add_(0, packed.g_idx, by_column[:, 0])
         g_IO.mul_(mask).view(t.shape).mul_(inside)
+        if adapter.in_steps:
+            g_IO.view(t.shape).mul_(scales)
         da_IR.addmm_(g_IO, b_OR[chunk])
         torch.mm(g_IO.mT, a_RI.mT, out=db_OR[chunk])
         w_IO[:, chunk] = rounded.mul_(scales).view(len(w_IO), -1)

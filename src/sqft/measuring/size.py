@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sqft.keys import MASKS
+from sqft.keys import FRACTIONS, MASKS
 
 
 def weight_bytes(folder: str | Path) -> int:
@@ -16,10 +16,11 @@ def weight_bytes(folder: str | Path) -> int:
 
 
 def serving_bytes(folder: str | Path) -> int:
-    """Bytes on disk of the weights that have to be there to answer: ``weight_bytes`` without the masks."""
+    """Bytes on disk of the weights that have to be there to answer: ``weight_bytes`` without masks and
+    fractions."""
     path = Path(folder)
-    masks = path / MASKS
-    return weight_bytes(path) - (masks.stat().st_size if masks.is_file() else 0)
+    beside = (path / MASKS, path / FRACTIONS)
+    return weight_bytes(path) - sum(file.stat().st_size for file in beside if file.is_file())
 
 
 def human(size: float) -> str:

@@ -144,7 +144,7 @@ def unload(model: PeftModel, undo: ExitStack) -> Any:
             inner = wrapper.get_base_layer()
         if isinstance(inner, QuantLinear):  # one of its own, so that the adapter's keeps its integers
             inner = copy.copy(inner)
-            inner._buffers = dict(inner._buffers)
+            inner._buffers = {**inner._buffers, "fractions": None}  # which are of the base's integers
         parent, _, leaf = path.rpartition(".")
         undo.callback(setattr, base.get_submodule(parent), leaf, wrapper)
         setattr(base.get_submodule(parent), leaf, inner)

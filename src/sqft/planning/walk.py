@@ -85,6 +85,8 @@ class Walk:
         if step.stage == "quantize":
             layers = quantized_layers(self.architecture, config)
             size = sum(tensor.nbytes for tensor in plan_tensors(self.model, layers, config.format).values())
+            if config.keep_fractions:
+                size += sum(layer.in_features * layer.out_features for layer in layers.values())
             for weight in self.architecture.weights():
                 if weight.name in layers:
                     weight.replace(layers[weight.name])

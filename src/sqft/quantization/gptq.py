@@ -16,6 +16,8 @@ In GPTAQ the inputs X^ of the quantized model have drifted from the un-quantized
 Here w_j is the weight that is given, whose outputs on X are the aim, and not what corrections (which are for X^) have
 made of it by then, as in the paper's code: so all of it is one product before the loop, and nothing comes of a pruned
 weight. a = 1 in the paper; correcting all of the drift over-fits (``benchmarks/bench_formats.py``).
+What rounding takes away of a column as it is when it is reached, corrections included, is told as its fractions: with
+them a weight's t = integer + fraction is where training can start from without a dead zone.
 
 Shape letters: O output features, I input features, S columns a group.
 """
@@ -29,7 +31,7 @@ from sqft.calibration.statistics import Hessian, Products
 from sqft.calibration.surgeon import BLOCK, inverse_factor, sweep, transposed
 from sqft.kernels.dispatch import product
 from sqft.quantization.grid import Grid, GridSpec, fit
-from sqft.quantization.method import Quantized, quantizer
+from sqft.quantization.method import Quantized, fractions, quantizer
 
 DAMPING = 0.05  # of the Hessian's mean diagonal, added to it
 LEAN = 0.25  # a, of GPTAQ
@@ -93,6 +95,7 @@ def _rounded(w_OI: Tensor, h_II: Tensor, drift_II: Tensor | None, mask_OI: Tenso
         p_II = product(product(drift_II[shuffled].to(w_IO.dtype), u_II).triu_(1), u_II.mT)
         w_IO += product(p_II.mT, w_IO.mT)
     q_IO, columns = torch.empty_like(w_IO), order.tolist()
+    fractions_IO = torch.empty_like(w_IO, dtype=torch.int8)
 
     def choose(j: int) -> Tensor:
         column, group = columns[j], columns[j] // size
@@ -100,15 +103,18 @@ def _rounded(w_OI: Tensor, h_II: Tensor, drift_II: Tensor | None, mask_OI: Tenso
             grid = fit(w_IO[j : j + size].mT, spec, h_II[j : j + size, j : j + size])
             scale_GO[group], zero_GO[group] = grid.scale_OG[:, 0], grid.zero_OG[:, 0]
         scale, zero = scale_GO[group], zero_GO[group]
-        q = (w_IO[j] / scale).round_().add_(zero).clamp_(0, spec.largest)
+        units = w_IO[j] / scale
+        q = units.round().add_(zero).clamp_(0, spec.largest)
+        fraction = fractions(units.add_(zero).sub_(q))
         if mask_IO is not None:
             q = torch.where(mask_IO[column], q, zero)
+            fraction.mul_(mask_IO[column])
             if not propagate:
                 w_IO[j].mul_(mask_IO[column])
-        q_IO[column] = q
+        q_IO[column], fractions_IO[column] = q, fraction
         return q.sub_(zero).mul_(scale)
 
     # A group never straddles two steps.
     sweep(w_IO, u_II, choose, BLOCK if static or BLOCK % size == 0 else size)
     found = Grid(spec.bits, scale_GO.mT.half(), zero_GO.mT.to(torch.uint8))
-    return Quantized(q_IO.mT.contiguous().to(torch.uint8), found)
+    return Quantized(q_IO.mT.contiguous().to(torch.uint8), found, fractions_IO.mT)

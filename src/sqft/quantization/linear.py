@@ -16,13 +16,16 @@ class QuantLinear(nn.Module):
 
     The state dict is the GPTQ layout with zero points as they are ("v2"): ``qweight`` int32 [I * bits / 32, O],
     ``qzeros`` int32 [G, O * bits / 32], ``scales`` float16 [G, O], ``g_idx`` int32 [I], and ``bias`` [O]. The forward
-    de-quantizes the weight to x's dtype, for this product only; the scales are never cast to another dtype.
+    de-quantizes the weight to x's dtype, for this product only; the scales are never cast to another dtype. Beside it
+    may lie ``fractions``, int8 [I, O], not in the state dict: what rounding took away, in 256ths of a step, which
+    quantization-aware adapters start from. Whoever changes the integers drops them.
     """
 
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
     g_idx: Tensor
+    fractions: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bits: int, group_size: int, bias: bool = False,
                  device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:  # fmt: skip
@@ -41,6 +44,7 @@ class QuantLinear(nn.Module):
         for name, (shape, kind) in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
         self.register_buffer("g_idx", torch.arange(in_features, dtype=torch.int32, device=device) // self.group_size)
+        self.register_buffer("fractions", None, persistent=False)
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False)
@@ -49,14 +53,16 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_quantized(cls, quantized: Quantized, group_size: int, symmetric: bool,
                        bias: Tensor | None = None) -> QuantLinear:  # fmt: skip
-        """The layer of integers [O, I] and their grid."""
-        q_OI, grid = quantized
+        """The layer of integers [O, I] and their grid, with their fractions if they have some."""
+        q_OI, grid, fractions_OI = quantized
         rows, columns = q_OI.shape
         layer = cls(columns, rows, grid.bits, group_size, device=q_OI.device)
         layer.symmetric = symmetric
         layer.qweight = pack_words(q_OI.mT, grid.bits)
         layer.qzeros = pack_words(grid.zero_OG, grid.bits).mT.contiguous()
         layer.scales = grid.scale_OG.mT.contiguous()
+        if fractions_OI is not None:
+            layer.fractions = fractions_OI.mT.contiguous()
         if grid.group_I is not None:
             layer.g_idx = grid.group_I.to(torch.int32)
         if bias is not None:

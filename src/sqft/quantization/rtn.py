@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sqft.quantization.grid import GridSpec, fit
-from sqft.quantization.method import Quantized, quantizer
+from sqft.quantization.method import Quantized, fractions, quantizer
 
 
 @quantizer()
@@ -16,4 +16,6 @@ def rtn(w_OI: Tensor, mask_OI: Tensor | None, spec: GridSpec, *, act_order: bool
     if mask_OI is not None:
         w_OI = torch.where(mask_OI, w_OI, 0)
     grid = fit(w_OI, spec)
-    return Quantized(grid.integers(w_OI), grid)
+    q_OI = grid.integers(w_OI)
+    scale, zero = (grid.spread(v, w_OI.shape[1]) for v in (grid.scale_OG, grid.zero_OG))
+    return Quantized(q_OI, grid, fractions(w_OI.div_(scale).sub_(q_OI).add_(zero)))

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from sqft import artifact
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.kinds import Kind, layer_kind
-from sqft.adapters.peft_bridge import adapter_layers, attach
+from sqft.adapters.peft_bridge import adapter_layers, attach, start_from
 from sqft.config import TrainConfig
 from sqft.elastic.handle import RECORDS, Elastic
 from sqft.elastic.scheduler import RankScheduler
@@ -43,6 +43,8 @@ from sqft.training.distill import TERMS, Distill
 from sqft.training.initial import from_gradient
 from sqft.training.teachers import distillation_of
 
+SCALES_SLOWER = 0.1  # the learning rate of scales beside the factors': as NNCF's quantization-aware training
+
 
 def adapter_config(config: TrainConfig) -> SqftConfig:
     """The adapters that a training config asks for; plain LoRA for the kind 'lora'."""
@@ -50,7 +52,7 @@ def adapter_config(config: TrainConfig) -> SqftConfig:
         r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
         target_modules=list(config.target_modules) or None, kind=config.adapter,
         search_space=config.search_space or None, rank_groups=config.rank_groups or None,
-        use_rslora=config.rslora, train_norms=config.train_norms, learn_scales=config.learn_scales,
+        use_rslora=config.rslora, train_norms=config.train_norms, learn_scales=config.learn_scales, units=config.units,
         float_base=str(Path(config.base).absolute()) if config.base else None,
     )  # fmt: skip
 
@@ -110,6 +112,8 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
         check_kind(base, kind, source)
         set_seed(config.seed)
         model: Any = base if kind.whole else attach(base, adapter_config(config))
+        if config.start:
+            start_from(model, config.start)
         config = whole.precision_of(model, config) if kind.whole else config
         work = work_folder(out, made.key)
         with _opened(model, kind):
@@ -201,11 +205,25 @@ def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: Tr
     trainer.add_callback(ProgressBar())
     if config.tensorboard:
         trainer.add_callback(_tensorboard(work / "logs"))
+    if kind.quantization_aware:
+        rate = arguments.learning_rate * (1 if kind.scales_only else SCALES_SLOWER)
+        scale_group(trainer.create_optimizer(), model, config.scale_learning_rate or rate)
     return trainer
 
 
 class DistillTrainer(Distill, Trainer):
     """What trains; without a teacher, as Trainer does."""
+
+
+def scale_group(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:
+    """Takes the grids' learnt scales out of an optimizer's groups into one of their own, with a learning rate of their
+    own and without weight decay: a scale is not small, and not near zero."""
+    scales = {id(p): p for name, p in model.named_parameters() if ".lora_scales." in name and p.requires_grad}
+    if not scales:
+        return
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in scales]
+    optimizer.add_param_group({"params": list(scales.values()), "lr": rate, "weight_decay": 0.0})
 
 
 def training_device(config: TrainConfig) -> torch.device:
