@@ -52,6 +52,15 @@ def write_results(name: str, results: Any, checks: list[dict[str, Any]]) -> None
     os.replace(temporary, RESULTS / f"{name}.json")
 
 
+def update_results(name: str, part: str, results: Any, checks: list[dict[str, Any]]) -> None:
+    """Replaces one part of benchmarks/results/NAME.json, and its checks, whose names begin with it."""
+    file = RESULTS / f"{name}.json"
+    before = json.loads(file.read_text()) if file.is_file() else {"results": {}, "checks": []}
+    kept = [entry for entry in before["checks"] if not entry["name"].startswith(f"{part}: ")]
+    here = {**results, "machine": machine(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    write_results(name, {**before["results"], part: here}, kept + checks)
+
+
 def alternate(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Median seconds of each alternative; they take turns, so that a noisy minute hits all of them."""
     for step in steps.values():

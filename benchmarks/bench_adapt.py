@@ -1,0 +1,159 @@
+"""What adapting gives back on a task, and what each step of it is worth: SmolLM2-135M at 50 %, float and INT4, and INT4
+without pruning. Every row is a stage folder below ``runs/bench-adapt``, made by the verbs that the command line calls;
+what is there is skipped, what was interrupted goes on.
+
+    python benchmarks/bench_adapt.py [--task arc_easy] [--rows NAME ...] [--test]
+
+Accuracy is that of the validation split; ``--test`` scores the rows of FINAL on the test split, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common import check, update_results
+
+import sqft
+from sqft.comparison import read_correct
+from sqft.evaluation.intervals import paired
+from sqft.recipe import resolve_model, run_stage
+
+TRAIN: dict[str, Any] = {"epochs": 3, "completion_only": False, "precision": "bfloat16", "attention": "eager",
+                         "eval_limit": 100, "save_steps": 70}  # fmt: skip
+BEST = {"target_modules": ["all"], "train_norms": True, "learning_rate": 1e-3}
+DISTILLED = {"distill": "teacher", "distill_tokens": "all"}
+QUANTIZE = {"samples": 128, "calibration": "task+c4", "repair": "layer", "keep_fractions": True}
+# Name: stage, what it is made from, options. "task+c4" as calibration is half training problems, half C4.
+ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "teacher": ("train", "dense", TRAIN | {"adapter": "lora"}),
+    "LoRA, dense": ("merge", "teacher", {}),
+    "Wanda": ("sparsify", "dense", {"samples": 64}),
+    "repaired": ("sparsify", "dense", {"samples": 128, "calibration": "task+c4", "repair": "layer"}),
+    "LoRA": ("train", "Wanda", TRAIN | {"adapter": "lora"}),
+    "SparsePEFT's adapter": ("train", "Wanda", TRAIN),
+    "SparsePEFT": ("merge", "SparsePEFT's adapter", {}),
+    "best's adapter": ("train", "repaired", TRAIN | BEST | DISTILLED),
+    "best": ("merge", "best's adapter", {}),
+    "all kept weights": ("train", "repaired", TRAIN | DISTILLED | {"adapter": "sparse-full", "learning_rate": 1e-4}),
+    "best, then GPTQ": ("quantize", "best", QUANTIZE),
+    "best INT4's adapter": ("train", "best, then GPTQ", TRAIN | DISTILLED | {
+        "adapter": "qa-sparse-peft", "epochs": 1, "target_modules": ["all"], "learning_rate": 3e-4}),
+    "best INT4": ("merge", "best INT4's adapter", {}),
+    "INT4": ("quantize", "dense", QUANTIZE),
+    "LoRA on INT4": ("train", "INT4", TRAIN | {"adapter": "sqft"}),
+    "QA's adapter on INT4": ("train", "INT4", TRAIN | {"adapter": "qa-sparse-peft"}),
+    "QA on INT4": ("merge", "QA's adapter on INT4", {}),
+    "LoRA, dense, then GPTQ": ("quantize", "LoRA, dense", QUANTIZE),
+}  # fmt: skip
+FINAL = ("LoRA, dense", "SparsePEFT", "best", "best, then GPTQ", "best INT4")
+
+
+class Bench:
+    """The rows of one model and task."""
+
+    def __init__(self, model: str, task: str, data_dir: Path, root: Path, limit: int | None) -> None:
+        self.task, self.data_dir, self.root, self.limit = task, str(data_dir), root, limit
+        self.c4 = str(data_dir / "calibration" / "c4.jsonl")
+        if not (root / "dense").is_dir():
+            sqft.save(*sqft.load(resolve_model(model)), root / "dense")
+
+    def folder(self, name: str) -> Path:
+        return self.root / name.replace(",", "").replace("'", "").replace(" ", "-")
+
+    def make(self, name: str) -> dict[str, Any]:
+        """Runs a row, and what it is made from, unless they are there; its metrics."""
+        if name == "dense":
+            return {}
+        stage, source, given = ROWS[name]
+        options = dict(given)
+        self.make(source)
+        if options.get("distill"):
+            self.make(options["distill"])
+            options["distill"] = str(self.folder(options["distill"]))
+        if stage in ("train", "quantize", "sparsify"):
+            options["data_dir"] = self.data_dir
+        if stage == "train":
+            options |= {"task": self.task, "limit": self.limit}
+        if options.get("calibration"):
+            options["calibration"] = f"{self.task}+{self.c4}"
+        config = sqft_config(stage)(**options)
+        return run_stage(stage, config, str(self.folder(source)), self.folder(name), print)
+
+    def score(self, name: str, split: str) -> tuple[dict[str, Any], list[bool]]:
+        """Its accuracy, and which problems were solved."""
+        config = sqft.EvaluateConfig(task=self.task, data_dir=self.data_dir, split=split, batch_size=64)
+        out = self.root / f"scores-{split}" / self.folder(name).name
+        return run_stage("evaluate", config, str(self.folder(name)), out, print), read_correct(out)
+
+
+def sqft_config(stage: str) -> type:
+    return {"train": sqft.TrainConfig, "merge": sqft.MergeConfig, "quantize": sqft.QuantizeConfig,
+            "sparsify": sqft.SparsifyConfig}[stage]  # fmt: skip
+
+
+def row_of(bench: Bench, name: str, split: str) -> dict[str, Any]:
+    metrics = bench.make(name)
+    scored, correct = bench.score(name, split)
+    kept = {key: metrics[key] for key in ("sparsity", "zeros_kept", "seconds", "bits") if key in metrics}
+    return {"accuracy": scored["accuracy"], "interval": scored["accuracy_ci95"], **kept, "correct": correct}
+
+
+def differences(rows: dict[str, dict[str, Any]], pairs: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
+    """Of each pair that is there: the difference of accuracies and its paired 95 % interval."""
+    found = {}
+    for one, other in pairs:
+        if one in rows and other in rows:
+            a, b = rows[one]["correct"], rows[other]["correct"]
+            found[f"{one} - {other}"] = [(sum(a) - sum(b)) / len(a), *paired(a, b)]
+    return found
+
+
+PAIRS = (("SparsePEFT", "LoRA"), ("best", "SparsePEFT"), ("best", "LoRA, dense"), ("all kept weights", "best"),
+         ("best, then GPTQ", "best"), ("best INT4", "best, then GPTQ"), ("best INT4", "best"),
+         ("QA on INT4", "LoRA on INT4"), ("QA on INT4", "LoRA, dense, then GPTQ"))  # fmt: skip
+
+
+def checks_of(rows: dict[str, dict[str, Any]], apart: dict[str, list[float]], where: str) -> list[dict[str, Any]]:
+    checks = []
+    if {"best", "SparsePEFT", "LoRA, dense"} <= rows.keys():
+        low, mine, high = (rows[name]["accuracy"] for name in ("SparsePEFT", "best", "LoRA, dense"))
+        checks.append(check(f"{where}: share of the gap to dense LoRA that is closed", (mine - low) / (high - low), 0.5,
+                            at_most=False))  # fmt: skip
+    for name, limit in (("best INT4 - best", -0.01), ("QA on INT4 - LoRA on INT4", -0.005),
+                        ("QA on INT4 - LoRA, dense, then GPTQ", 0.0)):  # fmt: skip
+        if name in apart:
+            checks.append(check(f"{where}: {name}", apart[name][0], limit, at_most=False))
+    if "best INT4 - best, then GPTQ" in apart:
+        checks.append(check(f"{where}: best INT4 - best, then GPTQ, least of the interval",
+                            apart["best INT4 - best, then GPTQ"][1], 0.0, at_most=False))  # fmt: skip
+    return checks
+
+
+def main() -> None:
+    data = Path(__file__).resolve().parents[2] / "shared" / "data"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo-model")
+    parser.add_argument("--task", default="arc_easy")
+    parser.add_argument("--data-dir", type=Path, default=data)
+    parser.add_argument("--limit", type=int, help="use the first N training problems")
+    parser.add_argument("--rows", nargs="+", default=[name for name in ROWS if not name.endswith("adapter")])
+    parser.add_argument("--test", action="store_true", help="score FINAL on the test split")
+    parser.add_argument("--root", type=Path, default=Path("runs") / "bench-adapt")
+    arguments = parser.parse_args()
+    bench = Bench(arguments.model, arguments.task, arguments.data_dir, arguments.root / arguments.task, arguments.limit)
+    split = "test" if arguments.test else "validation"
+    rows = {name: row_of(bench, name, split) for name in (FINAL if arguments.test else arguments.rows)}
+    apart = differences(rows, PAIRS)
+    where = f"{arguments.task}, {split}"
+    checks = checks_of(rows, apart, where)
+    shown = {name: {key: value for key, value in row.items() if key != "correct"} for name, row in rows.items()}
+    print(json.dumps({"rows": shown, "differences": apart, "checks": checks}, indent=1))
+    update_results("quality_adapt", where, {"rows": shown, "differences": apart}, checks)
+
+
+if __name__ == "__main__":
+    main()
