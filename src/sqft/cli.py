@@ -67,6 +67,7 @@ def _add_runs(add: Add) -> None:
     _positional(sub, RECIPE="YAML file, or the name of a shipped recipe")
     sub.add_argument("--model", help="instead of the recipe's model")
     sub.add_argument("--output", help="instead of the recipe's output folder")
+    sub.add_argument("--task", metavar="STR", help="instead of the recipe's task")
     sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
     sub.add_argument("--device", metavar="STR", help=f"{DEVICE} [the recipe's]")
     _adapter(sub, "the recipe's")
@@ -170,7 +171,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         warnings.warn("'--pipeline' is now called '--adapter'", RenamedOption, stacklevel=2)
     if arguments.adapter or arguments.pipeline:
         recipe = with_adapter(recipe, arguments.adapter or arguments.pipeline)
-    recipe = with_options(recipe, data_dir=getattr(arguments, "data_dir", None), device=arguments.device)
+    given = {name: getattr(arguments, name, None) for name in ("task", "data_dir", "device")}
+    recipe = with_options(recipe, **given)
     if arguments.dry_run:
         from sqft.planning.dry_run import dry_run, show
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -23,6 +24,7 @@ TEACHER = "teacher"  # the section whose adapter is trained on the dense model a
 SECTIONS: dict[str, Any] = {**{name: row.config for name, row in STAGES.items()}, TEACHER: TrainConfig,
                             "compare": CompareConfig}  # fmt: skip
 Say = Callable[[str], None]
+_TASK = r"(?:(?<=\+)|^)task(?=$|[+=])"  # a source of calibration text
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ def steps(recipe: Recipe) -> list[Step]:
         if config is None:
             continue
         named = {key: produced.get(getattr(config, key, None)) for key in ("base", "distill")}
-        config = replace(config, **{key: folder for key, folder in named.items() if folder})
+        named["calibration"] = _of_task(recipe, getattr(config, "calibration", None))
+        config = replace(config, **{key: value for key, value in named.items() if value})
         found.append(Step(name, name, config, produced[current], out / name))
         produced[name], current = str(out / name), name
     wanted = dict.fromkeys("train" if recipe.whole and name == "merge" else name for name in recipe.evaluate_on)
@@ -216,6 +219,15 @@ def steps(recipe: Recipe) -> list[Step]:
         Step(f"evaluate/{name}", "evaluate", recipe["evaluate"], produced[name], out / "evaluate" / name)
         for name in scored
     ]
+
+
+def _of_task(recipe: Recipe, calibration: str | None) -> str | None:
+    """The sources of calibration text, 'task' standing for the task that the recipe trains on. Raises UsageError."""
+    if not calibration or not re.search(_TASK, calibration):
+        return calibration
+    if not (recipe["train"] and recipe["train"].task):
+        raise UsageError(f"calibration '{calibration}' is of the task that is trained, and 'train' names none")
+    return re.sub(_TASK, recipe["train"].task, calibration)
 
 
 def run_stage(name: str, config: Any, source: str, folder: Path, say: Say) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def test_a_teacher_and_quantization_after_merging(dense: Path, tmp_path: Path) -
     text = (
         f"model: {dense}\noutput: {tmp_path / 'run'}\norder: [sparsify, train, search, merge, quantize]\n"
         "teacher: {adapter: lora, task: arithmetic, limit: 4, eval_limit: 2, max_steps: 1, r: 4, learning_rate: 0.02}\n"
-        "sparsify: {samples: 4, length: 32}\nquantize: {samples: 4, length: 32, group_size: 32}\n"
+        "sparsify: {samples: 4, length: 32, calibration: task+builtin}\n"
+        "quantize: {samples: 4, length: 32, group_size: 32}\n"
         "train: {distill: teacher, task: arithmetic, limit: 8, eval_limit: 2, max_steps: 1, r: 4}\nmerge: {}\n"
     )
     recipe = tmp_path / "recipe.yaml"
@@ -125,6 +126,7 @@ def test_a_teacher_and_quantization_after_merging(dense: Path, tmp_path: Path) -
     results = run(recipe)
     assert list(results) == ["teacher/train", "teacher/merge", "sparsify", "train", "merge", "quantize"]
     teacher, merged = (read_manifest(tmp_path / "run" / name) for name in ("teacher/merge", "quantize"))
+    assert read_manifest(tmp_path / "run" / "sparsify").config["calibration"] == "arithmetic+builtin"
     assert read_manifest(tmp_path / "run" / "train").config["distill"] == str(tmp_path / "run" / "teacher" / "merge")
     assert merged.parent == "../merge" and merged.metrics["zeros_kept"] == 1.0 and teacher.parent == "../train"
     said: list[str] = []
