@@ -28,7 +28,8 @@ class RankScheduler(TrainerCallback, ExportableState):
 
     Args:
         strategy: 'uniform' draws each group's rank; 'sandwich' takes the largest, the smallest and a drawn sub-adapter
-            in turn; 'weighted' draws ranks with a probability in proportion to their size.
+            in turn (all three in every step, where ``sqft.Distill`` is told to); 'weighted' draws ranks with a
+            probability in proportion to their size.
         micro_batches: draw for every micro-batch, instead of for every optimiser step.
         seed: of the draws.
 
