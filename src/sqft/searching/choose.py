@@ -73,6 +73,7 @@ def write_sub_adapter(model: Any, tokenizer: Any, ranks: Ranks, folder: Path) ->
     name, layers, state = elastic.adapter, elastic.layers, elastic.slice(ranks)
     config = copy.deepcopy(model.peft_config[name])
     config.search_space = config.rank_groups = None
+    config.use_rslora = False  # alpha by rank says its scaling too
     config.rank_pattern = {path: active_rank(layer, name) for path, layer in layers.items()}
     config.alpha_pattern = {p: alpha_for(layer.scaling[name], config.rank_pattern[p]) for p, layer in layers.items()}
     config.inference_mode = True

@@ -97,9 +97,17 @@ def train(model: Any, config: TrainConfig | None = None, data: Sequence[Example]
         return _run(trainer, model, None, config) | examples.notes
 
 
-def _opened(model: Any, kind: Kind) -> contextlib.AbstractContextManager[None]:
-    """Holds what is not an adapter ready for training."""
-    return whole.trainable(model) if kind.whole else contextlib.nullcontext()
+@contextlib.contextmanager
+def _opened(model: Any, kind: Kind) -> Iterator[None]:
+    """Holds what is not an adapter ready for training; afterwards the model uses its cache as before, which Trainer
+    switches off in its config, to be saved."""
+    cache = getattr(model.config, "use_cache", None)
+    try:
+        with whole.trainable(model) if kind.whole else contextlib.nullcontext():
+            yield
+    finally:
+        if cache is not None:
+            model.config.use_cache = cache
 
 
 def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: dict[str, Any], out: Path,
