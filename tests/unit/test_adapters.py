@@ -290,7 +290,8 @@ def test_another_package_adds_a_kind(sparse: Path, examples, tokens, tmp_path: P
 def test_kinds_are_told_by_name_and_by_flags() -> None:
     by_name = [sqft.SqftConfig(kind=name) for name in KINDS if not KINDS[name].whole]
     flags = [(config.sparse_adapter, config.quantization_aware, config.is_sqft) for config in by_name]
-    assert flags == [(True, False, True), (True, True, True), (False, False, False), (False, False, False)]
+    assert flags == [(True, False, True), (True, True, True), (False, False, False), (False, False, False),
+                     (False, True, True)]  # fmt: skip
     assert not sqft.SqftConfig(kind="qa-sparse-peft", sparse_adapter=False).sparse_adapter  # of a dense INT model
     with pytest.raises(sqft.UsageError, match="unknown adapter 'sparse-left'"):
         sqft.SqftConfig(kind="sparse-left")

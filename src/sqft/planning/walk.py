@@ -97,7 +97,7 @@ class Walk:
             if KINDS[config.adapter].whole:
                 return shape._replace(adapted=shape.weights)
             names = resolve_targets(self.architecture, config.target_modules)
-            choices = config.search_space or [config.r]
+            choices = config.search_space or [0 if KINDS[config.adapter].scales_only else config.r]
             make_groups(names, config.rank_groups, choices)
             sizes = [weight.shape for weight in self.architecture.weights() if weight.name in names]
             return shape._replace(adapted=sum(map(math.prod, sizes)), factors=max(choices) * sum(map(sum, sizes)))

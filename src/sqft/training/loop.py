@@ -213,9 +213,7 @@ def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: Tr
     trainer.add_callback(ProgressBar())
     if config.tensorboard:
         trainer.add_callback(_tensorboard(work / "logs"))
-    if kind.quantization_aware:
-        rate = arguments.learning_rate * (1 if kind.scales_only else SCALES_SLOWER)
-        scale_group(trainer.create_optimizer(), model, config.scale_learning_rate or rate)
+    own_rate_of_scales(trainer, kind, config.scale_learning_rate)
     return trainer
 
 
@@ -223,14 +221,17 @@ class DistillTrainer(Distill, Trainer):
     """What trains; without a teacher, as Trainer does."""
 
 
-def scale_group(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:
-    """Takes the grids' learnt scales out of an optimizer's groups into one of their own, with a learning rate of their
-    own and without weight decay: a scale is not small, and not near zero."""
-    scales = {id(p): p for name, p in model.named_parameters() if ".lora_scales." in name and p.requires_grad}
+def own_rate_of_scales(trainer: Trainer, kind: Kind, rate: float | None) -> None:
+    """Makes the optimizer of a model with learnt scales, these in a group of their own: with the learning rate that is
+    given, or that goes with the kind, and without weight decay, which would pull a grid to nothing."""
+    named = trainer.model.named_parameters()  # pyright: ignore[reportOptionalMemberAccess]
+    scales = {id(p): p for name, p in named if ".lora_scales." in name and p.requires_grad}
     if not scales:
         return
+    optimizer = trainer.create_optimizer()
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in scales]
+    rate = rate or trainer.args.learning_rate * (1 if kind.scales_only else SCALES_SLOWER)
     optimizer.add_param_group({"params": list(scales.values()), "lr": rate, "weight_decay": 0.0})
 
 
