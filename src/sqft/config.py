@@ -51,7 +51,7 @@ class SparsifyConfig(Compressing):
     overrides: dict[str, float] = option(help="module pattern=sparsity, e.g. '*.down_proj=0.4'", factory=dict)
     exclude: list[str] = option(help="module patterns that stay dense, e.g. 'model.layers.0.*'", factory=list)
     repair_epochs: int = option(8, "repair block: the most passes over the calibration text a block")
-    repair_rate: float = option(5e-4, "repair block: learning rate")
+    repair_rate: float = option(1e-3, "repair block: learning rate")
     repair_precision: str = option("auto", "repair block: of products; auto follows the weights", ("auto", "bfloat16"))
 
     def __post_init__(self) -> None:

@@ -55,7 +55,7 @@ def reconstruct(forward: Forward, start: Mapping[str, Tensor], masks: Mapping[st
     tensors = {name: _wide(tensor).requires_grad_() for name, tensor in start.items()}
     held = held_out(len(targets))
     train = [i for i in range(len(targets)) if i not in held]
-    optimizer = torch.optim.Adam(tensors.values(), lr=learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(tensors.values(), lr=learning_rate, betas=(0.9, 0.95), fused=True)
     generator = torch.Generator().manual_seed(seed)
     best, since, epoch = dict(start), 0, 0
     before = least = _mean_error(forward, tensors, targets, held)
