@@ -1,4 +1,5 @@
-"""Command-line flags of a config class, one a field, and the config of the flags that were given."""
+"""Command-line flags of a config class, one a field; the config of the flags that were given, and the flags that give a
+config."""
 
 from __future__ import annotations
 
@@ -56,3 +57,26 @@ def read_flags(arguments: argparse.Namespace, config_class: Any) -> Any:
             value = {key: number for key, _, number in pairs}
         given[name] = value
     return from_dict(config_class, given)
+
+
+def changed_options(config: Any) -> dict[str, Any]:
+    """The options of a config that are not the default's."""
+    default = {spec.name: spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
+               for spec in dataclasses.fields(config)}  # fmt: skip
+    return {name: value for name, value in vars(config).items() if value != default[name]}
+
+
+def written_flags(config: Any) -> list[str]:
+    """The flags of a config, only of options that differ from their defaults; parsed, they give it back."""
+    words: list[str] = []
+    for name, value in changed_options(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, dict):
+            words += [flag, *(f"{key}={number}" for key, number in value.items())]
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
+            # A value that begins with a dash would be taken for a flag.
+            words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return words

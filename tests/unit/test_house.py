@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "sqft"
 FILES = {path: path.relative_to(SOURCE.parent).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
          for path in SOURCE.rglob("*.py")}  # fmt: skip
 CODE = (".py", ".pyi", ".yaml", ".html", ".css")
-LINES_BEFORE = 12_756  # of code in src/sqft before the move to the second plan
+LINES = 14_600  # of code in src/sqft: 12,681 after the move to the second plan, and what adapts better models (issue 11)
 
 
 def count(folder: Path) -> int:
@@ -78,7 +78,7 @@ def test_files_and_functions_are_short() -> None:
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert max(lines.values()) <= 400, max(lines, key=lines.__getitem__)
     assert median(lines.values()) <= 100
-    assert count(SOURCE) <= LINES_BEFORE
+    assert count(SOURCE) <= LINES
     assert count(SOURCE / "planning") + count(SOURCE / "reporting") <= 1_500
     long = [f"{path.name}:{node.lineno} {node.name}" for path in FILES for node in ast.walk(tree(path))
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= 60]  # fmt: skip

@@ -8,12 +8,12 @@ from typing import Any
 from sqft import artifact
 from sqft.calibration.data import SUFFIXES, read_records
 from sqft.errors import SqftError
+from sqft.flags import changed_options
 from sqft.keys import folder_key, sources, stage_key
 from sqft.measuring.size import human
 from sqft.models.dense import locate
 from sqft.planning.walk import Walk
 from sqft.recipe import Recipe, Step, finished, resolve_model, steps
-from sqft.reporting.commands import changed_options
 from sqft.reporting.tables import Column, Table, duration
 from sqft.searching import stage as searching
 from sqft.training import loop

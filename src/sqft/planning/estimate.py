@@ -123,13 +123,12 @@ def _compress(shape: Shape, config: SparsifyConfig | QuantizeConfig, passes: int
 def sparsify(shape: Shape, config: SparsifyConfig) -> Cost:
     """Repair takes both models' activations along; training of blocks has a forward and two passes backward an epoch,
     and holds the inputs and outputs of a block besides."""
-    tokens = config.samples * config.length if config.repair == "block" else 0
-    training = Cost(
-        products=3 * config.repair_epochs * forward(shape, tokens, config.length, head=False),
-        moved=0,
-        memory=2 * tokens * shape.hidden * shape.itemsize + ADAM * shape.weights / shape.layers,
-    )
-    return _compress(shape, config, passes=2) + Cost(moved=CHOOSE * shape.weights) + training
+    cost = _compress(shape, config, passes=2) + Cost(moved=CHOOSE * shape.weights)
+    if config.repair != "block":
+        return cost
+    tokens, block = config.samples * config.length, shape.weights / shape.layers
+    return cost + Cost(products=3 * config.repair_epochs * forward(shape, tokens, config.length, head=False),
+                       memory=2 * tokens * shape.hidden * shape.itemsize + ADAM * block)  # fmt: skip
 
 
 def quantize(shape: Shape, config: QuantizeConfig) -> Cost:

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from sqft.config import SparsifyConfig
 from sqft.errors import UsageError
+from sqft.flags import written_flags
 from sqft.options import from_dict
 from sqft.reporting.collect import Section
 from sqft.stages import STAGES
-
-
-def changed_options(config: Any) -> dict[str, Any]:
-    """The options of a config that are not the default's."""
-    default = {spec.name: spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
-               for spec in dataclasses.fields(config)}  # fmt: skip
-    return {name: value for name, value in vars(config).items() if value != default[name]}
-
-
-def flags(config: Any) -> list[str]:
-    """The flags of a config, only of options that differ from their defaults; parsed, they give it back."""
-    words: list[str] = []
-    for name, value in changed_options(config).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else "--no-" + flag[2:])
-        elif isinstance(value, dict):
-            words += [flag, *(f"{key}={number}" for key, number in value.items())]
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list) else "none" if value is None else str(value)
-            # A value that begins with a dash would be taken for a flag.
-            words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-    return words
 
 
 def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> str:
@@ -43,10 +20,10 @@ def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> str
     if stage not in STAGES or not source or source == out:
         return _comment(f"{out}: written from Python")
     try:
-        words = flags(from_dict(STAGES[stage].config, _sayable(config)))
+        words = written_flags(from_dict(STAGES[stage].config, _sayable(config)))
         if config.get("first") is not None:
             stage, first = "sparsify", from_dict(SparsifyConfig, _sayable(config["first"]))
-            words = [*flags(first), "--then", "quantize", *words]
+            words = [*written_flags(first), "--then", "quantize", *words]
     except (UsageError, TypeError, AttributeError, OverflowError) as error:
         return _comment(f"{out}: its options are those of another version of sqft ({error})")
     places = {"evaluate": [source, "--out", out], "measure": [source]}.get(stage, [source, out])
