@@ -22,7 +22,7 @@ from sqft.comparison import read_correct
 from sqft.evaluation.intervals import paired
 from sqft.recipe import resolve_model, run_stage
 
-TRAIN: dict[str, Any] = {"epochs": 3, "completion_only": False, "precision": "bfloat16", "attention": "eager",
+TRAIN: dict[str, Any] = {"epochs": 3.0, "completion_only": False, "precision": "bfloat16", "attention": "eager",
                          "eval_limit": 100, "save_steps": 70}  # fmt: skip
 BEST = {"target_modules": ["all"], "train_norms": True, "learning_rate": 1e-3}
 DISTILLED = {"distill": "teacher", "distill_tokens": "all"}
@@ -41,7 +41,7 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "all kept weights": ("train", "repaired", TRAIN | DISTILLED | {"adapter": "sparse-full", "learning_rate": 1e-4}),
     "best, then GPTQ": ("quantize", "best", QUANTIZE),
     "best INT4's adapter": ("train", "best, then GPTQ", TRAIN | DISTILLED | {
-        "adapter": "qa-sparse-peft", "epochs": 1, "target_modules": ["all"], "learning_rate": 3e-4}),
+        "adapter": "qa-sparse-peft", "epochs": 1.0, "target_modules": ["all"], "learning_rate": 3e-4}),
     "best INT4": ("merge", "best INT4's adapter", {}),
     "INT4": ("quantize", "dense", QUANTIZE),
     "LoRA on INT4": ("train", "INT4", TRAIN | {"adapter": "sqft"}),
