@@ -143,9 +143,8 @@ def run_method(name: str, recipe: Recipe, sparsity: float | None, out: Path, say
         last = method.after
     stage("evaluate", recipe["evaluate"], last, out / name / "evaluate")
     stage("measure", recipe["measure"] or MeasureConfig(), last, out / name / "measure")
-    train, search, merge = (metrics.get(kind, {}) for kind in ("train", "search", "merge"))
-    made = next((m for m in (metrics.get(last, {}), merge, metrics.get(method.base, {})) if "sparsity" in m), {})
-    kept = made.get("sparsity")
+    train, search = (metrics.get(kind, {}) for kind in ("train", "search"))
+    kept = metrics.get(last, {}).get("sparsity")
     return {
         "name": name, "method": method.title, "mergeable": method.one_model, "sparsity": sparsity,
         "precision": metrics["measure"]["precision"],
