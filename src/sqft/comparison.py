@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Contender:
     """One row of the table. ``base``: model, sparsify or quantize; ``adapter``: the kind, if it is tuned; ``after``: a
-    stage that takes the merged model; ``like``: the row whose adapter it has, which is trained once for both."""
+    stage that takes the merged model; ``like``: the row whose adapter it has, which is trained once for both;
+    ``teacher``: the row whose adapter it learns from; ``options``: of training, instead of the recipe's."""
 
     title: str
     base: str
@@ -37,14 +38,17 @@ class Contender:
     elastic: bool = False
     after: str | None = None
     like: str | None = None
+    teacher: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def one_model(self) -> bool | None:
         return None if self.adapter is None else KINDS[self.adapter].one_model
 
 
+_ALL = {"target_modules": ["all"], "train_norms": True}
 # The paper's rows in its order, one that tells the mask's part from the rank's, and what they have to be seen beside:
-# what the dense model, all kept weights, and quantizing after merging would reach.
+# what the dense model, all kept weights, and quantizing after merging would reach; then what learns from a teacher.
 METHODS: dict[str, Contender] = {
     "dense": Contender("w/o tune, dense", "model"),
     "dense-lora": Contender("LoRA, dense", "model", "lora"),
@@ -61,7 +65,14 @@ METHODS: dict[str, Contender] = {
         "SQFT + SparsePEFT, then GPTQ", "sparsify", "sparse-peft", elastic=True, after="quantize", like="sparse-peft"
     ),
     "qa-sparse-peft": Contender("SQFT + QA-SparsePEFT", "quantize", "qa-sparse-peft", elastic=True),
-}
+    "distilled": Contender("SparsePEFT on all weights and norms, distilled", "sparsify", "sparse-peft",
+                           teacher="dense-lora", options=_ALL),
+    "distilled-gptq": Contender("the same, then GPTQ", "sparsify", "sparse-peft", after="quantize", like="distilled",
+                                teacher="dense-lora", options=_ALL),
+    "distilled-full": Contender("all kept weights, distilled", "sparsify", "sparse-full", teacher="dense-lora"),
+    "distilled-qa": Contender("QA-SparsePEFT on all weights and norms, distilled", "quantize", "qa-sparse-peft",
+                              teacher="dense-lora", options=_ALL),
+}  # fmt: skip
 
 
 def compare(recipe: Recipe | str | Path, *, model: str | None = None, output: str | Path | None = None,
@@ -109,6 +120,8 @@ def check(recipe: Recipe) -> tuple[list[str], list[float]]:
             raise UsageError(f"unknown method '{name}': {did_you_mean(name, METHODS)}")
     if not recipe["train"].search_space and any(METHODS[name].elastic for name in methods):
         raise UsageError("methods of elastic rank need a search_space in 'train', e.g. [32, 24, 16]")
+    if recipe["train"].distill in ("model", "teacher"):
+        raise UsageError("a comparison makes its own teacher, for the methods that have one: leave 'distill' out")
     sparsify = recipe["sparsify"] or SparsifyConfig()
     if sparsify.pattern and recipe["compare"].sparsities:
         raise UsageError(f"sparsities do not go with the pattern {sparsify.pattern} of 'sparsify': leave one out")
@@ -134,6 +147,11 @@ def run_method(name: str, recipe: Recipe, sparsity: float | None, out: Path, say
         stage("sparsify", sparsify, "model", out / "sparsify")
     if method.base == "quantize":
         stage("quantize", recipe["quantize"] or STAGES["quantize"].config(), "sparsify", out / "quantize")
+    if method.teacher:
+        folders["teacher"] = folders["model"]
+        for kind, config in adapter_stages(METHODS[method.teacher], recipe, folders):
+            run_stage(kind, config, folders["teacher"], root / method.teacher / kind, say)
+            folders["teacher"] = str(root / method.teacher / kind)
     last = method.base
     for kind, config in adapter_stages(method, recipe, folders):
         stage(kind, config, last, out / (method.like or name) / kind)
@@ -165,7 +183,9 @@ def adapter_stages(method: Contender, recipe: Recipe, folders: Mapping[str, str]
         return []
     aware = KINDS[method.adapter].quantization_aware
     float_base = folders["sparsify"] if aware and recipe["train"].base else None
-    train = replace(for_kind(recipe["train"], method.adapter), base=float_base)
+    train = replace(for_kind(recipe["train"], method.adapter), base=float_base, **method.options)
+    if method.teacher:
+        train = replace(train, distill=folders["teacher"])
     if not method.elastic:
         train = replace(train, search_space=[], rank_groups=[])
     stages: list[tuple[str, Any]] = [("train", train)]

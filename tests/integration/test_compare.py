@@ -11,6 +11,7 @@ from test_cli import call, fails
 
 from sqft import artifact
 from sqft.comparison import METHODS
+from sqft.registry import KINDS
 
 RECIPE = """
 model: {model}
@@ -61,7 +62,8 @@ def test_every_method_and_again(dense: Path, data: Path, tmp_path: Path, capsys)
         assert ("difference_ci95" in row) == (row["name"] != "lora")
         if row["mergeable"]:
             folder = tmp_path / "out" / row["folder"]
-            last = {"sparse-full": "train", "merge-gptq": "quantize"}.get(row["name"], "merge")
+            method = METHODS[row["name"]]
+            last = method.after or ("train" if KINDS[method.adapter].whole else "merge")
             assert artifact.read_manifest(folder).stage == last and row["sparsity_kept"] >= row["sparsity"]
             assert artifact.read_manifest(folder).metrics["zeros_kept"] == 1.0
     by_name = {row["name"]: row for row in rows if row["sparsity"] in (0.5, None)}
@@ -75,6 +77,12 @@ def test_every_method_and_again(dense: Path, data: Path, tmp_path: Path, capsys)
     assert artifact.read_manifest(tmp_path / "out" / by_name["merge-gptq"]["folder"]).parent_key == merged.key
     full = artifact.read_manifest(tmp_path / "out" / by_name["sparse-full"]["folder"])
     assert full.config["r"] == 32 and full.config["search_space"] == [] and full.metrics["learning_rate"] == 5e-5
+    root = tmp_path / "out"
+    for name in ("distilled", "distilled-full", "distilled-qa"):  # by one teacher, which the dense row is
+        learnt = artifact.read_manifest(root / "s50" / name / "train").config
+        assert learnt["distill"] == str(root / "dense-lora" / "train") and learnt["train_norms"] == (
+            name[-4:] != "full"
+        )
     assert by_name["shears"]["trainable_parameters"] == by_name["lora"]["trainable_parameters"]
     assert by_name["qa-sparse-peft"]["size"] < by_name["sqft"]["size"] < by_name["sparse-peft"]["size"]
     assert "| SQFT + QA-SparsePEFT | 50 % | yes | INT4 |" in (tmp_path / "out" / "table.md").read_text()
