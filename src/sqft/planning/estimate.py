@@ -165,18 +165,14 @@ def train(shape: Shape, config: TrainConfig) -> Cost:
         products += 2 * tokens * shape.adapted * (1 + passes * (config.lora_dropout > 0))
         built = 0 if kind.whole else BUILD[shape.packed] * shape.adapted
     times = 3 if config.distill_ranks else 1  # sub-adapters a step
-    products, built = times * products, times * built
-    teacher = 0.0
-    if config.distill:  # taken to be of the model's size
-        products += forward(shape, tokens, longest) / (config.epochs if config.distill_cache else 1)
-        teacher = float(shape.parameters * shape.itemsize)
+    looks = bool(config.distill) / (config.epochs if config.distill_cache else 1)  # of a teacher of the model's size
+    products = times * products + looks * forward(shape, tokens, longest)
     saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * max(shape.inputs)
     a_token = shape.layers * saved * shape.itemsize + LOGITS * shape.vocabulary
-    base = shape.adapted * shape.itemsize if config.base else 0
-    base += (ADAM - shape.itemsize) * shape.adapted if kind.whole else 0
-    batch = config.batch_size * longest * a_token
-    return Cost(products=products, moved=steps * config.gradient_accumulation * passes * built,
-                memory=shape.bytes + base + teacher + ADAM * shape.factors + batch)  # fmt: skip
+    held = shape.itemsize * (shape.adapted * bool(config.base) + shape.parameters * bool(config.distill))
+    held += (ADAM - shape.itemsize) * shape.adapted if kind.whole else 0
+    return Cost(products=products, moved=steps * config.gradient_accumulation * passes * times * built,
+                memory=shape.bytes + held + ADAM * shape.factors + config.batch_size * longest * a_token)  # fmt: skip
 
 
 def _score(shape: Shape, lengths: Lengths, generated: int, batch_size: int, times: int = 1) -> Cost:
