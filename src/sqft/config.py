@@ -107,8 +107,8 @@ class TrainConfig(OnDevice):
     learn_scales: bool = option(False, "qa-sparse-peft: train the grid's scales too")
     scale_learning_rate: float | None = option(None, "of the scales; default: a tenth of learning_rate (of adapter "
                                                "scales, all of it)")  # fmt: skip
-    start: str | None = option(None, "folder of an adapter of this rank and these modules, to start from its weights",
-                               kind="folder", alias="from")  # fmt: skip
+    start_from: str | None = option(None, "folder of an adapter of the same rank and modules, whose weights to start "
+                                    "from, say of one that was trained on the float model", kind="folder")  # fmt: skip
     task: str | None = option(None, TASK, kind="task")
     data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
     data: str | None = option(None, "instead of a task: a .txt/.jsonl file or a datasets name", kind="text")
@@ -159,10 +159,10 @@ class TrainConfig(OnDevice):
             raise UsageError(f"base, units and learn_scales go with adapter qa-sparse-peft, not {self.adapter}")
         if self.scale_learning_rate and not (self.learn_scales or kind.scales_only):
             raise UsageError("scale_learning_rate goes with learn_scales")
-        if self.start and self.units != "weight":
+        if self.start_from and self.units != "weight":
             raise UsageError("an adapter to start from counts in weights: leave units out")
-        if kind.scales_only and (self.base or self.start or self.search_space):
-            raise UsageError(f"adapter {self.adapter} trains no factors: leave base, start and search_space out")
+        if kind.scales_only and (self.base or self.start_from or self.search_space):
+            raise UsageError(f"adapter {self.adapter} trains no factors: leave base, start_from, search_space out")
         if self.rank_groups and not self.search_space:
             raise UsageError("rank_groups go with a search_space, e.g. 32,24,16")
         if any(rank < 1 for rank in self.search_space):

@@ -77,6 +77,8 @@ def train(model: PeftModel | str | Path, config: TrainConfig | None = None, data
         return _train_folder(str(model), config, examples, given, Path(out), overwrite)
     if tokenizer is None or out is not None:
         raise UsageError("a live model is trained in place with its tokenizer, and written with sqft.save")
+    if config.start_from:
+        start_from(model, config.start_from)
     with tempfile.TemporaryDirectory() as work:  # Trainer makes a folder even if it writes nothing
         trainer = make_trainer(model, tokenizer, config, examples, Path(work), checkpoints=False)
         return _run(trainer, model, None) | examples.notes
@@ -91,8 +93,8 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
         check_kind(base, KINDS[config.adapter], source)
         set_seed(config.seed)
         model = attach(base, adapter_config(config))
-        if config.start:
-            start_from(model, config.start)
+        if config.start_from:
+            start_from(model, config.start_from)
         work = work_folder(out, made.key)
         trainer = make_trainer(model, tokenizer, config, data, work)
         made.metrics.update(_run(trainer, model, last_checkpoint(work)) | data.notes)
