@@ -120,8 +120,8 @@ class TrainConfig(OnDevice):
     learn_scales: bool = option(False, "qa-sparse-peft: train the grid's scales too")
     scale_learning_rate: float | None = option(None, "of the scales; default: a tenth of learning_rate (of adapter "
                                                "scales, all of it)")  # fmt: skip
-    start: str | None = option(None, "folder of an adapter of this rank and these modules, to start from its weights",
-                               kind="folder", alias="from")  # fmt: skip
+    start_from: str | None = option(None, "folder of an adapter of the same rank and modules, whose weights to start "
+                                    "from, say of one that was trained on the float model", kind="folder")  # fmt: skip
     task: str | None = option(None, TASK, kind="task")
     data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
     data: str | None = option(None, "instead of a task: a .txt/.jsonl file or a datasets name", kind="text")
@@ -195,10 +195,10 @@ class TrainConfig(OnDevice):
             raise UsageError(f"base, units and learn_scales go with adapter qa-sparse-peft, not {self.adapter}")
         if self.scale_learning_rate and not (self.learn_scales or kind.scales_only):
             raise UsageError("scale_learning_rate goes with learn_scales")
-        if self.start and self.units != "weight":
+        if self.start_from and self.units != "weight":
             raise UsageError("an adapter to start from counts in weights: leave units out")
-        if kind.scales_only and (self.base or self.start or self.search_space):
-            raise UsageError(f"adapter {self.adapter} trains no factors: leave base, start and search_space out")
+        if kind.scales_only and (self.base or self.start_from or self.search_space):
+            raise UsageError(f"adapter {self.adapter} trains no factors: leave base, start_from, search_space out")
         if kind.whole:
             default = TrainConfig()
             for name in _OF_LAYERS:
@@ -215,7 +215,7 @@ class TrainConfig(OnDevice):
 
 # What says how adapters look: nothing to a kind that trains the weights themselves.
 _OF_LAYERS = ("r", "search_space", "rank_groups", "rank_strategy", "rank_every", "lora_alpha", "rslora", "lora_dropout",
-              "init", "start", "target_modules", "train_norms")  # fmt: skip
+              "init", "start_from", "target_modules", "train_norms")  # fmt: skip
 
 
 def for_kind(config: TrainConfig, adapter: str) -> TrainConfig:
@@ -224,7 +224,7 @@ def for_kind(config: TrainConfig, adapter: str) -> TrainConfig:
     kind, default = KINDS[adapter], TrainConfig()
     dropped = () if kind.quantization_aware else ("base", "learn_scales", "scale_learning_rate", "units")
     dropped += _OF_LAYERS if kind.whole else ()
-    dropped += ("base", "start", "search_space", "rank_groups") if kind.scales_only else ()
+    dropped += ("base", "start_from", "search_space", "rank_groups") if kind.scales_only else ()
     of_another = KINDS[config.adapter]
     if (kind.whole, kind.scales_only) != (of_another.whole, of_another.scales_only):
         dropped += ("learning_rate",)

@@ -213,7 +213,7 @@ def test_scales_alone(sparsity: float | None, dense: Path, sparse: Path, tokens,
 def test_scales_alone_is_refused_elsewhere(sparse: Path, packed: Path, examples, tmp_path: Path) -> None:
     with pytest.raises(sqft.UsageError, match="is a float model"):
         sqft.train(sparse, replace(TRAIN, adapter="scales"), examples, out=tmp_path / "out")
-    for wrong in ({"base": str(sparse)}, {"start": str(packed)}, {"search_space": [4, 2]}):
+    for wrong in ({"base": str(sparse)}, {"start_from": str(packed)}, {"search_space": [4, 2]}):
         with pytest.raises(sqft.UsageError, match="trains no factors"):
             replace(TRAIN, adapter="scales", **wrong)
     with pytest.raises(sqft.UsageError, match="trains no factors"):
@@ -226,7 +226,7 @@ def test_training_starts_from_a_float_adapter(
     sparse: Path, packed: Path, trained: Path, examples, tokens, tmp_path: Path
 ) -> None:
     """Of the same rank and modules; its step 0 is the float model rounded on the grid."""
-    config = replace(TRAIN, start=str(trained), learning_rate=1e-12, base=str(sparse), max_steps=1)
+    config = replace(TRAIN, start_from=str(trained), learning_rate=1e-12, base=str(sparse), max_steps=1)
     sqft.train(packed, config, examples, out=tmp_path / "adapter")
     adapter, float_model = sqft.load(tmp_path / "adapter")[0], sqft.load(trained)[0]
     floats = adapter_layers(float_model)
@@ -234,15 +234,15 @@ def test_training_starts_from_a_float_adapter(
         grid = layer.get_base_layer().grid()
         expected = grid.dequantize(grid.integers(floats[name].merged_weight("default")))
         assert float((layer.effective_weight("default") == expected).float().mean()) > 0.999  # ties but for rounding
-    sqft.train(packed, replace(TRAIN, start=str(trained), learn_scales=True), examples, out=tmp_path / "scales")
+    sqft.train(packed, replace(TRAIN, start_from=str(trained), learn_scales=True), examples, out=tmp_path / "scales")
     assert sqft.merge(tmp_path / "scales", out=tmp_path / "merged")["zeros_kept"] == 1.0
     # An adapter's learnt scales are taken over; and a float one starts from a float one.
     state = load_file(tmp_path / "scales" / "adapter_model.safetensors")
-    again = replace(config, base=None, start=str(tmp_path / "scales"), learn_scales=True)
+    again = replace(config, base=None, start_from=str(tmp_path / "scales"), learn_scales=True)
     sqft.train(packed, again, examples, out=tmp_path / "again")
     found = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert all(torch.allclose(found[key], state[key], atol=1e-6) for key in state) and "scales" in "".join(state)
-    tuned = replace(TRAIN, adapter="sparse-peft", start=str(trained), learning_rate=1e-12, max_steps=1)
+    tuned = replace(TRAIN, adapter="sparse-peft", start_from=str(trained), learning_rate=1e-12, max_steps=1)
     sqft.train(sparse, tuned, examples, out=tmp_path / "float")
     with torch.no_grad():
         expected = float_model(tokens).logits
@@ -256,12 +256,12 @@ def test_an_adapter_that_does_not_fit_is_no_start(
                            ({"target_modules": ["q_proj"]}, r"trains model\.layers\.0.* and \d+ more"),
                            ({"target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "o_proj"]},
                             r"lacks .*o_proj"),
-                           ({"start": str(packed)}, "is not an adapter folder")]:  # fmt: skip
-        config = replace(TRAIN, **{"start": str(trained), **wrong})
+                           ({"start_from": str(packed)}, "is not an adapter folder")]:  # fmt: skip
+        config = replace(TRAIN, **{"start_from": str(trained), **wrong})
         with pytest.raises(sqft.UsageError, match=message):
             sqft.train(packed, config, examples, out=tmp_path / "out")
     with pytest.raises(sqft.UsageError, match="counts in weights"):
-        replace(TRAIN, start=str(trained), units="step")
+        replace(TRAIN, start_from=str(trained), units="step")
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "adapter_config.json").write_bytes((trained / "adapter_config.json").read_bytes())
@@ -270,7 +270,7 @@ def test_an_adapter_that_does_not_fit_is_no_start(
         {key: tensor[..., :-1].contiguous() for key, tensor in state.items()}, broken / "adapter_model.safetensors"
     )
     with pytest.raises(sqft.UsageError, match="is of another model"):
-        sqft.train(packed, replace(TRAIN, start=str(broken)), examples, out=tmp_path / "out")
+        sqft.train(packed, replace(TRAIN, start_from=str(broken)), examples, out=tmp_path / "out")
 
 
 def test_fractions_of_a_live_model_in_half_precision(tokens, examples) -> None:

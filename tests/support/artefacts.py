@@ -83,7 +83,9 @@ def make(family: str, root: Path) -> None:
     sqft.train(root / "int4", training("qa-sparse-peft", base=str(root / "wanda")), EXAMPLES, out=root / "aware")
     sqft.train(
         root / "int4",
-        training("qa-sparse-peft", search_space=[4, 2], learn_scales=True, learning_rate=1e-3),
+        training(
+            "qa-sparse-peft", search_space=[4, 2], learn_scales=True, learning_rate=1e-3, scale_learning_rate=1e-3
+        ),
         EXAMPLES,
         out=root / "elastic",
     )

@@ -240,6 +240,8 @@ class Quantize(Pass):
             w_OI = repair(w_OI, w_OI, mask_OI, *products)
         q_OI, grid, f_OI = self.method(w_OI, *value, mask_OI, self._spec, act_order=self.config.act_order)
         rows = [weight.shape[0] for weight in weights]
+        if f_OI is not None and mask_OI is not None:
+            f_OI = f_OI * mask_OI  # of a pruned weight there is nothing to start from
         kept = f_OI.split(rows) if f_OI is not None and self.config.keep_fractions else [None] * len(rows)
         pieces = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), kept, strict=True)
         return [Quantized(q, Grid(self._spec.bits, scale, zero), f) for q, scale, zero, f in pieces]

@@ -92,6 +92,8 @@ def train(model: Any, config: TrainConfig | None = None, data: Sequence[Example]
     if kind.whole:
         check_kind(model, kind, "this model")
         config = whole.precision_of(model, config)
+    if config.start_from:
+        start_from(model, config.start_from)
     with _opened(model, kind), tempfile.TemporaryDirectory() as work:  # Trainer makes it even if it writes nothing
         trainer = make_trainer(model, tokenizer, config, examples, Path(work), checkpoints=False)
         return _run(trainer, model, None, config) | examples.notes
@@ -120,8 +122,8 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
         check_kind(base, kind, source)
         set_seed(config.seed)
         model: Any = base if kind.whole else attach(base, adapter_config(config))
-        if config.start:
-            start_from(model, config.start)
+        if config.start_from:
+            start_from(model, config.start_from)
         config = whole.precision_of(model, config) if kind.whole else config
         work = work_folder(out, made.key)
         with _opened(model, kind):
