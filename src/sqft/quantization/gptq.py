@@ -13,9 +13,10 @@ In GPTAQ the inputs X^ of the quantized model have drifted from the un-quantized
 
     P = a striu((X - X^)^T X^ U^T) U
 
-Here w_j is the weight that is given, whose outputs on X are the aim, and not what corrections (which are for X^) have
-made of it by then, as in the paper's code: so all of it is one product before the loop, and nothing comes of a pruned
-weight. a = 1 in the paper; correcting all of the drift over-fits (``benchmarks/bench_formats.py``).
+Here w_j is the weight that is given, whose outputs on X are the aim, and not, as in the paper's loop, what corrections
+(which are for X^) have made of it by then: so all of it is one product before the loop, and nothing comes of a pruned
+weight. a is that of repair (``sparsity/repair.py``).
+
 What rounding takes away of a column as it is when it is reached, corrections included, is told as its fractions: with
 them a weight's t = integer + fraction is where training can start from without a dead zone.
 
