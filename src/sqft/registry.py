@@ -60,7 +60,7 @@ class OneOf:
 
 SPARSIFIERS = Registry("sparsity method", "sqft.sparsifiers", {
     "magnitude": "sqft.sparsity.magnitude:magnitude", "wanda": "sqft.sparsity.wanda:wanda",
-    "sparsegpt": "sqft.sparsity.sparsegpt:sparsegpt", "alps": "sqft.sparsity.alps:alps",
+    "sparsegpt": "sqft.sparsity.sparsegpt:sparsegpt",
 })  # fmt: skip
 QUANTIZERS = Registry("quantization method", "sqft.quantizers", {
     "gptq": "sqft.quantization.gptq:gptq", "gptaq": "sqft.quantization.gptq:gptaq", "rtn": "sqft.quantization.rtn:rtn",
