@@ -68,7 +68,9 @@ def test_every_method_and_again(dense: Path, data: Path, tmp_path: Path, capsys)
     assert [by_name[n]["precision"] for n in ("dense", "lora", "sparse-peft", "sqft", "qa-sparse-peft")] == [
         "FP32", "FP32 + FP32", "FP32", "INT4 + FP32", "INT4"]  # fmt: skip
     assert by_name["dense-lora"]["sparsity_kept"] is None and by_name["dense-lora"]["mergeable"] is False
-    assert by_name["merge-gptq"]["precision"] == "INT4" and by_name["merge-gptq"]["size"] == by_name["sparse-int4"]["size"]
+    assert (
+        by_name["merge-gptq"]["precision"] == "INT4" and by_name["merge-gptq"]["size"] == by_name["sparse-int4"]["size"]
+    )
     merged = artifact.read_manifest(tmp_path / "out" / by_name["sparse-peft"]["folder"])  # trained and merged once
     assert artifact.read_manifest(tmp_path / "out" / by_name["merge-gptq"]["folder"]).parent_key == merged.key
     full = artifact.read_manifest(tmp_path / "out" / by_name["sparse-full"]["folder"])
