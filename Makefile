@@ -63,6 +63,8 @@ bench: install peers  ## over two hours; writes benchmarks/results and prints th
 	$(BIN)/python benchmarks/bench_quantize.py
 	$(BIN)/python benchmarks/bench_quality.py
 	$(BIN)/python benchmarks/bench_formats.py
+	$(BIN)/python benchmarks/bench_adapt.py
+	$(BIN)/python benchmarks/bench_adapt.py --test
 	$(BIN)/python benchmarks/checks.py
 
 clean:

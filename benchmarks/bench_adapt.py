@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import check, update_results
+from common import RESULTS, check, update_results
 
 import sqft
 from sqft.comparison import read_correct
@@ -133,6 +133,23 @@ def checks_of(rows: dict[str, dict[str, Any]], apart: dict[str, list[float]], wh
     return checks
 
 
+def markdown() -> str:
+    """The tables of docs/results."""
+    lines = []
+    for part, found in json.loads((RESULTS / "quality_adapt.json").read_text())["results"].items():
+        lines += [f"| {part} | accuracy (95 % interval) | sparsity | zeros kept |", "|---|---|---|---|"]
+        for name, row in found["rows"].items():
+            low, high = row["interval"]
+            kept = "" if "zeros_kept" not in row else f"{row['zeros_kept']:.1%}"
+            sparsity = f"{row['sparsity']:.1%}" if row.get("sparsity", 0) > 0.2 else ""
+            lines.append(f"| {name} | {row['accuracy']:.1%} ({low:.1%} to {high:.1%}) | {sparsity} | {kept} |")
+        lines += ["", "| paired difference | points (95 % interval) |", "|---|---|"]
+        lines += [f"| {name} | {100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) |"
+                  for name, (mean, low, high) in found["differences"].items()]  # fmt: skip
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> None:
     data = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -143,7 +160,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[name for name in ROWS if not name.endswith("adapter")])
     parser.add_argument("--test", action="store_true", help="score FINAL on the test split")
     parser.add_argument("--root", type=Path, default=Path("runs") / "bench-adapt")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the last runs")
     arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown())
+        return
     bench = Bench(arguments.model, arguments.task, arguments.data_dir, arguments.root / arguments.task, arguments.limit)
     split = "test" if arguments.test else "validation"
     rows = {name: row_of(bench, name, split) for name in (FINAL if arguments.test else arguments.rows)}
