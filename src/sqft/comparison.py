@@ -187,7 +187,7 @@ def adapter_stages(method: Contender, recipe: Recipe, folders: Mapping[str, str]
     if method.teacher:
         train = replace(train, distill=folders["teacher"])
     if not method.elastic:
-        train = replace(train, search_space=[], rank_groups=[])
+        train = replace(train, search_space=[], rank_groups=[], rank_scaling="largest", distill_ranks=False)
     stages: list[tuple[str, Any]] = [("train", train)]
     if method.elastic:  # without a search in the recipe: the paper's heuristic
         by_heuristic = SearchConfig(strategy="median", task=train.task, data_dir=train.data_dir, metric="loss")

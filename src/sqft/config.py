@@ -138,6 +138,8 @@ class TrainConfig(OnDevice):
     rank_strategy: str = option("uniform", "ranks of a step: drawn; largest, smallest, drawn in turn; or drawn with a "
                                 "preference for large ones", ("uniform", "sandwich", "weighted"))  # fmt: skip
     rank_every: str = option("step", "set ranks anew for each", ("step", "micro-batch"))
+    rank_scaling: str = option("largest", "scale sub-adapters of rank r as the largest, by alpha / R, or by their own "
+                               "rank, alpha / r", ("largest", "own"))  # fmt: skip
     distill_ranks: bool = option(False, "strategy sandwich: train the largest, the smallest and a drawn sub-adapter in "
                                  "every step, the latter two by the largest's predictions")  # fmt: skip
     lora_alpha: int = option(64, "the adapter is scaled by alpha / r")
@@ -206,6 +208,8 @@ class TrainConfig(OnDevice):
                     raise UsageError(f"{name} is about adapters, and {self.adapter} has none: leave it out")
         if self.rank_groups and not self.search_space:
             raise UsageError("rank_groups go with a search_space, e.g. 32,24,16")
+        if self.rank_scaling != "largest" and not self.search_space:
+            raise UsageError("rank_scaling goes with a search_space, e.g. 32,24,16")
         if any(rank < 1 for rank in self.search_space):
             raise UsageError(f"search_space is {self.search_space}: ranks are greater than 0")
         if self.task and self.data:
@@ -214,8 +218,8 @@ class TrainConfig(OnDevice):
 
 
 # What says how adapters look: nothing to a kind that trains the weights themselves.
-_OF_LAYERS = ("r", "search_space", "rank_groups", "rank_strategy", "rank_every", "lora_alpha", "rslora", "lora_dropout",
-              "init", "start_from", "target_modules", "train_norms")  # fmt: skip
+_OF_LAYERS = ("r", "search_space", "rank_groups", "rank_strategy", "rank_every", "rank_scaling", "distill_ranks",
+              "lora_alpha", "rslora", "lora_dropout", "init", "start_from", "target_modules", "train_norms")  # fmt: skip
 
 
 def for_kind(config: TrainConfig, adapter: str) -> TrainConfig:
@@ -224,7 +228,8 @@ def for_kind(config: TrainConfig, adapter: str) -> TrainConfig:
     kind, default = KINDS[adapter], TrainConfig()
     dropped = () if kind.quantization_aware else ("base", "learn_scales", "scale_learning_rate", "units")
     dropped += _OF_LAYERS if kind.whole else ()
-    dropped += ("base", "start_from", "search_space", "rank_groups") if kind.scales_only else ()
+    if kind.scales_only:
+        dropped += ("base", "start_from", "search_space", "rank_groups", "rank_scaling", "distill_ranks")
     of_another = KINDS[config.adapter]
     if (kind.whole, kind.scales_only) != (of_another.whole, of_another.scales_only):
         dropped += ("learning_rate",)

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import sqft
 from sqft.adapters.config import PEFT_TYPE
 from sqft.adapters.groups import make_groups
-from sqft.adapters.peft_bridge import adapter_layers
+from sqft.adapters.peft_bridge import adapter_layers, merged_weight
 from sqft.elastic.handle import RECORDS, Elastic
 from sqft.searching.choose import alpha_for
+from sqft.sparsity.masks import mask_of
 
 PIPELINES = ("sparse-peft", "qa-sparse-peft", "lora", "sqft")
+OWN = tuple(f"{name}, own scaling" for name in PIPELINES)
 SPACE = [6, 4, 2]
 
 
@@ -38,11 +40,13 @@ def bases(sparse: Path, tokens, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def supers(bases, examples, tmp_path_factory) -> dict[str, Path]:
-    """One trained super-adapter a pipeline."""
+    """A trained super-adapter of each pipeline and scaling."""
     folder = tmp_path_factory.mktemp("supers")
     for name, base in bases.items():
         sqft.train(base, training(name), examples, out=folder / name)
-    return {name: folder / name for name in bases}
+        own = training(name, rank_scaling="own", max_steps=3)
+        sqft.train(base, own, examples, out=folder / f"{name}, own scaling")
+    return {name: folder / name for name in (*PIPELINES, *OWN)}
 
 
 def some_ranks(model, seed: int = 0) -> dict[str, int]:
@@ -74,7 +78,58 @@ def test_a_sub_adapter_is_the_super_adapter_without_its_upper_ranks(pipeline: st
     torch.testing.assert_close(logits(model, tokens), part, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("scaling", ["largest", "own"])
 @pytest.mark.parametrize("pipeline", PIPELINES)
+def test_a_sub_adapter_computes_with_its_rank_and_scale(pipeline: str, scaling: str, rslora: bool, bases) -> None:
+    """Outputs, gradients and what is merged against float64."""
+    model, _ = sqft.load(bases[pipeline])
+    config = sqft.SqftConfig(kind=pipeline, search_space=SPACE, lora_alpha=9, use_rslora=rslora, rank_scaling=scaling)
+    model = sqft.attach(model, config)
+    elastic = Elastic(model)
+    layer = next(iter(elastic.layers.values()))
+    g = torch.Generator().manual_seed(0)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    b.data = 0.1 * torch.randn(b.shape, generator=g)
+    x = torch.randn(7, a.shape[1], generator=g, requires_grad=True)
+    base = layer.get_base_layer()
+    w_OI = base.dequantize().double() if hasattr(base, "dequantize") else base.weight.detach().double()
+    mask_OI = mask_of(base).double() if "peft" in pipeline else torch.ones_like(w_OI)
+    for rank in SPACE:
+        elastic.set({elastic.groups[0].name: rank})
+        of = rank if scaling == "own" else max(SPACE)
+        scale = 9 / (of**0.5 if rslora else of)
+        factors = [v.detach().double().requires_grad_() for v in (a, b)]
+        inputs = x.detach().double().requires_grad_()
+        delta_OI = scale * mask_OI * (factors[1][:, :rank] @ factors[0][:rank])
+        aimed_OI = w_OI + delta_OI
+        if pipeline == "qa-sparse-peft":  # rounding is passed through, but where it clamps
+            grid = base.grid()
+            units = aimed_OI / grid.spread(grid.scale_OG, x.shape[1]) + grid.spread(grid.zero_OG, x.shape[1])
+            inside = (units >= -0.5) & (units <= 15.5)
+            rounded = layer.effective_weight("default").detach().double()
+            steps = (rounded - aimed_OI.detach()) / grid.spread(grid.scale_OG, x.shape[1])
+            assert float(steps[inside].abs().max()) < 0.501
+            aimed_OI = torch.where(inside, aimed_OI + (rounded - aimed_OI).detach(), rounded)
+        y = layer(x)
+        expected = inputs @ aimed_OI.mT + (0 if base.bias is None else base.bias.double())
+        torch.testing.assert_close(y.double(), expected, atol=2e-5, rtol=1e-5)
+        dy = torch.randn(y.shape, generator=g)
+        ours = torch.autograd.grad(y, (x, a, b), dy)
+        theirs = torch.autograd.grad(expected, (inputs, *factors), dy.double())
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.double(), other, atol=1e-4, rtol=1e-4)
+        if pipeline != "qa-sparse-peft":
+            torch.testing.assert_close(layer.get_delta_weight("default").double(), delta_OI, atol=1e-6, rtol=1e-5)
+        if pipeline in ("sparse-peft", "lora"):
+            torch.testing.assert_close(merged_weight(layer, "default").double(), aimed_OI, atol=1e-6, rtol=1e-5)
+    with pytest.raises(sqft.UsageError, match="rank_scaling goes with"):
+        sqft.SqftConfig(rank_scaling="own")
+    with pytest.raises(sqft.UsageError, match="choose largest or own"):
+        sqft.SqftConfig(search_space=SPACE, rank_scaling="mine")
+
+
+@pytest.mark.parametrize("pipeline", [*PIPELINES, *OWN])
 def test_extracted_merged_and_live_sub_adapters_are_one(pipeline: str, supers, tokens, tmp_path: Path) -> None:
     model, _ = sqft.load(supers[pipeline])
     ranks = some_ranks(model, seed=1)
@@ -87,7 +142,7 @@ def test_extracted_merged_and_live_sub_adapters_are_one(pipeline: str, supers, t
     assert sum(w.numel() for w in weights.values()) == metrics["parameters"]
     sub, _ = sqft.load(tmp_path / "sub")
     torch.testing.assert_close(logits(sub, tokens), live, atol=1e-5, rtol=0)
-    if pipeline in ("sparse-peft", "qa-sparse-peft"):
+    if pipeline.split(",")[0] in ("sparse-peft", "qa-sparse-peft"):
         choice = sqft.MergeConfig(ranks=str(tmp_path / "ranks.yaml"))
         one = sqft.merge(supers[pipeline], choice, out=tmp_path / "one")
         assert one["zeros_kept"] == 1.0 and one["max_logit_difference"] < 1e-4
@@ -102,26 +157,27 @@ def test_extracted_merged_and_live_sub_adapters_are_one(pipeline: str, supers, t
             sqft.merge(supers[pipeline], out=tmp_path / "one")
 
 
-def test_a_plain_lora_sub_adapter_is_plain_peft(supers, bases, tokens, tmp_path: Path) -> None:
-    model, _ = sqft.load(supers["lora"])
+@pytest.mark.parametrize("adapter", ["lora", "lora, own scaling"])
+def test_a_plain_lora_sub_adapter_is_plain_peft(adapter: str, supers, bases, tokens, tmp_path: Path) -> None:
+    model, _ = sqft.load(supers[adapter])
     sqft.set_ranks(model, {name: 4 if i % 2 else 2 for i, name in enumerate(sqft.get_ranks(model))})
     live = logits(model, tokens)
     (tmp_path / "ranks.yaml").write_text(json.dumps(sqft.get_ranks(model)))
-    sqft.extract(supers["lora"], str(tmp_path / "ranks.yaml"), tmp_path / "sub")
+    sqft.extract(supers[adapter], str(tmp_path / "ranks.yaml"), tmp_path / "sub")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["lora"]), tmp_path / "sub")
     assert type(next(iter(adapter_layers(theirs).values()))).__module__.startswith("peft.")
     torch.testing.assert_close(logits(theirs, tokens), live, atol=1e-5, rtol=0)
     # The super-adapter itself must not load in plain PEFT as if its rank were fixed.
-    assert json.loads((supers["lora"] / "adapter_config.json").read_text())["peft_type"] == PEFT_TYPE
+    assert json.loads((supers[adapter] / "adapter_config.json").read_text())["peft_type"] == PEFT_TYPE
 
 
-@pytest.mark.parametrize("strategy", ["uniform", "sandwich", "weighted"])
+@pytest.mark.parametrize(("strategy", "scaling"), [("uniform", "largest"), ("sandwich", "own"), ("weighted", "own")])
 @pytest.mark.parametrize("pipeline", ["sparse-peft", "qa-sparse-peft", "lora"])
-def test_gradient_checkpointing_trains_the_same_sub_adapters(pipeline: str, strategy: str, bases, examples, tmp_path: Path) -> None:  # fmt: skip
+def test_gradient_checkpointing_trains_the_same_sub_adapters(pipeline: str, strategy: str, scaling: str, bases, examples, tmp_path: Path) -> None:  # fmt: skip
     """Were a rank drawn in a forward, the recomputed one would be another than the loss saw."""
     weights = []
     for checkpointing in (False, True):
-        config = training(pipeline, gradient_checkpointing=checkpointing, rank_strategy=strategy)
+        config = training(pipeline, gradient_checkpointing=checkpointing, rank_strategy=strategy, rank_scaling=scaling)
         sqft.train(bases[pipeline], config, examples, out=tmp_path / str(checkpointing))
         weights.append(load_file(tmp_path / str(checkpointing) / "adapter_model.safetensors"))
     for name in weights[0]:
@@ -255,6 +311,8 @@ def test_alphas_give_the_scaling_that_products_use() -> None:
         for largest in range(1, 65):
             for rank in range(1, largest + 1):
                 assert torch.tensor(alpha_for(alpha / largest, rank) / rank) == torch.tensor(alpha / largest)
+                own = alpha / largest * (largest / rank)
+                assert alpha_for(own, rank) == alpha and torch.tensor(own) == torch.tensor(alpha / rank)
     assert alpha_for(2.0, 24) == 48 and isinstance(alpha_for(2.0, 24), int)
 
 

@@ -40,6 +40,7 @@ VALUES: dict[str, list[Any]] = {
     "start": ["integers", "fractions"],
     "units": ["weight", "step"],
     "elastic": [False, True],
+    "scaling": ["largest", "own"],
     "norms": [False, True],
     "targets": ["", "all"],
     "rslora": [False, True],
@@ -61,6 +62,7 @@ class Draw:
     start: str
     units: str
     elastic: bool
+    scaling: str
     norms: bool
     targets: str
     rslora: bool
@@ -81,6 +83,7 @@ class Draw:
         grid = f"INT{self.bits} {self.format}{' symmetric' * self.symmetric}, " * self.packed
         grid += f"{self.start}, {self.units}, " * self.packed
         flags = [name for name in ("elastic", "norms", "rslora", "tied", "biased", "sharded") if getattr(self, name)]
+        flags += [f"{self.scaling} scaling"] * (self.scaling == "own")
         flags += [f"{self.targets} targets"] * bool(self.targets) + ["gradient"] * (self.init == "gradient")
         return f"{self.family}, {grid}{', '.join([self.dtype, self.kind, *flags])}"
 
@@ -94,6 +97,7 @@ def make_draws() -> list[Draw]:
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     for row in rows:  # rank 0 is not elastic
         row["elastic"] = row["elastic"] and row["kind"] != "scales"
+        row["scaling"] = row["scaling"] if row["elastic"] else "largest"
     for row in rows:  # v1 of the GPTQ format is for symmetric grids
         row["symmetric"] = row["symmetric"] or row["format"] == "gptq"
     return [Draw(**row) for row in rows]
@@ -132,7 +136,8 @@ def begin_along_the_gradient(adapter: Any, tokens) -> None:
 def make_adapter(draw: Draw, model: Any, tokens) -> Any:
     """Attached and trained for two steps."""
     config = sqft.SqftConfig(
-        r=4, lora_alpha=8, search_space=[4, 2] if draw.elastic else None, quantization_aware=draw.packed,
+        r=4, lora_alpha=8, search_space=[4, 2] if draw.elastic else None, rank_scaling=draw.scaling,
+        quantization_aware=draw.packed,
         sparse_adapter=draw.kind not in ("lora", "qa-sparse-peft, dense"), learn_scales="scales" in draw.kind,
         train_norms=draw.norms, use_rslora=draw.rslora, target_modules=[draw.targets] if draw.targets else None,
         units=draw.units if draw.packed else "weight",

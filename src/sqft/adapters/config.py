@@ -62,6 +62,8 @@ class SqftConfig(LoraConfig):
             None: if the base has it. It is saved as True or False.
         search_space: ranks that a sub-adapter may have (NLS); none: the rank is fixed. ``r`` is the largest of them.
         rank_groups: which modules share a rank, and choices of their own: see ``make_groups``.
+        rank_scaling: the scale of a sub-adapter of rank r: 'largest', alpha / R as of the full rank R, or its 'own',
+            alpha / r. With ``use_rslora`` the root of the rank.
         train_norms: train the model's norms too: ``sqft.attach`` adds their names to ``modules_to_save``.
 
     ``target_modules`` left empty means the family's q, k, v, up and down projections when attached by ``sqft.attach``,
@@ -78,6 +80,7 @@ class SqftConfig(LoraConfig):
     fractions: bool | None = _option(None, "start from what rounding took away")
     search_space: list[int] | None = _option(None, "ranks that a sub-adapter may have", True)
     rank_groups: list[str] | None = _option(None, "which modules share a rank")
+    rank_scaling: str = _option("largest", "by which rank a sub-adapter is scaled: largest or own")
     train_norms: bool = _option(False, "train the model's norms too")
 
     def __post_init__(self) -> None:
@@ -96,6 +99,10 @@ class SqftConfig(LoraConfig):
                     raise UsageError(f"{self.kind} trains no factors: leave search_space and float_base out")
         if self.rank_groups and not self.search_space:
             raise UsageError("rank_groups go with a search_space, e.g. [32, 24, 16]")
+        if self.rank_scaling not in ("largest", "own"):
+            raise UsageError(f"rank_scaling is '{self.rank_scaling}': choose largest or own")
+        if self.rank_scaling != "largest" and not self.search_space:
+            raise UsageError("rank_scaling goes with a search_space, e.g. [32, 24, 16]")
         if self.search_space and min(self.search_space) < 1:
             raise UsageError(f"search_space is {self.search_space}: ranks are greater than 0")
         if self.search_space and self.rank_pattern:

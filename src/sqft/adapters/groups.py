@@ -3,7 +3,7 @@
 A super-adapter of rank R holds a sub-adapter for every choice of smaller ranks: the first r rows of A and the first r
 columns of B. Modules of one rank group share their rank. The rank is state that somebody sets (``Elastic.set``), never
 drawn in a forward: whatever computes the layer again, as gradient checkpointing does, computes the same sub-adapter.
-Every sub-adapter keeps the scaling of the largest, alpha / R.
+A sub-adapter has the scale of the full rank, alpha / R, or one of its own, alpha / r (``rank_scaling``).
 
 Shape letters: O output features, I input features, R rank.
 """

@@ -1,11 +1,12 @@
-"""Plain LoRA of elastic rank, and what all of sqft's layers share: which adapters they take, the rank that is set, and
-the factors cut to it.
+"""Plain LoRA of elastic rank, and what all of sqft's layers share: which adapters they take, the rank that is set, the
+factors cut to it, and their scale.
 
 Shape letters: O output features, I input features, R rank.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -40,6 +41,21 @@ def active_rank(layer: Any, adapter: str) -> int:
     return getattr(layer, "sqft_ranks", {}).get(adapter, layer.r[adapter])
 
 
+def set_rank(layer: Any, adapter: str, rank: int, own_scaling: bool) -> None:
+    """Sets the rank that a layer computes with, and how many times the scale of its full rank the scale is then: once,
+    or with ``own_scaling`` R / r times (rsLoRA: sqrt(R / r) times)."""
+    times = layer.r[adapter] / rank if own_scaling else 1.0
+    times = math.sqrt(times) if layer.use_rslora[adapter] else times
+    layer.sqft_ranks = {**getattr(layer, "sqft_ranks", {}), adapter: rank}
+    layer.sqft_scales = {**getattr(layer, "sqft_scales", {}), adapter: times}
+
+
+def scale_of(layer: Any, adapter: str) -> float:
+    """What a layer multiplies B A of its active rank r with: alpha / R of its full rank R, or alpha / r where
+    sub-adapters have scales of their own (rsLoRA: the root of the rank)."""
+    return layer.scaling[adapter] * getattr(layer, "sqft_scales", {}).get(adapter, 1.0)
+
+
 def factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """A [r, I] and B [O, r] of a layer's active rank r: views, so that gradients reach the super-adapter."""
     a, b = cast(Tensor, layer.lora_A[adapter].weight), cast(Tensor, layer.lora_B[adapter].weight)
@@ -69,10 +85,10 @@ class ElasticLora(LoraLinear):
         for name in active:
             a, b = factors(self, name)
             dropped = self.lora_dropout[name](self._cast_input_dtype(x, a.dtype))
-            y = y + (F.linear(F.linear(dropped, a), b) * self.scaling[name]).to(y.dtype)
+            y = y + (F.linear(F.linear(dropped, a), b) * scale_of(self, name)).to(y.dtype)
         return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``alpha / R * B A`` of the active rank, [O, I]."""
+        """``s B A`` of the active rank and its scale, [O, I]."""
         a, b = factors(self, adapter)
-        return self.scaling[adapter] * b @ a
+        return scale_of(self, adapter) * b @ a

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from sqft.adapters.kinds import QA_SPARSE_PEFT, SCALES, SQFT
-from sqft.adapters.lora import ElasticLora, factors
+from sqft.adapters.lora import ElasticLora, factors, scale_of
 from sqft.adapters.sparse import MaskedLoraLinear, check_finite
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.ops import linear, merge_packed, quant_aware_weight
@@ -62,8 +62,8 @@ class QuantAwareLoraLinear(MaskedLoraLinear):
         base = getattr(self._linear, FLOAT_BASE, None)
         from_fractions, in_steps = self._starts[name]
         fractions = self._linear.fractions if from_fractions else None
-        scaling, new_scales = self.scaling[name], cast("Tensor | None", self.lora_scales.get(name, None))
-        return Adapter(a, b, self.mask, scaling, base, new_scales, fractions, in_steps)
+        new_scales = cast("Tensor | None", self.lora_scales.get(name, None))
+        return Adapter(a, b, self.mask, scale_of(self, name), base, new_scales, fractions, in_steps)
 
     def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
         packed, bias = self._linear.packed(), self._linear.bias

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from sqft.adapters.kinds import SPARSE_PEFT
-from sqft.adapters.lora import check_adapter, factors
+from sqft.adapters.lora import check_adapter, factors, scale_of
 from sqft.errors import SqftError
 from sqft.kernels.ops import linear, masked_weight
 from sqft.kernels.reference import Adapter
@@ -40,7 +40,7 @@ def check_finite(adapter: str, safe: bool, *tensors: Tensor) -> None:
 
 class MaskedLoraLinear(LoraLinear):
     """What masked adapters share: one adapter on a base layer with a mask. A kind of its own gives ``_adapted`` and
-    ``merged_weight``, computed with ``mask``, ``factors(self, adapter)`` and ``self.scaling[adapter]``."""
+    ``merged_weight``, computed with ``mask``, ``factors(self, adapter)`` and ``scale_of(self, adapter)``."""
 
     kind = SPARSE_PEFT
 
@@ -115,7 +115,7 @@ class SparseLoraLinear(MaskedLoraLinear):
         return cast(nn.Linear, self.get_base_layer())
 
     def _adapter(self, name: str, sign: float = 1.0) -> Adapter:
-        return Adapter(*factors(self, name), self.mask, sign * self.scaling[name], self._linear.weight)
+        return Adapter(*factors(self, name), self.mask, sign * scale_of(self, name), self._linear.weight)
 
     def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
         return linear(x, self._linear.bias, None, self._adapter(adapter), dropout, self.training)

@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from sqft.adapters.groups import RankGroup, Ranks, make_groups
-from sqft.adapters.lora import active_rank
+from sqft.adapters.lora import active_rank, set_rank
 from sqft.adapters.peft_bridge import active_adapter, adapter_layers
 from sqft.errors import UsageError, did_you_mean
 
@@ -55,7 +55,7 @@ class SearchSpace:
 
 class Elastic:
     """A handle on the adapter that is active when it is made. ``groups``: its rank groups, none if its rank is fixed.
-    ``layers``: those that it adapts, by module name."""
+    ``layers``: those that it adapts, by module name. ``own_scaling``: whether scales go by a sub-adapter's own rank."""
 
     def __init__(self, model: Any) -> None:
         """Raises UsageError if several adapters are active."""
@@ -65,6 +65,7 @@ class Elastic:
         config = model.peft_config[self.adapter]
         space = getattr(config, "search_space", None)
         self.groups = make_groups(list(self.layers), config.rank_groups or (), space) if space else ()
+        self.own_scaling = getattr(config, "rank_scaling", "largest") == "own"
 
     @property
     def space(self) -> SearchSpace:
@@ -92,8 +93,7 @@ class Elastic:
         if rank_of and any(layer.merged for layer in self.layers.values()):
             raise UsageError("the adapter is merged into its base: unmerge it (unmerge_adapter) before setting ranks")
         for module, rank in rank_of.items():
-            layer = self.layers[module]
-            layer.sqft_ranks = {**getattr(layer, "sqft_ranks", {}), self.adapter: rank}
+            set_rank(self.layers[module], self.adapter, rank, self.own_scaling)
 
     @contextlib.contextmanager
     def at(self, ranks: Mapping[str, int] | None = None) -> Iterator[None]:
@@ -106,7 +106,8 @@ class Elastic:
             self.set(before)
 
     def slice(self, ranks: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-        """The sub-adapter's weights alone, as PEFT saves an adapter of these ranks. The ranks that are set stay."""
+        """The sub-adapter's weights alone, as PEFT saves an adapter of these ranks. Its alpha is the super-adapter's
+        with ``own_scaling``, else r / R of it (rsLoRA: the root of that). The ranks that are set stay."""
         rank_of, state = self._by_module(ranks or {}), {}
         for key, tensor in get_peft_model_state_dict(self.model, adapter_name=self.adapter).items():
             path, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")

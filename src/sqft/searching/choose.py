@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from sqft import artifact
 from sqft.adapters.groups import Ranks
-from sqft.adapters.lora import active_rank
+from sqft.adapters.lora import active_rank, scale_of
 from sqft.config import ExtractConfig
 from sqft.elastic.handle import Elastic
 from sqft.elastic.heuristics import resolve_ranks
@@ -66,16 +66,16 @@ def extract(adapter: str | Path, choice: str | ExtractConfig, out: str | Path, *
 
 def write_sub_adapter(model: Any, tokenizer: Any, ranks: Ranks, folder: Path) -> None:
     """Writes a super-adapter's weights cut to ``ranks``, with a config that has no search space but a rank and an alpha
-    for each module (``rank_pattern``, ``alpha_pattern``), so that every module keeps its scaling, alpha / R. The ranks
-    stay set. Beside them: tokenizer and probe."""
+    for each module (``rank_pattern``, ``alpha_pattern``), so that every module keeps the scale that it has
+    at these ranks, which stay set. Beside them: tokenizer and probe."""
     elastic = Elastic(model)
     elastic.set(ranks)
     name, layers, state = elastic.adapter, elastic.layers, elastic.slice(ranks)
     config = copy.deepcopy(model.peft_config[name])
-    config.search_space = config.rank_groups = None
+    config.search_space, config.rank_groups, config.rank_scaling = None, None, "largest"
     config.use_rslora = False  # alpha by rank says its scaling too
     config.rank_pattern = {path: active_rank(layer, name) for path, layer in layers.items()}
-    config.alpha_pattern = {p: alpha_for(layer.scaling[name], config.rank_pattern[p]) for p, layer in layers.items()}
+    config.alpha_pattern = {p: alpha_for(scale_of(layer, name), config.rank_pattern[p]) for p, layer in layers.items()}
     config.inference_mode = True
     config.save_pretrained(str(folder))
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -84,8 +84,8 @@ def write_sub_adapter(model: Any, tokenizer: Any, ranks: Ranks, folder: Path) ->
 
 
 def alpha_for(scaling: float, rank: int) -> float:
-    """The alpha whose quotient by the rank is nearest to the scaling: equal, or off by the last bit of float64."""
+    """The alpha whose quotient by the rank is nearest to the scaling: equal, or off by the last bits of float64."""
     alpha = scaling * rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     best = min(near, key=lambda candidate: abs(candidate / rank - scaling))
-    return int(best) if best == int(best) else best
+    return round(best) if math.isclose(best, round(best), rel_tol=1e-14) else best

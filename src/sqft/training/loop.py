@@ -52,7 +52,8 @@ def adapter_config(config: TrainConfig) -> SqftConfig:
         r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
         target_modules=list(config.target_modules) or None, kind=config.adapter,
         search_space=config.search_space or None, rank_groups=config.rank_groups or None,
-        use_rslora=config.rslora, train_norms=config.train_norms, learn_scales=config.learn_scales, units=config.units,
+        rank_scaling=config.rank_scaling, use_rslora=config.rslora, train_norms=config.train_norms,
+        learn_scales=config.learn_scales, units=config.units,
         float_base=str(Path(config.base).absolute()) if config.base else None,
     )  # fmt: skip
 
