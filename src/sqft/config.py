@@ -219,7 +219,8 @@ class TrainConfig(OnDevice):
 
 # What says how adapters look: nothing to a kind that trains the weights themselves.
 _OF_LAYERS = ("r", "search_space", "rank_groups", "rank_strategy", "rank_every", "rank_scaling", "distill_ranks",
-              "lora_alpha", "rslora", "lora_dropout", "init", "start_from", "target_modules", "train_norms")  # fmt: skip
+              "lora_alpha", "rslora", "lora_dropout", "init", "start_from", "target_modules",
+              "train_norms")  # fmt: skip
 
 
 def for_kind(config: TrainConfig, adapter: str) -> TrainConfig:
