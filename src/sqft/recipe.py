@@ -97,7 +97,8 @@ def load_recipe(source: str | Path) -> Recipe:
             names = RUN if key == "order" else ("model", TEACHER, *RUN)
             wrong = [v for v in value or () if v not in names]
             if wrong or not isinstance(value, list):
-                raise UsageError(f"{at}: {key} is a list of {', '.join(names)}, not '{wrong[0] if wrong else value}'")
+                raise UsageError(f"{at}: {key} knows {', '.join(names)}, not '{wrong[0] if wrong else value}'; write a "
+                                 "list")  # fmt: skip
             built[key] = tuple(value)
         else:
             built[key] = str(value)
