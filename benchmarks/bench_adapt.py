@@ -26,7 +26,7 @@ TRAIN: dict[str, Any] = {"epochs": 3.0, "completion_only": False, "precision": "
                          "eval_limit": 100, "save_steps": 70}  # fmt: skip
 BEST = {"target_modules": ["all"], "train_norms": True, "learning_rate": 1e-3}
 DISTILLED = {"distill": "teacher", "distill_tokens": "all"}
-QUANTIZE = {"samples": 128, "calibration": "task+c4", "repair": "layer", "keep_fractions": True}
+QUANTIZE = {"samples": 32, "calibration": "task+c4", "repair": "layer", "keep_fractions": True}
 # Name: stage, what it is made from, options. "task+c4" as calibration is half training problems, half C4.
 ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "teacher": ("train", "dense", TRAIN | {"adapter": "lora"}),

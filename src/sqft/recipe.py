@@ -209,7 +209,7 @@ def steps(recipe: Recipe) -> list[Step]:
         config = recipe[name]
         if config is None:
             continue
-        named = {key: produced.get(getattr(config, key, None)) for key in ("base", "distill")}
+        named = {key: produced.get(getattr(config, key, None) or "") for key in ("base", "distill")}
         named["calibration"] = _of_task(recipe, getattr(config, "calibration", None))
         config = replace(config, **{key: value for key, value in named.items() if value})
         found.append(Step(name, name, config, produced[current], out / name))

@@ -85,12 +85,12 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
         home, target = _places(block.module, device)
         if target != home:
             block.module.to(target)
-        again = rebuild is not None and calls is not None and not rebuild.known(block)
-        inputs = list(calls.hidden) if again else []
+        anew = rebuild if calls is not None and rebuild is not None and not rebuild.known(block) else None
+        inputs = list(calls.hidden) if calls is not None and anew is not None else []
         with torch.no_grad(), _fast_products(block) if fast else contextlib.nullcontext():
             if calls is None:
                 change(block, {})
-            elif rebuild is not None and not again:
+            elif rebuild is not None and anew is None:
                 assert dense is not None
                 replay(block.module, index, dense, target, keep=True)
                 rebuild.restore(block)
@@ -103,9 +103,9 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
                 change(block, statistics)
                 if index + 1 < len(architecture.blocks):
                     replay(block.module, index, calls, target, keep=True)
-        if again:
+        if anew is not None and calls is not None and dense is not None:
             calls.hidden = inputs
-            rebuild.change(block, functools.partial(_output, block.module, index, calls, target), dense.hidden)
+            anew.change(block, functools.partial(_output, block.module, index, calls, target), dense.hidden)
             with torch.no_grad(), _fast_products(block) if fast else contextlib.nullcontext():
                 replay(block.module, index, calls, target, keep=True)
         if target != home:
