@@ -11,9 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "sqft"
 FILES = {path: path.relative_to(SOURCE.parent).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
          for path in SOURCE.rglob("*.py")}  # fmt: skip
 CODE = (".py", ".pyi", ".yaml", ".html", ".css")
-LINES = (
-    14_600  # of code in src/sqft: 12,681 after the move to the second plan, and what adapts better models (issue 11)
-)
+LINES = 14_900  # of code in src/sqft: 12,681 after the second plan, and what makes adapted models better (issue 11)
 
 
 def count(folder: Path) -> int:
