@@ -151,7 +151,7 @@ def make_adapter(draw: Draw, model: Any, tokens) -> Any:
     # Learnt scales are small: a step of the factors' size would be many times as large.
     scales = [p for name, p in adapter.named_parameters() if "lora_scales" in name]
     factors = [p for name, p in adapter.named_parameters() if p.requires_grad and "lora_scales" not in name]
-    rate = 0.3 if draw.units == "step" else 0.03
+    rate = 0.3 if draw.packed and draw.units == "step" else 0.03  # a step of the grid is 1
     optimizer = torch.optim.AdamW([{"params": factors, "lr": rate}, {"params": scales, "lr": 1e-4}])
     adapter.train()
     for _ in range(2):
