@@ -55,7 +55,7 @@ types: install
 test: lint types peers  ## everything that CI runs
 	$(BIN)/pytest -n 2
 
-bench: install peers  ## about six hours; writes benchmarks/results and prints the checks
+bench: install peers  ## hours; resumable in part; writes benchmarks/results and prints the checks
 	$(BIN)/python benchmarks/bench_sparse_peft.py
 	$(BIN)/python benchmarks/bench_sparsify.py
 	$(BIN)/python benchmarks/bench_qa_sparse_peft.py
