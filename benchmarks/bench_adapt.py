@@ -2,7 +2,7 @@
 without pruning. Every row is a stage folder below ``runs/bench-adapt``, made by the verbs that the command line calls;
 what is there is skipped, what was interrupted goes on.
 
-    python benchmarks/bench_adapt.py [--task arc_easy] [--rows NAME ...] [--test]
+    python benchmarks/bench_adapt.py [--task arc_easy] [--epochs 3] [--rows NAME ...] [--test]
 
 Accuracy is that of the validation split; ``--test`` scores the rows of FINAL on the test split, once.
 """
@@ -22,8 +22,7 @@ from sqft.comparison import read_correct
 from sqft.evaluation.intervals import paired
 from sqft.recipe import resolve_model, run_stage
 
-TRAIN: dict[str, Any] = {"epochs": 3.0, "completion_only": False, "precision": "bfloat16", "attention": "eager",
-                         "eval_limit": 100, "save_steps": 70}  # fmt: skip
+TRAIN: dict[str, Any] = {"completion_only": False, "eval_limit": 100, "save_steps": 70}
 BEST = {"target_modules": ["all"], "train_norms": True, "learning_rate": 1e-3}
 DISTILLED = {"distill": "teacher", "distill_tokens": "all"}
 QUANTIZE = {"samples": 32, "calibration": "task+c4", "repair": "layer", "keep_fractions": True}
@@ -55,8 +54,9 @@ FINAL = ("LoRA, dense", "SparsePEFT", "best", "best, then GPTQ", "best INT4")
 class Bench:
     """The rows of one model and task."""
 
-    def __init__(self, model: str, task: str, data_dir: Path, root: Path, limit: int | None) -> None:
-        self.task, self.data_dir, self.root, self.limit = task, str(data_dir), root, limit
+    def __init__(self, model: str, task: str, data_dir: Path, root: Path, training: dict[str, Any], samples: int) -> None:
+        self.task, self.data_dir, self.root = task, str(data_dir), root
+        self.training, self.samples = training, samples
         self.c4 = str(data_dir / "calibration" / "c4.jsonl")
         if not (root / "dense").is_dir():
             sqft.save(*sqft.load(resolve_model(model)), root / "dense")
@@ -77,15 +77,16 @@ class Bench:
         if stage in ("train", "quantize", "sparsify"):
             options["data_dir"] = self.data_dir
         if stage == "train":
-            options |= {"task": self.task, "limit": self.limit}
+            options = self.training | options | {"task": self.task}
         if options.get("calibration"):
             options["calibration"] = f"{self.task}+{self.c4}"
+            options["samples"] = min(options["samples"], self.samples)
         config = sqft_config(stage)(**options)
         return run_stage(stage, config, str(self.folder(source)), self.folder(name), print)
 
-    def score(self, name: str, split: str) -> tuple[dict[str, Any], list[bool]]:
+    def score(self, name: str, split: str, limit: int | None) -> tuple[dict[str, Any], list[bool]]:
         """Its accuracy, and which problems were solved."""
-        config = sqft.EvaluateConfig(task=self.task, data_dir=self.data_dir, split=split, batch_size=64)
+        config = sqft.EvaluateConfig(task=self.task, data_dir=self.data_dir, split=split, batch_size=64, limit=limit)
         out = self.root / f"scores-{split}" / self.folder(name).name
         return run_stage("evaluate", config, str(self.folder(name)), out, print), read_correct(out)
 
@@ -95,9 +96,9 @@ def sqft_config(stage: str) -> type:
             "sparsify": sqft.SparsifyConfig}[stage]  # fmt: skip
 
 
-def row_of(bench: Bench, name: str, split: str) -> dict[str, Any]:
+def row_of(bench: Bench, name: str, split: str, limit: int | None) -> dict[str, Any]:
     metrics = bench.make(name)
-    scored, correct = bench.score(name, split)
+    scored, correct = bench.score(name, split, limit)
     kept = {key: metrics[key] for key in ("sparsity", "zeros_kept", "seconds", "bits") if key in metrics}
     return {"accuracy": scored["accuracy"], "interval": scored["accuracy_ci95"], **kept, "correct": correct}
 
@@ -157,6 +158,10 @@ def main() -> None:
     parser.add_argument("--task", default="arc_easy")
     parser.add_argument("--data-dir", type=Path, default=data)
     parser.add_argument("--limit", type=int, help="use the first N training problems")
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--precision", default="auto", help="of products: bfloat16 on a CPU with a matrix unit")
+    parser.add_argument("--samples", type=int, default=128, help="at most so many calibration blocks of task and C4")
+    parser.add_argument("--score-limit", type=int, help="score the first N problems of the split")
     parser.add_argument("--rows", nargs="+", default=[name for name in ROWS if not name.endswith("adapter")])
     parser.add_argument("--test", action="store_true", help="score FINAL on the test split")
     parser.add_argument("--root", type=Path, default=Path("runs") / "bench-adapt")
@@ -165,11 +170,17 @@ def main() -> None:
     if arguments.markdown:
         print(markdown())
         return
-    bench = Bench(arguments.model, arguments.task, arguments.data_dir, arguments.root / arguments.task, arguments.limit)
+    training = {"epochs": arguments.epochs, "limit": arguments.limit, "precision": arguments.precision}
+    if arguments.precision == "bfloat16":
+        training["attention"] = "eager"  # torch's backward of attention in bfloat16 is slow on a CPU
+    model = "" if arguments.model == "demo-model" else f"{Path(arguments.model).name}, "
+    part = f"{model}{arguments.task}, {arguments.epochs:g} epochs"
+    root = arguments.root / part.replace(", ", "-").replace(" ", "-")
+    bench = Bench(arguments.model, arguments.task, arguments.data_dir, root, training, arguments.samples)
     split = "test" if arguments.test else "validation"
-    rows = {name: row_of(bench, name, split) for name in (FINAL if arguments.test else arguments.rows)}
+    rows = {name: row_of(bench, name, split, arguments.score_limit) for name in (FINAL if arguments.test else arguments.rows)}
     apart = differences(rows, PAIRS)
-    where = f"{arguments.task}, {split}"
+    where = f"{part}, {split}"
     checks = checks_of(rows, apart, where)
     shown = {name: {key: value for key, value in row.items() if key != "correct"} for name, row in rows.items()}
     print(json.dumps({"rows": shown, "differences": apart, "checks": checks}, indent=1))
