@@ -54,7 +54,9 @@ FINAL = ("LoRA, dense", "SparsePEFT", "best", "best, then GPTQ", "best INT4")
 class Bench:
     """The rows of one model and task."""
 
-    def __init__(self, model: str, task: str, data_dir: Path, root: Path, training: dict[str, Any], samples: int) -> None:
+    def __init__(
+        self, model: str, task: str, data_dir: Path, root: Path, training: dict[str, Any], samples: int
+    ) -> None:
         self.task, self.data_dir, self.root = task, str(data_dir), root
         self.training, self.samples = training, samples
         self.c4 = str(data_dir / "calibration" / "c4.jsonl")
@@ -178,7 +180,10 @@ def main() -> None:
     root = arguments.root / part.replace(", ", "-").replace(" ", "-")
     bench = Bench(arguments.model, arguments.task, arguments.data_dir, root, training, arguments.samples)
     split = "test" if arguments.test else "validation"
-    rows = {name: row_of(bench, name, split, arguments.score_limit) for name in (FINAL if arguments.test else arguments.rows)}
+    rows = {
+        name: row_of(bench, name, split, arguments.score_limit)
+        for name in (FINAL if arguments.test else arguments.rows)
+    }
     apart = differences(rows, PAIRS)
     where = f"{part}, {split}"
     checks = checks_of(rows, apart, where)
