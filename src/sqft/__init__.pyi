@@ -10,10 +10,12 @@ from sqft.config import ExportConfig as ExportConfig
 from sqft.config import ExtractConfig as ExtractConfig
 from sqft.config import MeasureConfig as MeasureConfig
 from sqft.config import MergeConfig as MergeConfig
+from sqft.config import PackConfig as PackConfig
 from sqft.config import QuantizeConfig as QuantizeConfig
 from sqft.config import SearchConfig as SearchConfig
 from sqft.config import SparsifyConfig as SparsifyConfig
 from sqft.config import TrainConfig as TrainConfig
+from sqft.config import UnpackConfig as UnpackConfig
 from sqft.elastic.handle import Elastic as Elastic
 from sqft.elastic.handle import get_ranks as get_ranks
 from sqft.elastic.handle import set_ranks as set_ranks
@@ -22,6 +24,8 @@ from sqft.errors import SqftError as SqftError
 from sqft.errors import UsageError as UsageError
 from sqft.errors import VerificationError as VerificationError
 from sqft.evaluation.stage import evaluate as evaluate
+from sqft.exporters.compacting import pack as pack
+from sqft.exporters.compacting import unpack as unpack
 from sqft.exporters.stage import export as export
 from sqft.folders import load as load
 from sqft.folders import save as save

@@ -288,6 +288,7 @@ class MergeConfig(OnDevice):
     allow_dense: bool = option(False, "merge plain LoRA although it fills the pruned weights")
     tolerance: float = option(1e-4, "largest difference allowed between merged and un-merged logits")
     max_shard_size: str = option("5GB", "split the weights into files of at most this size")
+    compact: bool = option(False, "write the compact form, as 'sqft pack' does")
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size)
@@ -340,6 +341,16 @@ class ExportConfig:
     """Write a model as another tool wants it."""
 
     to: str = option("huggingface", "for which tool", EXPORTERS)
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Write a sparse model in compact form."""
+
+
+@dataclass(frozen=True)
+class UnpackConfig:
+    """Write a compact model as it was."""
 
 
 @dataclass(frozen=True)

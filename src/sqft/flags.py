@@ -17,7 +17,7 @@ def add_flags(sub: argparse.ArgumentParser, config_class: Any) -> None:
     """One flag a field of the config class; its help and default come from there."""
     hints = typing.get_type_hints(config_class)
     group = sub.add_argument_group("settings")
-    own = vars(config_class)["__annotations__"]  # inherited options come last
+    own = vars(config_class).get("__annotations__", {})  # inherited options come last
     for spec in sorted(dataclasses.fields(config_class), key=lambda spec: spec.name not in own):
         flag, hint = _flag(spec.name), hints[spec.name]
         if spec.metadata["alias"]:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sqft import artifact
 from sqft.errors import SqftError
-from sqft.formats.checkpoint import is_packed_folder, load_packed, packed_layers, save_packed
+from sqft.formats.checkpoint import is_packed_folder, load_packed, load_weights, packed_layers, save_packed
+from sqft.formats.compact import CompactReader, is_compact
 from sqft.formats.fractions import attach_fractions, load_fractions, save_fractions, stored_fractions
 from sqft.kernels.dispatch import pick_device
 from sqft.models.dense import load_dense, load_tokenizer
@@ -26,7 +27,7 @@ def load(source: str | Path, *, dtype: str = "auto", device: str = "cpu", mask: 
          trainable: bool = False) -> tuple[Any, Tokenizer]:  # fmt: skip
     """A model, of whatever stage, and its tokenizer.
 
-    A dense, sparse, merged or packed (GPTQ, compressed-tensors) folder, a GGUF file or a hub name gives a
+    A dense, sparse, merged, packed (GPTQ, compressed-tensors) or compact folder, a GGUF file or a hub name gives a
     ``transformers`` model, with its masks (packed weights are ``QuantLinear`` layers, with their fractions); an adapter
     folder gives a ``PeftModel`` on its base.
 
@@ -50,12 +51,21 @@ def load(source: str | Path, *, dtype: str = "auto", device: str = "cpu", mask: 
         return load_adapter(base, source, trainable).eval(), tokenizer
     if artifact.is_stage(source):
         artifact.check_files(source)
-    model: Any = load_packed(source, dtype) if is_packed_folder(source) else load_dense(source, dtype)
+    model, masks = _load_model(source, dtype)
     model.to(target)
-    attach_masks(model, load_masks(source))
+    attach_masks(model, masks)
     attach_fractions(model, load_fractions(source))
     ensure_masks(model, mask)
     return model, load_tokenizer(source)
+
+
+def _load_model(source: str | Path, dtype: str) -> tuple[Any, dict[str, Tensor]]:
+    """The model, and its masks."""
+    if is_compact(source):
+        reader = CompactReader(source)
+        return load_weights(reader, dtype, reader.config), reader.masks()
+    load_one = load_packed if is_packed_folder(source) else load_dense
+    return load_one(source, dtype), load_masks(source)
 
 
 def _adapter_config(folder: str | Path) -> dict[str, Any]:

@@ -75,6 +75,11 @@ ROWS = (
           "folder of any stage, or an adapter, which is served with its base", of_run=False),
     Stage("export", config.ExportConfig, "sqft.exporters.stage:export",
           "write a model as another tool wants it, verified", "model", "folder of a model", of_run=False),
+    Stage("pack", config.PackConfig, "sqft.exporters.compacting:pack",
+          "write a sparse model in compact form: a bit a weight, and the weights that are not pruned", "model",
+          "folder of a sparse model", of_run=False),
+    Stage("unpack", config.UnpackConfig, "sqft.exporters.compacting:unpack",
+          "write a compact model as it was, bit for bit", "model", "folder that 'sqft pack' wrote", of_run=False),
 )  # fmt: skip
 STAGES = {row.name: row for row in ROWS}
 RUN = tuple(row.name for row in ROWS if row.of_run)  # the stages of a run that make a model or adapter, in order

@@ -11,7 +11,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "sqft"
 FILES = {path: path.relative_to(SOURCE.parent).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
          for path in SOURCE.rglob("*.py")}  # fmt: skip
 CODE = (".py", ".pyi", ".yaml", ".html", ".css")
-LINES = 14_900  # of code in src/sqft: 12,681 after the second plan, and what makes adapted models better (issue 11)
+# Of code in src/sqft: 12,681 after the second plan, 14,700 with what makes adapted models better, and what serves them.
+LINES = 15_600
 
 
 def count(folder: Path) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from sqft import artifact
 from sqft.config import ExportConfig
 from sqft.errors import SqftError
+from sqft.formats.compact import is_compact
 from sqft.models.reader import Reader, SafetensorsReader
 from sqft.registry import EXPORTERS
 
@@ -42,6 +43,8 @@ def export(folder: str | Path, config: ExportConfig | None = None, *, out: str |
             raise SqftError(f"{folder} is not a folder: only a model on this disk is exported")
         if (Path(folder) / "adapter_config.json").is_file():
             raise SqftError(f"{folder} is an adapter: merge it first (sqft merge), and export the merged model")
+        if is_compact(folder):
+            raise SqftError(f"{folder} is compact, which only sqft reads: unpack it first (sqft unpack)")
         if artifact.is_stage(folder):
             artifact.check_files(folder)
         reader = SafetensorsReader(folder)

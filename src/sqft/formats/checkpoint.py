@@ -15,7 +15,7 @@ from sqft.formats.gptq import GPTQ
 from sqft.formats.settings import Format, Settings
 from sqft.models.dense import DTYPES, quant_method, reason, save_settings
 from sqft.models.discover import describe
-from sqft.models.reader import SafetensorsReader
+from sqft.models.reader import Reader, SafetensorsReader
 from sqft.models.tensors import ModelWriter, layout
 from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.models.weights import Weight, is_linear, put_module, stored_state
@@ -101,40 +101,57 @@ def is_packed_folder(folder: str | Path) -> bool:
 
 
 def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
-    """A causal language model in eval mode whose packed weights are ``QuantLinear`` layers. ``dtype`` of what is not
-    packed. Raises SqftError for a format that is not read, or a file that is incomplete."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    """``load_weights`` of a packed folder."""
+    return load_weights(SafetensorsReader(folder), dtype)
 
-    folder = Path(folder)
-    reader = SafetensorsReader(folder)
-    try:
-        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        stored = dict(config.quantization_config)
-        del config.quantization_config
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
-        raise SqftError(f"cannot load a model from {folder}: {reason(error)}") from error
-    method = stored["quant_method"]
-    coder: Format = FORMATS[method]
-    settings = coder.read_config(stored)
-    state = _take_packed(model, dict(reader), coder, settings)
+
+def load_weights(reader: Reader, dtype: str = "auto", settings: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A causal language model in eval mode, of a reader's tensors. Weights that are packed, as the model's
+    ``quantization_config`` says, are ``QuantLinear`` layers.
+
+    ``dtype`` of what is not packed; ``settings``: instead of the folder's ``config.json``. Raises SqftError for a
+    format that is not read, or a checkpoint that does not fit.
+    """
+    model, packed = _empty(reader.folder, settings)
+    state, format = {name: reader.get(name) for name in reader.layout}, ""
+    if packed:
+        format = packed["quant_method"]
+        coder: Format = FORMATS[format]
+        read = coder.read_config(packed)
+        format = read.version if coder is GPTQ else format
+        state = _take_packed(model, state, coder, read)
     tied = set(model.all_tied_weights_keys or ())
     result = model.load_state_dict(state, strict=False, assign=True)
     layers = packed_layers(model)
     missing = [n for n in result.missing_keys if n not in tied and n.rpartition(".")[0] not in layers]
     if missing or result.unexpected_keys:
         wrong = f"lacks {missing[0]}" if missing else f"has {result.unexpected_keys[0]}, which the model does not"
-        raise SqftError(f"{folder} does not fit its config.json: the checkpoint {wrong}")
+        raise SqftError(f"{reader.folder} does not fit its config.json: the checkpoint {wrong}")
     model.tie_weights()
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(not layers)
+    if format:
+        mark_packed(model, format)
+    model.name_or_path = str(reader.folder)
+    return (model if dtype == "auto" else model.to(DTYPES[dtype])).eval()  # pyright: ignore[reportArgumentType]
+
+
+def _empty(folder: Path, settings: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+    """The model of a folder's settings, without weights, and its ``quantization_config``."""
+    from accelerate import init_empty_weights
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        config: Any = (AutoConfig.from_pretrained(folder, trust_remote_code=False) if settings is None
+                       else CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings)))  # fmt: skip
+        packed = config.__dict__.pop("quantization_config", None)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
+        raise SqftError(f"cannot load a model from {folder}: {reason(error)}") from error
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    mark_packed(model, settings.version if coder is GPTQ else method)
-    model.name_or_path = str(folder)
-    return (model if dtype == "auto" else model.to(DTYPES[dtype])).eval()  # pyright: ignore[reportArgumentType]
+    return model, None if packed is None else dict(packed)
 
 
 def _take_packed(model: nn.Module, state: dict[str, Tensor], coder: Format, settings: Settings) -> dict[str, Tensor]:

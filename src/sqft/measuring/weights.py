@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor
 
 from sqft.errors import SqftError
+from sqft.formats.compact import coder_of, config_of, masks_of, open_weights
 from sqft.kernels.packed import unpack_mask
-from sqft.models.reader import SafetensorsReader
 from sqft.quantization.linear import QuantLinear
-from sqft.registry import FORMATS
-from sqft.sparsity.masks import count_zeros, load_masks
+from sqft.sparsity.masks import count_zeros
 
 BUDGET = 120_000_000  # weights that are read of one folder: seconds, whatever the model's size
 
@@ -38,17 +36,16 @@ class WeightFolder:
     if they are packed, else 0. Raises SqftError if the folder cannot be read."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._reader = folder, SafetensorsReader(folder)
+        self.folder, self._reader = folder, open_weights(folder)
         self.bits, leaf = 0, ".weight"
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if settings := config.get("quantization_config"):
-                self._coder = FORMATS[settings["quant_method"]]
-                self._settings = self._coder.read_config(settings)
-                self._masks = load_masks(folder)
-                self.bits, leaf = self._settings.bits, f".{self._coder.key}"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            coded = coder_of(config_of(self._reader))
+        except (KeyError, TypeError, AttributeError) as error:
             raise SqftError(f"{folder / 'config.json'} cannot be read ({error})") from None
+        if coded is not None:
+            self._coder, self._settings = coded
+            self._masks = masks_of(self._reader)
+            self.bits, leaf = self._settings.bits, f".{self._coder.key}"
         self.sizes = {key.removesuffix(leaf): tensor.numel() * 32 // (self.bits or 32)
                       for key, tensor in self._reader.layout.items()
                       if key.endswith(leaf) and tensor.ndim == 2 and re.search(r"\.\d+\.", key)}  # fmt: skip

@@ -24,6 +24,7 @@ from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load
 from sqft.formats.checkpoint import packed_layers, save_packed
+from sqft.formats.compact import compact_in_place
 from sqft.merging.changes import Changes, check_mergeable, put, unload
 from sqft.models.dense import save_settings
 from sqft.models.tensors import ModelWriter, layout
@@ -107,6 +108,8 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
         with torch.no_grad():
             expected = ((name, make()) for name, make in changes.items())
             made.metrics.update(verify(merged, before, tokens, config.tolerance, masks, masked, expected))
+        if config.compact:
+            compact_in_place(made.folder)
     return made.metrics
 
 

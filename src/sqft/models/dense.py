@@ -100,6 +100,8 @@ def reason(error: Exception) -> str:
         return (
             "it brings Python code of its own (auto_map), which sqft does not run; transformers has to know its family"
         )
+    if "sqft-compact" in str(error):
+        return "it is in compact form: unpack it first (sqft unpack)"
     first = first_line(error)
     if huggingface_hub.is_offline_mode() or "connect" in str(error).lower():
         first += " (the hub cannot be reached; a local folder would work)"

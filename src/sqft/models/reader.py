@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sqft.errors import SqftError
+from sqft.errors import SqftError, VerificationError
 from sqft.models.tensors import INDEX, SINGLE_FILE, TORCH_DTYPES
 
 
@@ -63,6 +63,26 @@ class SafetensorsReader:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.get(name)) for name in self.layout)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether dtype, shape and every bit are equal: NaN equals NaN, and 0 is not -0."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def check_equal(one: Reader, other: Reader) -> int:
+    """Bytes of all tensors. Raises VerificationError unless both have the same ones, bit for bit."""
+    advice = "nothing was kept; this is a bug in sqft, please report it"
+    if one.layout.keys() != other.layout.keys():
+        raise VerificationError(f"{len(other.layout)} of {len(one.layout)} tensors were written: {advice}")
+    for name in one.layout:
+        if not same_bits(one.get(name), other.get(name)):
+            raise VerificationError(f"{name} was not written bit for bit: {advice}")
+    return sum(tensor.nbytes for tensor in one.layout.values())
 
 
 def _weight_files(folder: Path) -> list[Path]:

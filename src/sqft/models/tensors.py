@@ -7,6 +7,7 @@ any weight is computed. So the headers are written first and each tensor then go
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sqft.errors import SqftError
+from sqft.keys import MANIFEST
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,6 +27,10 @@ TORCH_DTYPES = {  # by safetensors' names
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 MAX_SHARD_BYTES = 5 * 10**9
+# What copy_settings leaves out: weights, code, and sqft's own.
+_LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".html")
+_OWN = (MANIFEST, "probe.json", INDEX)
+_TEMPLATES = "additional_chat_templates"
 
 
 def layout(model: nn.Module) -> dict[str, Tensor]:
@@ -107,6 +113,15 @@ class ModelWriter:
 
 def _cannot_write(file: Path, error: Exception) -> SqftError:
     return SqftError(f"cannot write {file.name}: {error}; nothing was changed")
+
+
+def copy_settings(folder: Path, out: Path) -> None:
+    """Copies what a Hugging Face folder holds besides weights: configuration, tokenizer, chat templates."""
+    for file in folder.iterdir():
+        if file.is_file() and file.suffix not in _LEFT_OUT and file.name not in _OWN and file.name[0] != ".":
+            shutil.copyfile(file, out / file.name)
+    if (folder / _TEMPLATES).is_dir():
+        shutil.copytree(folder / _TEMPLATES, out / _TEMPLATES)
 
 
 def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:

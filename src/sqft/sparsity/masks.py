@@ -106,16 +106,18 @@ def stored_masks(model: nn.Module) -> dict[str, Tensor]:
     weight, of which that would be a quarter: int32 [N], the flat positions of kept weights that are zero all the same,
     since every other zero is a pruned weight; or bits where that is less.
     """
-    stored = {}
-    for name, packed in collect_masks(model).items():
-        weight = Weight(name, model.get_submodule(name))
-        stored[name] = packed.cpu().contiguous()
-        if weight.packed:
-            kept_zero = ~weight.nonzero() & unpack_mask(packed, weight.shape[1])
-            positions = kept_zero.flatten().nonzero().flatten().to("cpu", torch.int32)
-            if positions.numel() * 4 < packed.numel():
-                stored[name] = positions
-    return stored
+    return {name: as_stored(Weight(name, model.get_submodule(name)), packed)
+            for name, packed in collect_masks(model).items()}  # fmt: skip
+
+
+def as_stored(weight: Weight, packed: Tensor) -> Tensor:
+    """A weight's mask uint8 [O, ceil(I / 8)] as ``stored_masks`` gives it."""
+    if weight.packed:
+        kept_zero = ~weight.nonzero() & unpack_mask(packed, weight.shape[1])
+        positions = kept_zero.flatten().nonzero().flatten().to("cpu", torch.int32)
+        if positions.numel() * 4 < packed.numel():
+            return positions
+    return packed.cpu().contiguous()
 
 
 def save_masks(masks: dict[str, Tensor], folder: Path) -> None:
@@ -146,14 +148,16 @@ def attach_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
         if module is None or not is_linear(module):
             raise SqftError(f"there is a mask of '{name}' but no such linear module: masks of another model?")
         weight = Weight(name, module)
-        packed = _from_positions(weight, stored) if stored.dtype == torch.int32 else stored
+        packed = as_bits(weight, stored)
         if packed.shape != (weight.shape[0], -(-weight.shape[1] // 8)):
             raise SqftError(f"mask of '{name}' {tuple(packed.shape)} does not fit the model: masks of another model?")
         weight.set_packed_mask(packed)
 
 
-def _from_positions(weight: Weight, positions: Tensor) -> Tensor:
-    """The packed mask of a weight whose pruned positions are its zeros but for these."""
+def as_bits(weight: Weight, positions: Tensor) -> Tensor:
+    """Inverse of ``as_stored``. Raises SqftError for positions that do not fit the weight's zeros."""
+    if positions.dtype != torch.int32:
+        return positions
     mask_OI = weight.nonzero().contiguous()
     flat, places = mask_OI.view(-1), positions.long().to(mask_OI.device)
     if places.numel() and (places.min() < 0 or places.max() >= flat.numel() or flat[places].any()):

@@ -1,0 +1,130 @@
+"""The compact form of a sparse weight: one bit a weight says which are stored, and those lie one after the other.
+
+Columns are taken in groups of 64, so that a group's bits are one word. Of floats the stored values follow each other
+in the order of rows and columns. Integers of ``bits`` bits are a bit stream, the lowest bit first, that begins at a new
+byte with every group: where all groups store equally many (32 of 64, say), each lies at a fixed place. What is not
+stored is +0.0, or of integers the group's zero point.
+
+Bits a weight: 1 + share x bits; 50 % of 4 bits take 3, of float16 9.
+
+Shape letters: O output features, I input features, B = ceil(I / 64) groups, P = ceil(I / 8) mask bytes, N stored
+values.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sqft.kernels.dispatch import row_chunks
+from sqft.kernels.packed import unpack_mask
+
+WIDTH = 64  # columns a group: the bits of a word
+
+
+class Compact(NamedTuple):
+    """A weight [O, I]. ``mask_OB``: int64, bit i of word b is column 64 b + i, and bits beyond I are 0. ``values``: of
+    floats [N]; of integers of ``bits`` bits, uint8, as many bytes as all groups take; ``bits`` 0: floats."""
+
+    mask_OB: Tensor
+    values: Tensor
+    inputs: int
+    bits: int = 0
+
+
+def packed_mask(compact: Compact) -> Tensor:
+    """uint8 [O, P], as ``packed.pack_mask`` gives it: the words' bytes."""
+    return compact.mask_OB.view(torch.uint8)[:, : -(-compact.inputs // 8)]
+
+
+def mask_words(packed_OP: Tensor) -> Tensor:
+    """Inverse of ``packed_mask``."""
+    return F.pad(packed_OP, (0, -packed_OP.shape[1] % 8)).view(torch.int64)
+
+
+def counts(mask_OB: Tensor) -> Tensor:
+    """int64 [O, B]: values that each group stores."""
+    table = unpack_mask(torch.arange(256, dtype=torch.uint8, device=mask_OB.device)[:, None], 8).sum(-1)
+    return table[mask_OB.view(torch.uint8).int()].view(*mask_OB.shape, 8).sum(-1)
+
+
+def starts(compact: Compact) -> Tensor:
+    """int64 [O + 1]: where each row begins in ``values``, and their end."""
+    sizes_OB = _sizes(counts(compact.mask_OB), compact.bits)
+    return torch.cat([sizes_OB.new_zeros(1), sizes_OB.sum(1).cumsum(0)])
+
+
+def stride(compact: Compact) -> int | None:
+    """Elements of ``values`` that every group takes, if all take equally many."""
+    low, high = (int(count) for count in _sizes(counts(compact.mask_OB), compact.bits).aminmax())
+    return low if low == high else None
+
+
+def pack(w_OI: Tensor, packed_mask_OP: Tensor, bits: int = 0) -> Compact:
+    """The compact form of floats, or of integers uint8 of ``bits`` bits, of which those in the mask are stored."""
+    mask_OB = mask_words(packed_mask_OP)
+    pieces = []
+    for chunk in row_chunks(w_OI.shape[0], w_OI.shape[1], w_OI.device):
+        stored = w_OI[chunk][_bits(mask_OB[chunk]).flatten(1)[:, : w_OI.shape[1]]]
+        pieces.append(_pack_integers(stored, mask_OB[chunk], bits) if bits else stored)
+    return Compact(mask_OB, torch.cat(pieces), w_OI.shape[1], bits)
+
+
+def unpack(compact: Compact, fill: Tensor | None = None) -> Tensor:
+    """The weight [O, I], or its integers as uint8. ``fill`` is what is not stored, in a shape that fits [O, B, 64]; by
+    default 0."""
+    mask_OB, values, inputs, bits = compact
+    rows, groups = mask_OB.shape
+    dtype = torch.uint8 if bits else values.dtype
+    w_OBC = torch.zeros(rows, groups, WIDTH, dtype=dtype, device=mask_OB.device)
+    if fill is not None:
+        w_OBC.copy_(fill)
+    begin = starts(compact).tolist()
+    for chunk in row_chunks(rows, groups * WIDTH, mask_OB.device):
+        mine = values[begin[chunk.start] : begin[chunk.stop]]
+        kept = _bits(mask_OB[chunk])
+        w_OBC[chunk][kept] = _unpack_integers(mine, mask_OB[chunk], bits) if bits else mine
+    return w_OBC.view(rows, groups * WIDTH)[:, :inputs]
+
+
+def _sizes(counts_OB: Tensor, bits: int) -> Tensor:
+    """Elements of ``values`` that so many stored values take."""
+    return (counts_OB * bits + 7) // 8 if bits else counts_OB
+
+
+def _bits(mask_OB: Tensor) -> Tensor:
+    """bool [O, B, 64]."""
+    shifts = torch.arange(WIDTH, device=mask_OB.device)
+    return ((mask_OB[..., None] >> shifts) & 1).bool()
+
+
+def _places(mask_OB: Tensor, bits: int) -> tuple[Tensor, Tensor, int]:
+    """Of every stored value its byte, and its first bit in it; and how many bytes all take."""
+    counts_N = counts(mask_OB).flatten()
+    sizes = _sizes(counts_N, bits)
+    begin, before = sizes.cumsum(0) - sizes, counts_N.cumsum(0) - counts_N
+    rank = torch.arange(int(counts_N.sum()), device=mask_OB.device) - before.repeat_interleave(counts_N)
+    bit = rank * bits
+    return begin.repeat_interleave(counts_N) + bit // 8, bit % 8, int(sizes.sum())
+
+
+def _pack_integers(q_N: Tensor, mask_OB: Tensor, bits: int) -> Tensor:
+    byte, shift, size = _places(mask_OB, bits)
+    shifted = q_N.int() << shift
+    stream = torch.zeros(size + 1, dtype=torch.int32, device=q_N.device)
+    stream.index_add_(0, byte, (shifted & 255).int())
+    if math.gcd(bits, 8) != bits:  # a value may lie across two bytes
+        stream.index_add_(0, byte + 1, (shifted >> 8).int())
+    return stream[:-1].to(torch.uint8)
+
+
+def _unpack_integers(values: Tensor, mask_OB: Tensor, bits: int) -> Tensor:
+    byte, shift, _ = _places(mask_OB, bits)
+    found = values[byte].int()
+    if math.gcd(bits, 8) != bits:
+        found |= torch.cat([values, values.new_zeros(1)])[byte + 1].int() << 8
+    return ((found >> shift) & (2**bits - 1)).to(torch.uint8)
