@@ -176,8 +176,13 @@ def unpack_model(model: nn.Module) -> None:
     the memory of a float model."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     for name, layer in packed_layers(model).items():
-        linear = nn.Linear(1, 1, bias=False, device="meta")
-        linear.in_features, linear.out_features = layer.in_features, layer.out_features
-        linear.weight = nn.Parameter(layer.dequantize(dtype).contiguous(), requires_grad=False)
-        linear.register_parameter("bias", layer.bias)
-        put_module(model, name, linear)
+        put_module(model, name, unpack_layer(layer, dtype))
+
+
+def unpack_layer(layer: QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    """The ``nn.Linear`` of a packed layer's de-quantized weight."""
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.in_features, linear.out_features = layer.in_features, layer.out_features
+    linear.weight = nn.Parameter(layer.dequantize(dtype).contiguous(), requires_grad=False)
+    linear.register_parameter("bias", layer.bias)
+    return linear

@@ -36,6 +36,17 @@ class Compact(NamedTuple):
     bits: int = 0
 
 
+class CompactWeight(NamedTuple):
+    """A compact weight as products take it. ``starts`` int64 [O + 1]; of integers float32 ``scale_OG`` and uint8
+    ``zero_OG``, of which ``group`` columns each share one; of floats both are empty."""
+
+    compact: Compact
+    starts: Tensor
+    scale_OG: Tensor
+    zero_OG: Tensor
+    group: int = 0
+
+
 def packed_mask(compact: Compact) -> Tensor:
     """uint8 [O, P], as ``packed.pack_mask`` gives it: the words' bytes."""
     return compact.mask_OB.view(torch.uint8)[:, : -(-compact.inputs // 8)]
@@ -89,6 +100,21 @@ def unpack(compact: Compact, fill: Tensor | None = None) -> Tensor:
         kept = _bits(mask_OB[chunk])
         w_OBC[chunk][kept] = _unpack_integers(mine, mask_OB[chunk], bits) if bits else mine
     return w_OBC.view(rows, groups * WIDTH)[:, :inputs]
+
+
+def dense(weight: CompactWeight, dtype: torch.dtype) -> Tensor:
+    """[O, I] in ``dtype``."""
+    mask_OB, _, inputs, bits = weight.compact
+    if not bits:
+        return unpack(weight.compact).to(dtype)
+    scale, zero = (values.float().repeat_interleave(weight.group, 1) for values in (weight.scale_OG, weight.zero_OG))
+    fill = F.pad(zero.to(torch.uint8), (0, -inputs % WIDTH)).view(*mask_OB.shape, WIDTH)
+    return (unpack(weight.compact, fill) - zero).mul_(scale).to(dtype)
+
+
+def linear(x_TI: Tensor, weight: CompactWeight) -> Tensor:
+    """``x w^T`` -> [T, O] in x's dtype: the truth for the kernels."""
+    return F.linear(x_TI, dense(weight, x_TI.dtype))
 
 
 def _sizes(counts_OB: Tensor, bits: int) -> Tensor:

@@ -69,6 +69,16 @@ def use_onednn() -> bool:
     return torch.backends.mkl.is_available() and _processor_vendor() == "AuthenticAMD"
 
 
+def cpu_kernels_wanted() -> bool:
+    """Whether C++ kernels may be compiled and loaded: unless ``SQFT_CPU_KERNELS=off``."""
+    return os.environ.get("SQFT_CPU_KERNELS", "") != "off"
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: ``$XDG_CACHE_HOME/sqft`` or ``~/.cache/sqft``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqft"
+
+
 def _processor_vendor() -> str:
     try:
         with open("/proc/cpuinfo") as lines:

@@ -1,0 +1,391 @@
+// y = x W^T for a weight in compact form (kernels/compact.py): a bit a weight says which are stored, in groups of 64
+// columns, and those lie one after the other. Three variants of one loop: AVX-512 (VBMI2 expands by a mask), AVX2 with
+// BMI2, and portable C++, chosen when the library is loaded. Sums are in float32.
+//
+// A row is walked once for up to eight tokens: its weights are decoded, 16 columns at a time, and multiplied with each.
+// Shape letters: T tokens, O output features, I input features, B = ceil(I / 64) groups, G groups of the grid.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define SQFT_X86 1
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int WIDTH = 64;
+constexpr int TOKENS = 8;
+
+struct Row {
+  const uint64_t* mask;  // [B]
+  const uint8_t* values;
+  const uint8_t* end;    // of all rows: nothing behind it may be read
+  const float* scales;   // [G], integers only
+  const uint8_t* zeros;  // [G]
+  int64_t groups;        // B
+  int64_t group;         // columns that share a scale
+};
+
+// Rows of x, ``stride`` floats apart and zero beyond I; and, where the variant multiplies integers, what they are in
+// 16 bits, and the step of each group of 64.
+struct Input {
+  const float* floats;
+  const int16_t* integers;
+  const float* steps;
+  int64_t stride, groups;
+};
+
+enum Kind { INT4, INT8, HALF, BFLOAT };
+
+inline int popcount(uint64_t word) { return __builtin_popcountll(word); }
+
+inline int64_t bytes_of(Kind kind, int count) {
+  return kind == INT4 ? (count + 1) / 2 : kind == INT8 ? count : 2 * count;
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+template <Kind kind>
+inline float decode(const uint8_t* values, int k) {
+  if constexpr (kind == INT4) return float((values[k / 2] >> (4 * (k % 2))) & 15);
+  if constexpr (kind == INT8) return float(values[k]);
+  uint16_t bits;
+  std::memcpy(&bits, values + 2 * k, 2);
+  if constexpr (kind == BFLOAT) return from_bits(uint32_t(bits) << 16);
+  return c10::detail::fp16_ieee_to_fp32_value(bits);
+}
+
+// The truth for the other two: bit after bit.
+template <Kind kind, int T>
+void row_portable(const Row& row, const Input& x, float* y) {
+  const uint8_t* values = row.values;
+  float sums[T] = {};
+  for (int64_t b = 0; b < row.groups; ++b) {
+    int k = 0;
+    for (uint64_t word = row.mask[b]; word; word &= word - 1, ++k) {
+      const int64_t column = b * WIDTH + __builtin_ctzll(word);
+      float w = decode<kind>(values, k);
+      if constexpr (kind == INT4 || kind == INT8) {
+        const int64_t g = column / row.group;
+        w = (w - row.zeros[g]) * row.scales[g];
+      }
+      for (int t = 0; t < T; ++t) sums[t] += w * x.floats[t * x.stride + column];
+    }
+    values += bytes_of(kind, k);
+  }
+  for (int t = 0; t < T; ++t) y[t] = sums[t];
+}
+
+#ifdef SQFT_X86
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,f16c,bmi2")))
+#define AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt")))
+
+inline AVX512 __mmask64 first(int count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
+
+// A group's stored integers, one a byte. Far from the end whole registers are read, near it only what is there.
+template <Kind kind>
+inline AVX512 __m512i load_bytes(const uint8_t* values, int count, bool near_end) {
+  if constexpr (kind == INT8) {
+    return near_end ? _mm512_maskz_loadu_epi8(first(count), values) : _mm512_loadu_si512(values);
+  } else {
+    const __m256i packed = near_end ? _mm256_maskz_loadu_epi8(__mmask32(first((count + 1) / 2)), values)
+                                    : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    const __m512i wide = _mm512_cvtepu8_epi16(packed);  // 0xAB -> 0x00AB -> 0x0A0B
+    return _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi16(wide, 4)), _mm512_set1_epi16(0x0F0F));
+  }
+}
+
+// Integers: x of a group of 64 columns is rounded to 16 bits, which errs by at most 2^-16 of the group's largest, and the
+// products are summed as integers. T groups of x lie ``stride`` columns apart, their steps ``stride`` / 64.
+template <Kind kind, int T>
+AVX512 void integers_avx512(const Row& row, const Input& x, float* y) {
+  const uint8_t* values = row.values;
+  __m512 sums[T];
+  for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
+  const int64_t halves = row.group / 32;
+  int64_t g = 0, left = halves;  // halves of a group of 64 that still have this scale
+  for (int64_t b = 0; b < row.groups; ++b) {
+    const uint64_t mask = row.mask[b];
+    const int count = popcount(mask);
+    const __m512i stored = _mm512_maskz_expand_epi8(mask, load_bytes<kind>(values, count, row.end - values < 64));
+    values += bytes_of(kind, count);
+    const int16_t* xb = x.integers + b * WIDTH;
+    for (int h = 0; h < 2; ++h) {
+      const __mmask32 kept = __mmask32(mask >> (32 * h));
+      if (!kept) {  // beyond I there may be no scale
+        if (--left == 0) ++g, left = halves;
+        continue;
+      }
+      const __m256i bytes = h ? _mm512_extracti64x4_epi64(stored, 1) : _mm512_castsi512_si256(stored);
+      const __m512i level = _mm512_maskz_sub_epi16(kept, _mm512_cvtepu8_epi16(bytes), _mm512_set1_epi16(row.zeros[g]));
+      const __m512 scale = _mm512_set1_ps(row.scales[g]);
+      if (--left == 0) ++g, left = halves;
+      for (int t = 0; t < T; ++t) {
+        const __m512i products = _mm512_madd_epi16(level, _mm512_loadu_si512(xb + t * x.stride + 32 * h));
+        const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(x.steps[t * x.groups + b]));
+        sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), step, sums[t]);
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) y[t] = _mm512_reduce_add_ps(sums[t]);
+}
+
+// The same of 4 bits where all 64 columns of a group have one scale and zero point. What takes shuffles is scarce (two of
+// them expand): zero points are subtracted as bytes, and factors are multiplied as vectors that loads broadcast.
+template <int T>
+AVX512 void wide_integers_avx512(const Row& row, const Input& x, float* y) {
+  const uint8_t* values = row.values;
+  __m512 sums[T];
+  for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
+  const int64_t per = row.group / WIDTH;
+  int64_t g = 0, left = per;
+  for (int64_t b = 0; b < row.groups; ++b) {
+    const __mmask64 mask = _load_mask64(const_cast<__mmask64*>(reinterpret_cast<const __mmask64*>(row.mask + b)));
+    const int count = popcount(row.mask[b]);
+    const __m512i stored = _mm512_maskz_expand_epi8(mask, load_bytes<INT4>(values, count, row.end - values < 64));
+    values += bytes_of(INT4, count);
+    const __m512i level = _mm512_maskz_sub_epi8(mask, stored, _mm512_set1_epi8(char(row.zeros[g])));
+    const __m512i low = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(level));
+    const __m512i high = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(level, 1));
+    __m512 scale = _mm512_set1_ps(row.scales[g]);
+    asm("" : "+v"(scale));  // or the compiler multiplies scalars and shuffles the product
+    if (--left == 0) ++g, left = per;
+    for (int t = 0; t < T; ++t) {
+      const int16_t* xt = x.integers + t * x.stride + b * WIDTH;
+      __m512i products = _mm512_madd_epi16(low, _mm512_loadu_si512(xt));
+      products = _mm512_dpwssd_epi32(products, high, _mm512_loadu_si512(xt + 32));
+      const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(x.steps[t * x.groups + b]));
+      sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), step, sums[t]);
+    }
+  }
+  for (int t = 0; t < T; ++t) y[t] = _mm512_reduce_add_ps(sums[t]);
+}
+
+template <Kind kind, int T>
+AVX512 void halves_avx512(const Row& row, const Input& x, float* y) {
+  const uint8_t* values = row.values;
+  __m512 sums[T];
+  for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < row.groups; ++b) {
+    for (int h = 0; h < 2; ++h) {
+      const __mmask32 kept = __mmask32(row.mask[b] >> (32 * h));
+      const int here = popcount(kept);
+      const __m512i stored = row.end - values < 64 ? _mm512_maskz_loadu_epi16(__mmask32(first(here)), values)
+                                                   : _mm512_loadu_si512(values);
+      values += 2 * here;
+      const __m512i placed = _mm512_maskz_expand_epi16(kept, stored);
+      for (int q = 0; q < 2; ++q) {
+        const __m256i half = q ? _mm512_extracti64x4_epi64(placed, 1) : _mm512_castsi512_si256(placed);
+        const __m512 w = kind == HALF ? _mm512_cvtph_ps(half)
+                                      : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+        for (int t = 0; t < T; ++t)
+          sums[t] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x.floats + t * x.stride + b * WIDTH + 32 * h + 16 * q), sums[t]);
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) y[t] = _mm512_reduce_add_ps(sums[t]);
+}
+
+template <Kind kind, int T>
+void row_avx512(const Row& row, const Input& x, float* y) {
+  if constexpr (kind == HALF || kind == BFLOAT)
+    halves_avx512<kind, T>(row, x, y);
+  else if (kind == INT4 && row.group % WIDTH == 0)
+    wide_integers_avx512<T>(row, x, y);
+  else
+    integers_avx512<kind, T>(row, x, y);
+}
+
+// Where the k-th stored value of 8 columns goes: of each byte of a mask the source of each column.
+struct Places {
+  alignas(32) int32_t source[256][8];
+  Places() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int column = 0, k = 0; column < 8; ++column) source[byte][column] = (byte >> column) & 1 ? k++ : 0;
+  }
+};
+const Places PLACES;
+
+template <Kind kind, int T>
+AVX2 void row_avx2(const Row& row, const Input& x, float* y) {
+  const uint8_t* values = row.values;
+  __m256 sums[T];
+  for (int t = 0; t < T; ++t) sums[t] = _mm256_setzero_ps();
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const int64_t eighths = row.group / 8;
+  int64_t g = -1, left = 1;
+  for (int64_t b = 0; b < row.groups; ++b) {
+    const uint64_t mask = row.mask[b];
+    int before = 0;
+    for (int p = 0; p < 8; ++p) {
+      const int byte = int(mask >> (8 * p)) & 255;
+      if (--left == 0) ++g, left = eighths;
+      if (!byte) continue;
+      const int here = popcount(byte);
+      const uint8_t* from = values + (kind == INT4 ? before / 2 : bytes_of(kind, before));
+      const int64_t size = kind == INT4 ? (before % 2 + here + 1) / 2 : bytes_of(kind, here);
+      uint8_t safe[16];
+      if (row.end - from < 16) {
+        std::memcpy(safe, from, size);
+        from = safe;
+      }
+      __m256 w;
+      if constexpr (kind == INT4 || kind == INT8) {
+        uint64_t bytes;
+        std::memcpy(&bytes, from, 8);
+        if constexpr (kind == INT4) bytes = _pdep_u64(bytes >> (4 * (before % 2)), 0x0F0F0F0F0F0F0F0Full);
+        const __m256i level = _mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes))),
+                                               _mm256_set1_epi32(row.zeros[g]));
+        w = _mm256_mul_ps(_mm256_cvtepi32_ps(level), _mm256_set1_ps(row.scales[g]));
+      } else {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        w = kind == HALF ? _mm256_cvtph_ps(halves)
+                         : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+      }
+      w = _mm256_permutevar8x32_ps(w, _mm256_load_si256(reinterpret_cast<const __m256i*>(PLACES.source[byte])));
+      const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(byte), bit), bit);
+      w = _mm256_and_ps(w, _mm256_castsi256_ps(kept));
+      for (int t = 0; t < T; ++t)
+        sums[t] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x.floats + t * x.stride + b * WIDTH + 8 * p), sums[t]);
+      before += here;
+    }
+    values += bytes_of(kind, before);
+  }
+  for (int t = 0; t < T; ++t) {
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, sums[t]);
+    float sum = 0;
+    for (float lane : lanes) sum += lane;
+    y[t] = sum;
+  }
+}
+#endif
+
+enum Variant { PORTABLE, WITH_AVX2, WITH_AVX512 };
+
+int64_t best_variant() {
+#ifdef SQFT_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return WITH_AVX512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma")) return WITH_AVX2;
+#endif
+  return PORTABLE;
+}
+
+// x in 16-bit integers: of each group of 64 the step, the largest over 2^15 - 1, and the nearest multiples of it.
+void round_to_integers(const float* x, int64_t size, int16_t* integers, float* steps) {
+  for (int64_t b = 0; b * WIDTH < size; ++b) {
+    const float* from = x + b * WIDTH;
+    float largest = 0;
+    for (int i = 0; i < WIDTH; ++i) largest = std::max(largest, std::fabs(from[i]));
+    const float inverse = largest > 0 ? 32767.0f / largest : 0.0f;
+    steps[b] = largest / 32767.0f;
+    for (int i = 0; i < WIDTH; ++i) integers[b * WIDTH + i] = int16_t(std::nearbyint(from[i] * inverse));
+  }
+}
+
+using Multiply = void (*)(const Row&, const Input&, float*);
+
+template <Kind kind, int T>
+Multiply of_variant(int64_t variant) {
+#ifdef SQFT_X86
+  if (variant == WITH_AVX512) return row_avx512<kind, T>;
+  if (variant == WITH_AVX2) return row_avx2<kind, T>;
+#endif
+  return row_portable<kind, T>;
+}
+
+template <Kind kind>
+Multiply of_tokens(int64_t variant, int64_t tokens) {
+  switch (tokens) {
+    case 1: return of_variant<kind, 1>(variant);
+    case 2: return of_variant<kind, 2>(variant);
+    case 4: return of_variant<kind, 4>(variant);
+    default: return of_variant<kind, 8>(variant);
+  }
+}
+
+Multiply pick(Kind kind, int64_t variant, int64_t tokens) {
+  switch (kind) {
+    case INT4: return of_tokens<INT4>(variant, tokens);
+    case INT8: return of_tokens<INT8>(variant, tokens);
+    case HALF: return of_tokens<HALF>(variant, tokens);
+    default: return of_tokens<BFLOAT>(variant, tokens);
+  }
+}
+
+// x float32 [T, 64 B], zero beyond I; mask int64 [O, B]; values as they lie; starts int64 [O + 1]; scales float32 and
+// zeros uint8 [O, G] of integers of 4 or 8 bits, empty for halves. float32 [T, O].
+at::Tensor compact_linear(const at::Tensor& x, const at::Tensor& mask, const at::Tensor& values, const at::Tensor& starts,
+                          const at::Tensor& scales, const at::Tensor& zeros, int64_t bits, int64_t group,
+                          int64_t variant) {
+  const int64_t tokens = x.size(0), outputs = mask.size(0), groups = mask.size(1);
+  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat && x.size(1) == groups * WIDTH, "x does not fit the mask");
+  TORCH_CHECK(mask.is_contiguous() && values.is_contiguous() && starts.is_contiguous() && starts.numel() == outputs + 1,
+              "the compact form is not contiguous");
+  TORCH_CHECK(variant >= 0 && variant <= best_variant(), "this processor lacks what the variant needs");
+  const bool integers = bits != 0;
+  TORCH_CHECK(!integers || ((bits == 4 || bits == 8) && group % 32 == 0 && scales.is_contiguous() && zeros.is_contiguous() &&
+                            scales.size(0) == outputs && scales.size(1) * group <= groups * WIDTH),
+              "this grid has no kernel");
+  const Kind kind = bits == 4 ? INT4 : bits == 8 ? INT8 : values.scalar_type() == at::kHalf ? HALF : BFLOAT;
+  TORCH_CHECK(integers ? values.scalar_type() == at::kByte
+                       : values.scalar_type() == at::kHalf || values.scalar_type() == at::kBFloat16, "no kernel for this dtype");
+  const int64_t size = integers ? 1 : 2, grid = integers ? scales.size(1) : 0;
+  TORCH_CHECK(starts.data_ptr<int64_t>()[outputs] == values.numel(), "the values do not fit the mask");
+  at::Tensor y = at::empty({tokens, outputs}, x.options());
+  const auto* begin = static_cast<const uint8_t*>(values.data_ptr());
+  const auto* words = reinterpret_cast<const uint64_t*>(mask.data_ptr<int64_t>());
+  const int64_t* start = starts.data_ptr<int64_t>();
+  const float* from = x.data_ptr<float>();
+  float* to = y.data_ptr<float>();
+  at::Tensor integral, steps;
+  if (integers && variant == WITH_AVX512) {
+    integral = at::empty({tokens, groups * WIDTH}, x.options().dtype(at::kShort));
+    steps = at::empty({tokens, groups}, x.options());
+    round_to_integers(from, x.numel(), integral.data_ptr<int16_t>(), steps.data_ptr<float>());
+  }
+  const int64_t grain = std::max<int64_t>(1, 16384 / (groups * WIDTH));
+  at::parallel_for(0, outputs, grain, [&](int64_t first_row, int64_t last_row) {
+    for (int64_t done = 0; done < tokens;) {
+      const int64_t left = tokens - done, now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      const Multiply multiply = pick(kind, variant, now);
+      const Input input{from + done * groups * WIDTH, steps.defined() ? integral.data_ptr<int16_t>() + done * groups * WIDTH : nullptr,
+                        steps.defined() ? steps.data_ptr<float>() + done * groups : nullptr, groups * WIDTH, groups};
+      float sums[TOKENS];
+      for (int64_t o = first_row; o < last_row; ++o) {
+        const Row row{words + o * groups, begin + start[o] * size, begin + values.numel() * size,
+                      integers ? scales.data_ptr<float>() + o * grid : nullptr,
+                      integers ? zeros.data_ptr<uint8_t>() + o * grid : nullptr, groups, group};
+        multiply(row, input, sums);
+        for (int64_t t = 0; t < now; ++t) to[(done + t) * outputs + o] = sums[t];
+      }
+      done += now;
+    }
+  });
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(sqft_cpu, library) {
+  library.def("compact_linear", &compact_linear);
+  library.def("best_variant", &best_variant);
+}

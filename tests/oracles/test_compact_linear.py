@@ -1,0 +1,161 @@
+"""Products of the compact form: every variant of the kernel against float64, over shapes, patterns, grids and tails."""
+
+from __future__ import annotations
+
+import logging
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pico import pico_model
+from torch import Tensor
+
+import sqft
+from sqft.kernels import compact
+from sqft.kernels.compact import CompactWeight, pack, starts
+from sqft.kernels.cpu import library
+from sqft.kernels.packed import pack_mask
+from sqft.serving.layers import CompactLinear, Int4Linear
+from sqft.serving.prepare import prepare
+
+PATTERNS = ("free", "32:64", "holes", "full", "empty")
+INTEGERS = tuple(product((4, 8), ((7, 192, 64), (5, 96, 32), (3, 64, 32), (9, 256, 128), (33, 576, 576), (5, 160, 32))))
+HALVES = tuple(product((torch.float16, torch.bfloat16), ((7, 192), (3, 64), (5, 70), (2, 8), (33, 576))))
+
+
+def mask_of(pattern: str, rows: int, columns: int) -> Tensor:
+    mask = torch.rand(rows, columns) < 0.5
+    if pattern == "32:64" and columns % 64 == 0:
+        mask = (torch.rand(rows, columns // 64, 64).argsort(-1) < 32).view(rows, columns)
+    if pattern == "holes":
+        mask[:, :64], mask[rows // 2] = False, False
+    return torch.ones_like(mask) if pattern == "full" else torch.zeros_like(mask) if pattern == "empty" else mask
+
+
+def integers(bits: int, rows: int, columns: int, group: int, pattern: str) -> tuple[CompactWeight, Tensor]:
+    """A weight, and what it means in float64."""
+    mask, groups = mask_of(pattern, rows, columns), columns // group
+    q = torch.randint(0, 2**bits, (rows, columns)).to(torch.uint8)
+    scale, zero = torch.rand(rows, groups) + 0.1, torch.randint(0, 2**bits, (rows, groups)).to(torch.uint8)
+    meant = (q.double() - zero.repeat_interleave(group, 1)) * scale.double().repeat_interleave(group, 1) * mask
+    made = pack(q, pack_mask(mask), bits)
+    return CompactWeight(made, starts(made), scale, zero, group), meant
+
+
+def floats(dtype: torch.dtype, rows: int, columns: int, pattern: str) -> tuple[CompactWeight, Tensor]:
+    w = (torch.randn(rows, columns) * mask_of(pattern, rows, columns)).to(dtype)
+    made = pack(w, pack_mask(w != 0))
+    return CompactWeight(made, starts(made), torch.zeros(0), torch.zeros(0, dtype=torch.uint8)), w.double()
+
+
+def check(weight: CompactWeight, meant: Tensor, tokens: int, variant: int) -> None:
+    x = torch.randn(tokens, meant.shape[1]) * torch.logspace(-2, 2, meant.shape[1])
+    wanted, size = x.double() @ meant.T, x.double().abs() @ meant.abs().T
+    allowed = 1e-6 * size
+    if weight.compact.bits and variant == library.VARIANTS.index("avx512"):  # it rounds x to 16 bits
+        groups = F.pad(x, (0, -x.shape[1] % 64)).view(tokens, -1, 64).abs().amax(-1).double()
+        allowed += 2.0**-16 * groups.repeat_interleave(64, 1)[:, : x.shape[1]] @ meant.abs().T
+    found = library.run(x, weight, variant)
+    assert bool(((found - wanted).abs() <= allowed).all())
+    assert torch.allclose(compact.linear(x, weight).double(), wanted, rtol=1e-4, atol=1e-5 * float(size.max()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    if not library.library():
+        pytest.skip("no C++ compiler: the reference computes, which other tests compare")
+
+
+@pytest.mark.parametrize("variant", range(len(library.VARIANTS)), ids=library.VARIANTS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_variants_compute_what_the_weight_means(variant: int, pattern: str) -> None:
+    if variant > library.variant():
+        pytest.skip("this processor lacks the instructions")
+    torch.manual_seed(variant)
+    for bits, (rows, columns, group) in INTEGERS:
+        weight, meant = integers(bits, rows, columns, group, pattern)
+        for tokens in (1, 2, 3, 8, 13):
+            check(weight, meant, tokens, variant)
+    for dtype, (rows, columns) in HALVES:
+        weight, meant = floats(dtype, rows, columns, pattern)
+        for tokens in (1, 2, 3, 8, 13):
+            check(weight, meant, tokens, variant)
+
+
+def test_values_may_lie_anywhere_in_memory() -> None:
+    """A mapped file aligns them to nothing in particular, and ends where it ends."""
+    weight, meant = integers(4, 7, 192, 64, "free")
+    for shift in range(1, 5):
+        moved = torch.cat([torch.zeros(shift, dtype=torch.uint8), weight.compact.values])[shift:]
+        placed = weight._replace(compact=weight.compact._replace(values=moved))
+        for variant in range(library.variant() + 1):
+            check(placed, meant, 2, variant)
+
+
+def test_the_kernel_refuses_what_does_not_fit() -> None:
+    weight, _ = integers(4, 7, 192, 64, "free")
+    for wrong in (weight._replace(compact=weight.compact._replace(values=weight.compact.values[1:])),
+                  weight._replace(starts=weight.starts[1:])):  # fmt: skip
+        with pytest.raises(RuntimeError, match="do not fit|not contiguous"):
+            library.run(torch.randn(1, 192), wrong, 0)
+    with pytest.raises(RuntimeError, match="lacks what the variant needs"):
+        library.run(torch.randn(1, 192), weight, 7)
+
+
+def compressed(symmetric: bool, bits: int = 4, sparse: bool = True) -> Any:
+    model = pico_model("qwen2", hidden_size=64, intermediate_size=128, num_key_value_heads=4)
+    if sparse:
+        sqft.sparsify(model, sqft.SparsifyConfig(method="magnitude"))
+    sqft.quantize(model, sqft.QuantizeConfig(method="rtn", group_size=32, bits=bits, symmetric=symmetric))
+    return model
+
+
+@pytest.mark.parametrize(("symmetric", "bits", "sparse", "kind", "error"),
+                         [(True, 4, True, "CompactLinear", 1e-3), (False, 4, True, "CompactLinear", 1e-3),
+                          (False, 8, True, "CompactLinear", 1e-3), (False, 4, False, "Int4Linear", 5e-2),
+                          (False, 2, True, "Linear", 1e-5)])  # fmt: skip
+def test_a_prepared_model_answers_the_same(symmetric: bool, bits: int, sparse: bool, kind: str, error: float) -> None:
+    tokens = torch.arange(40)[None] % 250
+    wanted = compressed(symmetric, bits, sparse)(tokens).logits
+    model = compressed(symmetric, bits, sparse)
+    assert prepare(model) == {kind: 14}
+    for length in (1, 7, 40):  # by the kernel, and by one product of the decoded weight
+        found = model(tokens[:, :length]).logits
+        assert float((found - wanted[:, :length]).abs().max()) <= error * float(wanted.abs().max()), length
+
+
+def test_a_sparse_half_precision_model_is_prepared() -> None:
+    model = pico_model(dtype=torch.float16, hidden_size=64, intermediate_size=128)
+    sqft.sparsify(model, sqft.SparsifyConfig(method="magnitude"))
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 64)
+    made = CompactLinear.from_float(layer.weight, sqft.models.weights.Weight("", layer).packed_mask, None)
+    assert torch.allclose(made(x), F.linear(x, layer.weight.float()), atol=1e-5)
+    assert prepare(model)["CompactLinear"] == 14
+
+
+def test_without_kernels_plain_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                              caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+    weight, meant = integers(4, 7, 192, 64, "free")
+    monkeypatch.setattr(library, "SOURCE", tmp_path / "broken.cpp")
+    (tmp_path / "broken.cpp").write_text("this is no C++\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.library.cache_clear()
+    try:
+        x = torch.randn(1, 192)
+        with caplog.at_level(logging.WARNING):
+            found = library.compact_linear(x, weight)
+        assert torch.allclose(found.double(), x.double() @ meant.T, atol=1e-3)
+        assert "the C++ kernels are not there" in caplog.text and "error" in caplog.text
+        assert list((tmp_path / "sqft").iterdir()) == []
+        library.library.cache_clear()
+        monkeypatch.setenv("SQFT_CPU_KERNELS", "off")
+        assert not library.library()
+        model = compressed(True)
+        assert prepare(model) == {"Int4Linear": 14}
+        assert isinstance(model.model.layers[0].mlp.up_proj, Int4Linear)
+    finally:
+        library.library.cache_clear()
