@@ -8,6 +8,7 @@ from sqft.compressing.stage import sparsify as sparsify
 from sqft.config import EvaluateConfig as EvaluateConfig
 from sqft.config import ExportConfig as ExportConfig
 from sqft.config import ExtractConfig as ExtractConfig
+from sqft.config import GenerateConfig as GenerateConfig
 from sqft.config import MeasureConfig as MeasureConfig
 from sqft.config import MergeConfig as MergeConfig
 from sqft.config import PackConfig as PackConfig
@@ -35,6 +36,8 @@ from sqft.recipe import run as run
 from sqft.reporting.page import report as report
 from sqft.searching.choose import extract as extract
 from sqft.searching.stage import search as search
+from sqft.serving.generate import generate as generate
+from sqft.serving.prepare import prepare as prepare
 from sqft.tasks.base import Example as Example
 from sqft.training.distill import Distill as Distill
 from sqft.training.loop import train as train

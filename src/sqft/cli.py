@@ -13,11 +13,12 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import sqft
-from sqft.config import DATA_DIR, TASK, QuantizeConfig
+from sqft.config import DATA_DIR, TASK, GenerateConfig, QuantizeConfig
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.flags import add_flags, read_flags
 from sqft.options import RenamedOption
@@ -106,6 +107,11 @@ def _add_tools(add: Add) -> None:
     sub.add_argument("--limit", type=int, metavar="INT", help="use the first N problems")
     sub.add_argument("--fewshot", type=int, default=0, metavar="INT", help="solved examples before each problem [0]")
     sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
+
+    sub = add("generate", _generate, "let a model answer a prompt, as fast as this machine can")
+    sub.add_argument("source", metavar="MODEL", help="folder of any stage, .gguf file or hub name")
+    sub.add_argument("prompt", metavar="PROMPT", help="what to answer, or continue with --plain; -: standard input")
+    add_flags(sub, GenerateConfig)
 
     sub = add("report", _report, "write an HTML page and Markdown of folders of runs: charts, tables, samples")
     sub.add_argument("folders", metavar="FOLDER", nargs="+", help="output of 'sqft run' or 'sqft compare', or any")
@@ -226,6 +232,19 @@ def _tabulate(table: Any, output: Path, arguments: argparse.Namespace) -> None:
     (output / "table.md").write_text(table.markdown(), encoding="utf-8")
     if not arguments.json:
         table.show()
+
+
+def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sqft.serving.generate import generate
+
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    found = generate(arguments.source, prompt, read_flags(arguments, GenerateConfig),
+                     say=(lambda piece: None) if arguments.json else partial(print, end="", flush=True))  # fmt: skip
+    if arguments.json:
+        return found
+    print()
+    _say(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in found.items() if name != "text"))
+    return {}
 
 
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:

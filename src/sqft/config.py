@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sqft.errors import UsageError
-from sqft.options import check_positive, option
+from sqft.options import check_positive, option, parse_pattern, parse_size
 from sqft.registry import EXPORTERS, FORMATS, KINDS, QUANTIZERS, SPARSIFIERS, OneOf
 
 TASK = "a built-in task (gsm8k, say), several (piqa+boolq), or a task's YAML file"
@@ -165,12 +165,9 @@ class TrainConfig(OnDevice):
     packing: bool = option(False, "concatenate examples into blocks of max_length")
     group_by_length: bool = option(True, "batch sequences of like length (without packing)")
     precision: str = option("auto", "of products: auto follows the weights", ("auto", "float32", "bfloat16", "float16"))
-    attention: str | None = option(
-        None,
-        "how transformers computes attention while training, e.g. eager, which is "
-        "faster in bfloat16 on a CPU; default: as the model is loaded",
-        ("eager", "sdpa"),
-    )
+    attention: str | None = option(None, "how transformers computes attention while training, e.g. eager, which is "
+                                   "faster in bfloat16 on a CPU; default: as the model is loaded",
+                                   ("eager", "sdpa"))  # fmt: skip
     eval_steps: int = option(0, "evaluate every N steps; 0: at the end of an epoch")
     save_steps: int = option(100, "checkpoint every N steps, to resume from after an interruption")
     logging_steps: int = option(10, "log every N steps")
@@ -337,6 +334,24 @@ class MeasureConfig(OnDevice):
 
 
 @dataclass(frozen=True)
+class GenerateConfig(OnDevice):
+    """Let a model answer a prompt."""
+
+    max_new_tokens: int = option(256, "stop after N tokens")
+    temperature: float = option(0.0, "of sampling; 0: always the most probable token")
+    top_p: float = option(1.0, "sample from the most probable tokens that together have this probability")
+    seed: int = option(0, "of sampling")
+    plain: bool = option(False, "take the prompt as it is, without the model's chat template")
+    exact: bool = option(False, "multiply as evaluation does, instead of by the fastest kernels that are here")
+    dtype: str = option("auto", "of what is not packed", ("auto", "float32", "bfloat16", "float16"))
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_new_tokens", "top_p")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature is {self.temperature}: it has to be 0 or more")
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """Write a model as another tool wants it."""
 
@@ -376,24 +391,3 @@ def check_distillation(config: TrainConfig) -> None:
         raise UsageError("distill_blocks needs the teacher itself: leave it or distill_cache out")
     if config.distill_ranks and not (config.search_space and config.rank_strategy == "sandwich"):
         raise UsageError("distill_ranks goes with a search_space and rank_strategy sandwich")
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """'2:4' -> (2, 4): keep N of every M neighbours along the input."""
-    keep, _, group = pattern.partition(":")
-    if not (keep.isdigit() and group.isdigit() and 0 < int(keep) < int(group)):
-        raise UsageError(f"pattern '{pattern}' is not N:M with 0 < N < M, e.g. 2:4")
-    return int(keep), int(group)
-
-
-def parse_size(size: str) -> int:
-    """'5GB' -> bytes (decimal units)."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = size[:-2], size[-2:].upper()
-    try:
-        value = int(float(number) * units[unit])
-    except (KeyError, ValueError):
-        raise UsageError(f"'{size}' is not a size: write e.g. 500MB or 5GB") from None
-    if value <= 0:
-        raise UsageError(f"size '{size}' has to be greater than 0")
-    return value

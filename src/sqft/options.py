@@ -143,3 +143,24 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise UsageError(f"{name} is {getattr(config, name)}: it has to be greater than 0")
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """'2:4' -> (2, 4): keep N of every M neighbours along the input."""
+    keep, _, group = pattern.partition(":")
+    if not (keep.isdigit() and group.isdigit() and 0 < int(keep) < int(group)):
+        raise UsageError(f"pattern '{pattern}' is not N:M with 0 < N < M, e.g. 2:4")
+    return int(keep), int(group)
+
+
+def parse_size(size: str) -> int:
+    """'5GB' -> bytes (decimal units)."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = size[:-2], size[-2:].upper()
+    try:
+        value = int(float(number) * units[unit])
+    except (KeyError, ValueError):
+        raise UsageError(f"'{size}' is not a size: write e.g. 500MB or 5GB") from None
+    if value <= 0:
+        raise UsageError(f"size '{size}' has to be greater than 0")
+    return value

@@ -16,10 +16,10 @@ from torch import nn
 
 import sqft
 from sqft.compressing.passes import patterns
-from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig, parse_size
+from sqft.config import EvaluateConfig, MergeConfig, SparsifyConfig, TrainConfig
 from sqft.models.discover import describe, resolve_targets
 from sqft.models.tensors import ModelWriter, layout
-from sqft.options import from_dict, to_dict
+from sqft.options import from_dict, parse_size, to_dict
 from sqft.registry import Registry
 from sqft.sparsity.pattern import Pattern
 

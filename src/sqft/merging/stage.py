@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from sqft import artifact
 from sqft.adapters.groups import Ranks
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
-from sqft.config import MergeConfig, parse_size
+from sqft.config import MergeConfig
 from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
@@ -30,6 +30,7 @@ from sqft.models.dense import save_settings
 from sqft.models.tensors import ModelWriter, layout
 from sqft.models.types import PeftModel, Tokenizer
 from sqft.models.weights import stored_state
+from sqft.options import parse_size
 from sqft.probe import check_probe, logits, sample_tokens
 from sqft.sparsity.masks import collect_masks, save_masks, stored_masks
 from sqft.verify import verify

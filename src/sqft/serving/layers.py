@@ -30,6 +30,16 @@ class Serving(nn.Module):
         y = self.product(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y.add_(self.bias)
 
+    def _apply(self, fn, recurse: bool = True) -> Serving:
+        """``.to(dtype)``, ``.float()`` and the like leave everything as it is: weights are what they were stored as."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 

@@ -21,9 +21,9 @@ HALVES = (torch.float16, torch.bfloat16)
 def prepare(model: Any) -> dict[str, int]:
     """Makes a live model on a CPU ready to answer, and only that; returns how many layers it put in, by kind.
 
-    A weight with a mask becomes a ``CompactLinear``; a dense INT4 one an ``Int4Linear``; other packed weights are
-    unpacked once. Where half-precision weights would be multiplied in float32, products of them are too. Without a
-    compiler sparse INT4 weights are served as dense ones.
+    Sparse weights, and INT ones of 4 or 8 bits, become ``CompactLinear``; without a compiler INT4 ones ``Int4Linear``,
+    and other packed weights are unpacked once. If there are any, the model computes in float32, and the head's weight
+    is rounded to float16 unless it is in half precision.
     """
     if next(model.parameters()).device.type != "cpu":
         return {}
@@ -33,6 +33,14 @@ def prepare(model: Any) -> dict[str, int]:
         if layer is not weight.module:
             put_module(model, weight.name, layer)
             made[type(layer).__name__] += 1
+    head = model.get_output_embeddings()
+    if made["CompactLinear"] and isinstance(head, nn.Linear):
+        half = head.weight if head.weight.dtype in HALVES else head.weight.half()
+        name = next(name for name, module in model.named_modules() if module is head)
+        put_module(model, name, CompactLinear.from_float(half, None, head.bias))
+        made["CompactLinear"] += 1
+    if made:
+        model.float()
     return dict(made)
 
 
@@ -40,8 +48,7 @@ def _fastest(weight: Weight) -> nn.Module:
     layer: Any = weight.module
     mask = weight.packed_mask
     if isinstance(layer, QuantLinear):
-        fits = layer.bits in (4, 8) and layer.groups_are_contiguous and layer.group_size % 32 == 0
-        if mask is not None and fits and library():
+        if layer.bits in (4, 8) and layer.groups_are_contiguous and layer.group_size % 32 == 0 and library():
             return CompactLinear.from_packed(layer, mask)
         return Int4Linear(layer) if Int4Linear.takes(layer) else unpack_layer(layer, torch.float32)
     if mask is not None and isinstance(layer, nn.Linear) and layer.weight.dtype in HALVES and library():

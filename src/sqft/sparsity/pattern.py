@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sqft.config import parse_pattern
 from sqft.errors import UsageError
+from sqft.options import parse_pattern
 
 
 @dataclass(frozen=True)

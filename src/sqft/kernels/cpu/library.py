@@ -20,7 +20,7 @@ from sqft.kernels import compact
 from sqft.kernels.compact import WIDTH, CompactWeight
 from sqft.kernels.dispatch import cache_folder, cpu_kernels_wanted
 
-SOURCE = Path(__file__).with_name("compact_linear.cpp")
+SOURCE = Path(__file__).with_name("library.cpp")
 VARIANTS = ("portable", "avx2", "avx512")  # as the library counts them
 FEW_TOKENS = 32  # up to so many, weights are decoded for each eight of them; for more, once, and multiplied as a matrix
 
@@ -49,8 +49,9 @@ def build() -> Path:
     compiler = shutil.which(os.path.basename(cpp_extension.get_cxx_compiler()))
     if compiler is None:
         raise OSError("no C++ compiler (g++ or clang++) was found")
-    name = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    library = cache_folder() / f"compact_linear-{name}.so"
+    sources = b"".join(file.read_bytes() for file in [*sorted(SOURCE.parent.glob("*.h")), SOURCE])
+    name = hashlib.sha256(sources + torch.__version__.encode()).hexdigest()[:16]
+    library = cache_folder() / f"kernels-{name}.so"
     if library.is_file():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)

@@ -5,17 +5,17 @@
 // A row is walked once for up to eight tokens: its weights are decoded, 16 columns at a time, and multiplied with each.
 // Shape letters: T tokens, O output features, I input features, B = ceil(I / 64) groups, G groups of the grid.
 
+#pragma once
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define SQFT_X86 1
@@ -26,6 +26,8 @@ namespace {
 
 constexpr int WIDTH = 64;
 constexpr int TOKENS = 8;
+constexpr int PAIR = 2;  // rows at once, of one token
+constexpr int64_t GRAIN = 16384;  // weights that are worth a thread
 
 struct Row {
   const uint64_t* mask;  // [B]
@@ -145,35 +147,47 @@ AVX512 void integers_avx512(const Row& row, const Input& x, float* y) {
   for (int t = 0; t < T; ++t) y[t] = _mm512_reduce_add_ps(sums[t]);
 }
 
-// The same of 4 bits where all 64 columns of a group have one scale and zero point. What takes shuffles is scarce (two of
-// them expand): zero points are subtracted as bytes, and factors are multiplied as vectors that loads broadcast.
-template <int T>
-AVX512 void wide_integers_avx512(const Row& row, const Input& x, float* y) {
-  const uint8_t* values = row.values;
-  __m512 sums[T];
-  for (int t = 0; t < T; ++t) sums[t] = _mm512_setzero_ps();
-  const int64_t per = row.group / WIDTH;
+// The same of 4 bits where all 64 columns of a group have one scale and zero point, for R rows at once, which hide each
+// other's latencies and share x. What takes shuffles is scarce (two of them expand): zero points are subtracted as bytes,
+// and factors are multiplied as vectors that loads broadcast. y[r * T + t].
+template <int R, int T>
+AVX512 void wide_integers_avx512(const Row* rows, const Input& x, float* y) {
+  __m512 sums[R][T];
+  const uint8_t* values[R];
+  for (int r = 0; r < R; ++r) {
+    values[r] = rows[r].values;
+    for (int t = 0; t < T; ++t) sums[r][t] = _mm512_setzero_ps();
+  }
+  const int64_t per = rows->group / WIDTH, groups = rows->groups;
   int64_t g = 0, left = per;
-  for (int64_t b = 0; b < row.groups; ++b) {
-    const __mmask64 mask = _load_mask64(const_cast<__mmask64*>(reinterpret_cast<const __mmask64*>(row.mask + b)));
-    const int count = popcount(row.mask[b]);
-    const __m512i stored = _mm512_maskz_expand_epi8(mask, load_bytes<INT4>(values, count, row.end - values < 64));
-    values += bytes_of(INT4, count);
-    const __m512i level = _mm512_maskz_sub_epi8(mask, stored, _mm512_set1_epi8(char(row.zeros[g])));
-    const __m512i low = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(level));
-    const __m512i high = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(level, 1));
-    __m512 scale = _mm512_set1_ps(row.scales[g]);
-    asm("" : "+v"(scale));  // or the compiler multiplies scalars and shuffles the product
+  for (int64_t b = 0; b < groups; ++b) {
+    __m512i low[R], high[R];
+    __m512 scale[R];
+    for (int r = 0; r < R; ++r) {
+      const Row& row = rows[r];
+      const __mmask64 mask = _load_mask64(const_cast<__mmask64*>(reinterpret_cast<const __mmask64*>(row.mask + b)));
+      const int count = popcount(row.mask[b]);
+      const __m512i stored = _mm512_maskz_expand_epi8(mask, load_bytes<INT4>(values[r], count, row.end - values[r] < 64));
+      values[r] += bytes_of(INT4, count);
+      const __m512i level = _mm512_maskz_sub_epi8(mask, stored, _mm512_set1_epi8(char(row.zeros[g])));
+      low[r] = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(level));
+      high[r] = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(level, 1));
+      scale[r] = _mm512_set1_ps(row.scales[g]);
+      asm("" : "+v"(scale[r]));  // or the compiler multiplies scalars and shuffles the product
+    }
     if (--left == 0) ++g, left = per;
     for (int t = 0; t < T; ++t) {
       const int16_t* xt = x.integers + t * x.stride + b * WIDTH;
-      __m512i products = _mm512_madd_epi16(low, _mm512_loadu_si512(xt));
-      products = _mm512_dpwssd_epi32(products, high, _mm512_loadu_si512(xt + 32));
-      const __m512 step = _mm512_mul_ps(scale, _mm512_set1_ps(x.steps[t * x.groups + b]));
-      sums[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), step, sums[t]);
+      const __m512i one = _mm512_loadu_si512(xt), other = _mm512_loadu_si512(xt + 32);
+      const __m512 step = _mm512_set1_ps(x.steps[t * x.groups + b]);
+      for (int r = 0; r < R; ++r) {
+        const __m512i products = _mm512_dpwssd_epi32(_mm512_madd_epi16(low[r], one), high[r], other);
+        sums[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_mul_ps(scale[r], step), sums[r][t]);
+      }
     }
   }
-  for (int t = 0; t < T; ++t) y[t] = _mm512_reduce_add_ps(sums[t]);
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) y[r * T + t] = _mm512_reduce_add_ps(sums[r][t]);
 }
 
 template <Kind kind, int T>
@@ -206,7 +220,7 @@ void row_avx512(const Row& row, const Input& x, float* y) {
   if constexpr (kind == HALF || kind == BFLOAT)
     halves_avx512<kind, T>(row, x, y);
   else if (kind == INT4 && row.group % WIDTH == 0)
-    wide_integers_avx512<T>(row, x, y);
+    wide_integers_avx512<1, T>(&row, x, y);
   else
     integers_avx512<kind, T>(row, x, y);
 }
@@ -290,16 +304,25 @@ int64_t best_variant() {
 }
 
 // x in 16-bit integers: of each group of 64 the step, the largest over 2^15 - 1, and the nearest multiples of it.
-void round_to_integers(const float* x, int64_t size, int16_t* integers, float* steps) {
+#ifdef SQFT_X86
+AVX512 void round_to_integers(const float* x, int64_t size, int16_t* integers, float* steps) {
   for (int64_t b = 0; b * WIDTH < size; ++b) {
-    const float* from = x + b * WIDTH;
-    float largest = 0;
-    for (int i = 0; i < WIDTH; ++i) largest = std::max(largest, std::fabs(from[i]));
-    const float inverse = largest > 0 ? 32767.0f / largest : 0.0f;
-    steps[b] = largest / 32767.0f;
-    for (int i = 0; i < WIDTH; ++i) integers[b * WIDTH + i] = int16_t(std::nearbyint(from[i] * inverse));
+    __m512 part[4], largest = _mm512_setzero_ps();
+    for (int q = 0; q < 4; ++q) {
+      part[q] = _mm512_loadu_ps(x + b * WIDTH + 16 * q);
+      largest = _mm512_max_ps(largest, _mm512_abs_ps(part[q]));
+    }
+    const float most = _mm512_reduce_max_ps(largest);
+    const __m512 inverse = _mm512_set1_ps(most > 0 ? 32767.0f / most : 0.0f);
+    steps[b] = most / 32767.0f;
+    for (int q = 0; q < 4; ++q)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(integers + b * WIDTH + 16 * q),
+                          _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[q], inverse))));
   }
 }
+#else
+void round_to_integers(const float*, int64_t, int16_t*, float*) {}
+#endif
 
 using Multiply = void (*)(const Row&, const Input&, float*);
 
@@ -331,61 +354,83 @@ Multiply pick(Kind kind, int64_t variant, int64_t tokens) {
   }
 }
 
-// x float32 [T, 64 B], zero beyond I; mask int64 [O, B]; values as they lie; starts int64 [O + 1]; scales float32 and
-// zeros uint8 [O, G] of integers of 4 or 8 bits, empty for halves. float32 [T, O].
-at::Tensor compact_linear(const at::Tensor& x, const at::Tensor& mask, const at::Tensor& values, const at::Tensor& starts,
-                          const at::Tensor& scales, const at::Tensor& zeros, int64_t bits, int64_t group,
-                          int64_t variant) {
-  const int64_t tokens = x.size(0), outputs = mask.size(0), groups = mask.size(1);
-  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat && x.size(1) == groups * WIDTH, "x does not fit the mask");
-  TORCH_CHECK(mask.is_contiguous() && values.is_contiguous() && starts.is_contiguous() && starts.numel() == outputs + 1,
-              "the compact form is not contiguous");
-  TORCH_CHECK(variant >= 0 && variant <= best_variant(), "this processor lacks what the variant needs");
-  const bool integers = bits != 0;
-  TORCH_CHECK(!integers || ((bits == 4 || bits == 8) && group % 32 == 0 && scales.is_contiguous() && zeros.is_contiguous() &&
-                            scales.size(0) == outputs && scales.size(1) * group <= groups * WIDTH),
-              "this grid has no kernel");
-  const Kind kind = bits == 4 ? INT4 : bits == 8 ? INT8 : values.scalar_type() == at::kHalf ? HALF : BFLOAT;
-  TORCH_CHECK(integers ? values.scalar_type() == at::kByte
-                       : values.scalar_type() == at::kHalf || values.scalar_type() == at::kBFloat16, "no kernel for this dtype");
-  const int64_t size = integers ? 1 : 2, grid = integers ? scales.size(1) : 0;
-  TORCH_CHECK(starts.data_ptr<int64_t>()[outputs] == values.numel(), "the values do not fit the mask");
-  at::Tensor y = at::empty({tokens, outputs}, x.options());
-  const auto* begin = static_cast<const uint8_t*>(values.data_ptr());
-  const auto* words = reinterpret_cast<const uint64_t*>(mask.data_ptr<int64_t>());
-  const int64_t* start = starts.data_ptr<int64_t>();
-  const float* from = x.data_ptr<float>();
-  float* to = y.data_ptr<float>();
-  at::Tensor integral, steps;
-  if (integers && variant == WITH_AVX512) {
-    integral = at::empty({tokens, groups * WIDTH}, x.options().dtype(at::kShort));
-    steps = at::empty({tokens, groups}, x.options());
-    round_to_integers(from, x.numel(), integral.data_ptr<int16_t>(), steps.data_ptr<float>());
+// A weight in compact form. mask int64 [O, B]; values as they lie; starts int64 [O + 1]; of integers of 4 or 8 bits scales
+// float32 and zeros uint8 [O, G], of halves both empty.
+struct Weight {
+  at::Tensor mask, values, starts, scales, zeros;
+  int64_t bits, group, outputs, groups, grid, size;
+  Kind kind;
+
+  Weight(at::Tensor mask_, at::Tensor values_, at::Tensor starts_, at::Tensor scales_, at::Tensor zeros_, int64_t bits_,
+         int64_t group_)
+      : mask(std::move(mask_)), values(std::move(values_)), starts(std::move(starts_)), scales(std::move(scales_)),
+        zeros(std::move(zeros_)), bits(bits_), group(group_), outputs(mask.size(0)), groups(mask.size(1)) {
+    const bool integers = bits != 0;
+    TORCH_CHECK(mask.is_contiguous() && values.is_contiguous() && starts.is_contiguous() && starts.numel() == outputs + 1,
+                "the compact form is not contiguous");
+    TORCH_CHECK(!integers || ((bits == 4 || bits == 8) && group > 0 && group % 32 == 0 && scales.is_contiguous() &&
+                              zeros.is_contiguous() && scales.size(0) == outputs && scales.sizes() == zeros.sizes() &&
+                              (scales.size(1) - 1) * group < groups * WIDTH && groups * WIDTH - 64 < scales.size(1) * group),
+                "this grid has no kernel");
+    kind = bits == 4 ? INT4 : bits == 8 ? INT8 : values.scalar_type() == at::kHalf ? HALF : BFLOAT;
+    TORCH_CHECK(integers ? values.scalar_type() == at::kByte
+                         : values.scalar_type() == at::kHalf || values.scalar_type() == at::kBFloat16,
+                "no kernel for this dtype");
+    TORCH_CHECK(starts.data_ptr<int64_t>()[outputs] == values.numel(), "the values do not fit the mask");
+    size = integers ? 1 : 2;
+    grid = integers ? scales.size(1) : 0;
   }
-  const int64_t grain = std::max<int64_t>(1, 16384 / (groups * WIDTH));
-  at::parallel_for(0, outputs, grain, [&](int64_t first_row, int64_t last_row) {
-    for (int64_t done = 0; done < tokens;) {
-      const int64_t left = tokens - done, now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      const Multiply multiply = pick(kind, variant, now);
-      const Input input{from + done * groups * WIDTH, steps.defined() ? integral.data_ptr<int16_t>() + done * groups * WIDTH : nullptr,
-                        steps.defined() ? steps.data_ptr<float>() + done * groups : nullptr, groups * WIDTH, groups};
-      float sums[TOKENS];
-      for (int64_t o = first_row; o < last_row; ++o) {
-        const Row row{words + o * groups, begin + start[o] * size, begin + values.numel() * size,
-                      integers ? scales.data_ptr<float>() + o * grid : nullptr,
-                      integers ? zeros.data_ptr<uint8_t>() + o * grid : nullptr, groups, group};
-        multiply(row, input, sums);
-        for (int64_t t = 0; t < now; ++t) to[(done + t) * outputs + o] = sums[t];
+};
+
+// Some tokens' x, 64 B floats each and zero beyond I, as all variants want it.
+struct Tokens {
+  const float* x;
+  int64_t count, groups, variant;
+  std::vector<int16_t> integers;
+  std::vector<float> steps;
+
+  Tokens(const float* x_, int64_t count_, int64_t groups_, int64_t variant_, bool rounded)
+      : x(x_), count(count_), groups(groups_), variant(variant_) {
+    if (!rounded || variant != WITH_AVX512) return;
+    integers.resize(count * groups * WIDTH);
+    steps.resize(count * groups);
+    round_to_integers(x, count * groups * WIDTH, integers.data(), steps.data());
+  }
+};
+
+// Rows [first, last) of y [T, O] = x W^T.
+void multiply_rows(const Weight& w, const Tokens& tokens, int64_t first_row, int64_t last_row, float* y) {
+  const auto* begin = static_cast<const uint8_t*>(w.values.const_data_ptr());
+  const uint8_t* end = begin + w.values.numel() * w.size;
+  const auto* words = reinterpret_cast<const uint64_t*>(w.mask.const_data_ptr<int64_t>());
+  const int64_t* start = w.starts.const_data_ptr<int64_t>();
+  const float* scales = w.bits ? w.scales.const_data_ptr<float>() : nullptr;
+  const uint8_t* zeros = w.bits ? w.zeros.const_data_ptr<uint8_t>() : nullptr;
+  for (int64_t done = 0; done < tokens.count;) {
+    const int64_t left = tokens.count - done, now = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const Multiply multiply = pick(w.kind, tokens.variant, now);
+    const Input input{tokens.x + done * w.groups * WIDTH, tokens.integers.data() + done * w.groups * WIDTH,
+                      tokens.steps.data() + done * w.groups, w.groups * WIDTH, w.groups};
+    const auto row = [&](int64_t o) {
+      return Row{words + o * w.groups, begin + start[o] * w.size, end, scales + o * w.grid, zeros + o * w.grid, w.groups,
+                 w.group};
+    };
+    int64_t o = first_row;
+#ifdef SQFT_X86
+    if (tokens.variant == WITH_AVX512 && w.kind == INT4 && w.group % WIDTH == 0 && now == 1)
+      for (; o + PAIR <= last_row; o += PAIR) {
+        Row rows[PAIR];
+        for (int r = 0; r < PAIR; ++r) rows[r] = row(o + r);
+        wide_integers_avx512<PAIR, 1>(rows, input, y + done * w.outputs + o);
       }
-      done += now;
+#endif
+    float sums[TOKENS];
+    for (; o < last_row; ++o) {
+      multiply(row(o), input, sums);
+      for (int64_t t = 0; t < now; ++t) y[(done + t) * w.outputs + o] = sums[t];
     }
-  });
-  return y;
+    done += now;
+  }
 }
 
 }  // namespace
-
-TORCH_LIBRARY(sqft_cpu, library) {
-  library.def("compact_linear", &compact_linear);
-  library.def("best_variant", &best_variant);
-}

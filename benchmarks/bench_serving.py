@@ -1,0 +1,275 @@
+"""What compression buys when a model is kept and when it answers: bytes on disk of each form, products of a layer for one
+token beside torch's, and tokens a second of the whole model. SmolLM2-135M, and layers of Llama's sizes.
+
+    python benchmarks/bench_serving.py [--only sizes|layers|decode] [--threads 2] [--markdown]
+
+A layer's weights are read from as many copies as do not fit into the caches, and all contestants take turns. The share of
+bandwidth is of what summing a large tensor reads in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import RESULTS, alternate, check, update_results
+from torch import Tensor, nn
+
+import sqft
+from sqft.formats.compact import CompactReader
+from sqft.kernels.cpu import library
+from sqft.kernels.packed import pack_mask
+from sqft.measuring.size import weight_bytes
+from sqft.measuring.stage import decode_speed
+from sqft.models.reader import SafetensorsReader
+from sqft.quantization.grid import GridSpec, fit
+from sqft.quantization.linear import QuantLinear
+from sqft.quantization.method import Quantized
+from sqft.recipe import resolve_model
+from sqft.serving.layers import CompactLinear, Int4Linear
+
+OUT = Path("runs") / "bench-serving"
+SHAPES = ((576, 576), (1536, 576), (4096, 4096), (14336, 4096))
+PATTERNS = {"50 %": {"sparsity": 0.5}, "32:64": {"pattern": "32:64"}}
+CACHE = 256 << 20  # bytes that no cache here holds
+MOST_COPIES = 127  # of small layers fewer than that: they come from the caches, as much of a small model does
+
+
+def folders() -> dict[str, Path]:
+    """Models whose sizes do not depend on how well they were made: by magnitude and by rounding."""
+    if not (OUT / "dense").is_dir():
+        sqft.save(*sqft.load(resolve_model("demo-model"), dtype="float16"), OUT / "dense")
+    made = {"dense float16": OUT / "dense"}
+    for name, options in {"dense": None, **PATTERNS}.items():
+        source = OUT / "dense"
+        if options is not None:
+            source = made[f"{name}, float16"] = OUT / f"{name}-float16"
+            if not source.is_dir():
+                sqft.sparsify(OUT / "dense", sqft.SparsifyConfig(method="magnitude", **options), out=source)
+        made[f"{name}, INT4"] = OUT / f"{name}-int4"
+        if not made[f"{name}, INT4"].is_dir():
+            sqft.quantize(source, sqft.QuantizeConfig(method="rtn", symmetric=True), out=made[f"{name}, INT4"])
+    return made
+
+
+def zstd(folder: Path) -> int | None:
+    """Bytes of the folder's weights after ``zstd -19``."""
+    try:
+        import zstandard
+    except ImportError:
+        return None
+    coder = zstandard.ZstdCompressor(level=19, threads=-1)
+    return sum(len(coder.compress(file.read_bytes())) for file in folder.rglob("*.safetensors"))
+
+
+def bound(folder: Path) -> int | None:
+    """Bytes by the entropy of the integers and masks, weights independent, with scales as they are; of INT4 only."""
+    reader = SafetensorsReader(folder)
+    modules = [name.removesuffix(".qweight") for name in reader.layout if name.endswith(".qweight")]
+    if not modules:
+        return None
+    whole = sum(
+        t.nbytes for name, t in reader.layout.items() if name.rpartition(".")[2] not in ("qweight", "qzeros", "g_idx")
+    )
+    counts = torch.zeros(16, dtype=torch.int64)
+    for module in modules:
+        words = reader.get(f"{module}.qweight")
+        for shift in range(0, 32, 4):
+            counts += torch.bincount(((words >> shift) & 15).flatten(), minlength=16)
+    shares = counts[counts > 0] / counts.sum()
+    return whole + math.ceil(float(-(shares * shares.log2()).sum()) * int(counts.sum()) / 8)
+
+
+def sizes(compressed: Callable[[Path], int | None] = zstd) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Of each model: bytes as it is, and in compact form, both alone and under zstd, and the entropy bound."""
+    rows, half = {}, None
+    for name, folder in folders().items():
+        row: dict[str, Any] = {"bytes": weight_bytes(folder), "zstd": compressed(folder), "bound": bound(folder)}
+        half = half or row["bytes"]
+        if not name.startswith("dense"):
+            packed = folder.with_name(folder.name + "-compact")
+            if not packed.is_dir():
+                sqft.pack(folder, out=packed)
+            row |= {"compact": weight_bytes(packed), "compact_zstd": compressed(packed), "bits": bits_a_weight(packed)}
+        rows[name] = row | {"of_half": row.get("compact", row["bytes"]) / half}
+        print(name, rows[name], flush=True)
+    found = check("sizes: bits a weight of compact INT4 at 32:64, scales included", rows["32:64, INT4"]["bits"], 3.35)
+    return rows, [found]
+
+
+def bits_a_weight(folder: Path) -> float:
+    """Of the compact weights, with scales."""
+    reader = CompactReader(folder)
+    used = weights = 0
+    for module in reader.modules:
+        compact = reader.compact(module)
+        used += compact.mask_OB.nbytes + compact.values.nbytes
+        weights += compact.mask_OB.shape[0] * compact.inputs
+        used += reader.layer(module, empty=True).scales.nbytes if compact.bits else 0
+    return 8 * used / weights
+
+
+class Bfloat16(nn.Module):
+    """Torch's product of a dense weight."""
+
+    def __init__(self, w_OI: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", w_OI.bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weight)
+
+
+def contestants(outputs: int, inputs: int) -> dict[str, nn.Module]:
+    """One layer in each form."""
+    w = torch.randn(outputs, inputs) * 0.02
+    keep = (torch.rand(outputs, inputs // 64, 64).argsort(-1) < 32).view(outputs, inputs)
+    grid = fit(w * keep, GridSpec(symmetric=True))
+    packed = QuantLinear.from_quantized(Quantized(grid.integers(w * keep), grid), 64, True)
+    mask = pack_mask(keep)
+    return {
+        "dense bfloat16, torch": Bfloat16(w),
+        "dense INT4, torch": Int4Linear(packed),
+        "32:64 float16, sqft": CompactLinear.from_float((w * keep).half(), mask, None),
+        "32:64 INT4, sqft": CompactLinear.from_packed(packed, mask),
+    }
+
+
+def held(layer: nn.Module) -> int:
+    """Bytes that a product reads of a weight."""
+    return sum(t.nbytes for name, t in layer.named_buffers() if name not in ("starts", "zero"))
+
+
+def bandwidth() -> float:
+    """Bytes a second that summing 1 GiB reads."""
+    large = torch.ones(1 << 28)
+    return large.nbytes / alternate({"sum": lambda: float(large.sum())}, 5)["sum"]
+
+
+@torch.no_grad()
+def layers() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Seconds of a product of one token, and the share of the machine's bandwidth at which weights are read."""
+    read, rows, checks = bandwidth(), {}, []
+    for outputs, inputs in SHAPES:
+        first, x, turns = contestants(outputs, inputs), torch.randn(1, inputs), {}
+        for name, layer in first.items():
+            copies = [layer, *(copy.deepcopy(layer) for _ in range(min(MOST_COPIES, CACHE // held(layer))))]
+            turns[name] = partial(lambda turn, x: next(turn)(x), itertools.cycle(copies), x)
+        seconds = alternate(turns, 60)
+        shape = f"{outputs} x {inputs}"
+        rows[shape] = {name: {"microseconds": 1e6 * s, "bytes": held(first[name]), "share": held(first[name]) / s / read}
+                       for name, s in seconds.items()}  # fmt: skip
+        print(shape, rows[shape], flush=True)
+        if inputs < 4096:
+            continue
+        dense, int4 = seconds["dense bfloat16, torch"], seconds["dense INT4, torch"]
+        checks += [
+            check(
+                f"layers: {shape}, dense bfloat16 / sparse float16", dense / seconds["32:64 float16, sqft"], 1.5, False
+            ),
+            check(
+                f"layers: {shape}, dense INT4 of torch / sparse INT4", int4 / seconds["32:64 INT4, sqft"], 1.2, False
+            ),
+            check(
+                f"layers: {shape}, sparse INT4's share of bandwidth",
+                rows[shape]["32:64 INT4, sqft"]["share"],
+                0.7,
+                False,
+            ),
+        ]
+    return {"bytes_a_second": read, "variant": library.VARIANTS[library.variant()], "layers": rows}, checks
+
+
+def decode() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Tokens a second at batch 1 of the whole model through transformers: as loaded, and prepared."""
+    rows: dict[str, Any] = {}
+    for name, folder in folders().items():
+        if name == "dense float16":
+            model = sqft.load(folder, dtype="bfloat16")[0]
+            rows["dense bfloat16"] = {"loaded": decode_speed(model)}
+            continue
+        model = sqft.load(folder, dtype="float32" if "INT4" in name else "auto")[0]
+        row = {"loaded": decode_speed(model, 8)} if "INT4" in name else {}
+        rows[name] = row | {"layers": sqft.prepare(model), "prepared": decode_speed(model.float())}
+        print(name, rows[name], flush=True)
+    dense, int4 = rows["dense bfloat16"]["loaded"], rows["dense, INT4"]
+    checks = [
+        check("decode: dense INT4, prepared / as loaded", int4["prepared"] / int4["loaded"], 8.0, at_most=False),
+        check(
+            "decode: sparse float16 at 32:64 / dense bfloat16", rows["32:64, float16"]["prepared"] / dense, 1.5, False
+        ),
+        check(
+            "decode: sparse INT4 at 32:64 / dense INT4", rows["32:64, INT4"]["prepared"] / int4["prepared"], 1.2, False
+        ),
+    ]
+    return rows, checks
+
+
+def markdown() -> str:
+    """The tables of docs/deploy.md."""
+    results = json.loads((RESULTS / "decode.json").read_text())["results"]
+    mega = lambda size: "" if size is None else f"{size / 1e6:.1f}"  # noqa: E731
+    lines = [
+        "| MB | as it is | zstd -19 | compact | compact, zstd -19 | entropy bound | compact / dense float16 |",
+        "|---|" + "---|" * 6,
+    ]
+    for name, row in results["sizes"].items():
+        if isinstance(row, dict) and "of_half" in row:
+            lines.append(f"| {name} | {mega(row['bytes'])} | {mega(row['zstd'])} | {mega(row.get('compact'))} | "
+                         f"{mega(row.get('compact_zstd'))} | {mega(row['bound'])} | {row['of_half']:.2f} |")  # fmt: skip
+    part = results["layers"]
+    names = list(next(iter(part["layers"].values())))
+    lines += [
+        "",
+        f"| microseconds (share of {part['bytes_a_second'] / 1e9:.1f} GB/s) | {' | '.join(names)} |",
+        "|---|" + "---|" * len(names),
+    ]
+    for shape, row in part["layers"].items():
+        lines.append(
+            f"| {shape} | " + " | ".join(f"{row[n]['microseconds']:.0f} ({row[n]['share']:.0%})" for n in names) + " |"
+        )
+    lines += ["", "| tokens a second | as loaded | prepared |", "|---|---|---|"]
+    for name, row in results["decode"].items():
+        if isinstance(row, dict) and ("loaded" in row or "prepared" in row):
+            lines.append(
+                f"| {name} | " + " | ".join(f"{row[k]:.1f}" if k in row else "" for k in ("loaded", "prepared")) + " |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parts: dict[str, Callable[..., Any]] = {"sizes": sizes, "layers": layers, "decode": decode}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=parts)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-zstd", action="store_true", help="leave out what takes most of the time")
+    parser.add_argument("--clean", action="store_true", help="make the models anew")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the last run")
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown())
+        return
+    if arguments.no_zstd:
+        parts["sizes"] = partial(sizes, lambda folder: None)
+    if arguments.clean:
+        shutil.rmtree(OUT, ignore_errors=True)
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    for name in [arguments.only] if arguments.only else parts:
+        results, checks = parts[name]()
+        print(json.dumps(checks, indent=1))
+        update_results("decode", name, results, checks)
+
+
+if __name__ == "__main__":
+    main()
