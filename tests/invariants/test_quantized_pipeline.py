@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,18 @@ def test_a_dense_packed_model_takes_unmasked_quantization_aware_adapters(
     sqft.train(peft_model, TRAIN, examples, tokenizer=tokenizer)
     merged = sqft.merge(peft_model)
     assert len(packed_layers(merged)) == len(describe(merged).names())
+
+
+@pytest.mark.parametrize("kind", ["qa-sparse-peft", "scales"])
+def test_a_dense_packed_folder_too(dense: Path, tokens, examples, tmp_path, kind: str) -> None:
+    """Most people's case: no zeros, plain INT4, and the adapter merged into it."""
+    sqft.quantize(dense, QUANTIZE, tokens, out=tmp_path / "packed")
+    sqft.train(tmp_path / "packed", replace(TRAIN, adapter=kind), examples, out=tmp_path / "adapter")
+    metrics = sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")
+    assert metrics["bits"] == 4 and metrics["max_logit_difference"] < 1e-4
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "merged"))
+    changed = {name.rpartition(".")[2] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"scales" if kind == "scales" else "qweight"}
 
 
 def test_evaluation_holds_packed_weights_unpacked_and_gives_the_same(trained_packed: Path, packed: Path) -> None:

@@ -34,7 +34,7 @@ from sqft.models.types import Tokenizer
 from sqft.models.weights import linear_weights
 from sqft.probe import write_probe
 from sqft.registry import KINDS
-from sqft.sparsity.masks import count_zeros
+from sqft.sparsity.masks import collect_masks, count_zeros
 from sqft.tasks.base import Example
 from sqft.training import whole
 from sqft.training.callbacks import Attention, Finished, Guard, ProgressBar, Stopwatch, last_checkpoint
@@ -46,9 +46,12 @@ from sqft.training.teachers import distillation_of
 SCALES_SLOWER = 0.1  # the learning rate of scales beside the factors': as NNCF's quantization-aware training
 
 
-def adapter_config(config: TrainConfig) -> SqftConfig:
-    """The adapters that a training config asks for; plain LoRA for the kind 'lora'."""
+def adapter_config(config: TrainConfig, base: Any) -> SqftConfig:
+    """The adapters that a training config asks for; plain LoRA for the kind 'lora'. On an INT base without masks those of
+    the quantization-aware kinds change every weight."""
+    dense = KINDS[config.adapter].quantization_aware and not collect_masks(base)
     return SqftConfig(
+        sparse_adapter=not dense,
         r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, task_type="CAUSAL_LM",
         target_modules=list(config.target_modules) or None, kind=config.adapter,
         search_space=config.search_space or None, rank_groups=config.rank_groups or None,
@@ -122,7 +125,7 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
         kind = KINDS[config.adapter]
         check_kind(base, kind, source)
         set_seed(config.seed)
-        model: Any = base if kind.whole else attach(base, adapter_config(config))
+        model: Any = base if kind.whole else attach(base, adapter_config(config, base))
         if config.start_from:
             start_from(model, config.start_from)
         config = whole.precision_of(model, config) if kind.whole else config
