@@ -10,7 +10,7 @@ from pico import pico_model
 from torch import Tensor, nn
 
 import sqft
-from sqft.kernels import dispatch, ops
+from sqft.kernels import compact, dispatch, ops
 from sqft.kernels.packed import Packed, pack_mask, unpack_mask
 from sqft.kernels.reference import Adapter
 from sqft.quantization.grid import Grid, GridSpec
@@ -162,6 +162,19 @@ def check_quant_aware_gradients(run: Any, device: str, dtype: torch.dtype) -> No
         assert torch.equal(w_OI, ops.quant_aware_weight(p.packed, adapter, dtype))
         for ours, expected in zip((da, db, ds), (a, b, *new), strict=False):
             near(ours, expected.grad, dtype)
+
+
+def check_compact_linear(run: Any, device: str, dtype: torch.dtype) -> None:
+    p = Problem(device, dtype)
+    packed = to(pack_mask(p.mask), device)
+    grid = (to(p.grid.scale_OG, device).float(), to(p.grid.zero_OG, device), 32)
+    floats = to(p.w.half(), device)
+    nothing = torch.zeros(0, device=device)
+    for made, *rest, w in ((compact.pack(to(p.q_OI, device), packed, 4), *grid, p.base()),
+                           (compact.pack(floats, packed), nothing, nothing, 0, p.w.half().double())):  # fmt: skip
+        for tokens in (2, T):
+            found = run(p.dx[:tokens], compact.CompactWeight(made, compact.starts(made), *rest))
+            near(found, p.x[:tokens].double() @ w.mT, dtype)
 
 
 CASES = [

@@ -177,28 +177,24 @@ class Packer:
         leaf = self._coded[0].key if self._coded else "weight"
         found = [name.removesuffix(f".{leaf}") for name in source.layout if name.endswith(f".{leaf}")]
         self._candidates = [name for name in found if not self.masks or name in self.masks]
-        self.compacted: list[str] = []
+        self.compacted: dict[str, dict[str, Tensor]] = {}  # what is to be written, by module: smaller than the model
 
     def layout(self) -> dict[str, Tensor]:
         """Names and shapes of what is to be written."""
         planned = dict(self.source.layout)
         for module in self._candidates:
-            own = self._own(module)
-            if (tensors := self.tensors(module, own)) is not None:
-                self.compacted.append(module)
+            if (tensors := self.tensors(module, self._own(module))) is not None:
+                self.compacted[module] = tensors
                 planned = {name: t for name, t in planned.items() if name.rpartition(".")[0] != module}
                 planned |= {f"{module}.{leaf}": t.to("meta") for leaf, t in tensors.items()}
         return planned
 
     def written(self) -> Iterator[tuple[str, Tensor]]:
         """What is to be written, after ``layout``."""
-        mine = set(self.compacted)
         for name in self.source.layout:
-            if name.rpartition(".")[0] not in mine:
+            if name.rpartition(".")[0] not in self.compacted:
                 yield name, self.source.get(name)
-        for module in self.compacted:
-            tensors = self.tensors(module, self._own(module))
-            assert tensors is not None
+        for module, tensors in self.compacted.items():
             for leaf, tensor in tensors.items():
                 yield f"{module}.{leaf}", tensor
 
@@ -218,8 +214,9 @@ class Packer:
         weight = own["weight"]
         if weight.ndim != 2:
             return None
-        bits_OI = weight.contiguous().view(torch.uint8).view(*weight.shape, -1).any(-1)  # -0.0 has one
-        packed = self.masks[module] if module in self.masks else pack_mask(bits_OI)
+        packed = self.masks.get(module)
+        if packed is None:  # -0.0 has a bit
+            packed = pack_mask(weight.contiguous().view(torch.uint8).view(*weight.shape, -1).any(-1))
         made = pack(weight, packed)
         if made.values.nbytes + made.mask_OB.nbytes >= weight.nbytes or not same_bits(unpack(made), weight):
             return None
@@ -267,8 +264,7 @@ def pack_folder(source: SafetensorsReader, out: Path) -> int:
         writer.add(name, tensor)
     writer.close()
     _write_settings(packer.settings(), source.folder, out)
-    mine = set(packer.compacted)
-    if left := {name: mask for name, mask in packer.masks.items() if name not in mine}:
+    if left := {name: mask for name, mask in packer.masks.items() if name not in packer.compacted}:
         save_masks(left, out)
     written = CompactReader(out)
     check_equal(source, written)

@@ -13,7 +13,6 @@ values.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -80,7 +79,7 @@ def pack(w_OI: Tensor, packed_mask_OP: Tensor, bits: int = 0) -> Compact:
     mask_OB = mask_words(packed_mask_OP)
     pieces = []
     for chunk in row_chunks(w_OI.shape[0], w_OI.shape[1], w_OI.device):
-        stored = w_OI[chunk][_bits(mask_OB[chunk]).flatten(1)[:, : w_OI.shape[1]]]
+        stored = w_OI[chunk].masked_select(_bits(mask_OB[chunk])[:, : w_OI.shape[1]])
         pieces.append(_pack_integers(stored, mask_OB[chunk], bits) if bits else stored)
     return Compact(mask_OB, torch.cat(pieces), w_OI.shape[1], bits)
 
@@ -91,15 +90,15 @@ def unpack(compact: Compact, fill: Tensor | None = None) -> Tensor:
     mask_OB, values, inputs, bits = compact
     rows, groups = mask_OB.shape
     dtype = torch.uint8 if bits else values.dtype
-    w_OBC = torch.zeros(rows, groups, WIDTH, dtype=dtype, device=mask_OB.device)
+    w_OI = torch.zeros(rows, groups * WIDTH, dtype=dtype, device=mask_OB.device)
     if fill is not None:
-        w_OBC.copy_(fill)
+        w_OI.view(rows, groups, WIDTH).copy_(fill)
     begin = starts(compact).tolist()
     for chunk in row_chunks(rows, groups * WIDTH, mask_OB.device):
         mine = values[begin[chunk.start] : begin[chunk.stop]]
-        kept = _bits(mask_OB[chunk])
-        w_OBC[chunk][kept] = _unpack_integers(mine, mask_OB[chunk], bits) if bits else mine
-    return w_OBC.view(rows, groups * WIDTH)[:, :inputs]
+        found = _unpack_integers(mine, mask_OB[chunk], bits) if bits else mine
+        w_OI[chunk].masked_scatter_(_bits(mask_OB[chunk]), found)
+    return w_OI[:, :inputs]
 
 
 def dense(weight: CompactWeight, dtype: torch.dtype) -> Tensor:
@@ -123,34 +122,57 @@ def _sizes(counts_OB: Tensor, bits: int) -> Tensor:
 
 
 def _bits(mask_OB: Tensor) -> Tensor:
-    """bool [O, B, 64]."""
-    shifts = torch.arange(WIDTH, device=mask_OB.device)
-    return ((mask_OB[..., None] >> shifts) & 1).bool()
+    """bool [O, 64 B]."""
+    return unpack_mask(mask_OB.view(torch.uint8), WIDTH * mask_OB.shape[1])
 
 
-def _places(mask_OB: Tensor, bits: int) -> tuple[Tensor, Tensor, int]:
-    """Of every stored value its byte, and its first bit in it; and how many bytes all take."""
+def _pack_integers(q_N: Tensor, mask_OB: Tensor, bits: int) -> Tensor:
     counts_N = counts(mask_OB).flatten()
+    if 8 % bits:
+        return _pack_stream(q_N, counts_N, bits)
+    places, size = _padded_places(counts_N, 8 // bits)
+    padded = q_N.new_zeros(size).index_copy_(0, places, q_N).view(-1, 8 // bits)
+    return (padded << _shifts(q_N, bits)).sum(1, dtype=torch.uint8)
+
+
+def _unpack_integers(values: Tensor, mask_OB: Tensor, bits: int) -> Tensor:
+    counts_N = counts(mask_OB).flatten()
+    if 8 % bits:
+        return _unpack_stream(values, counts_N, bits)
+    places, _ = _padded_places(counts_N, 8 // bits)
+    return ((values[:, None] >> _shifts(values, bits)) & (2**bits - 1)).flatten().index_select(0, places)
+
+
+def _shifts(like: Tensor, bits: int) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=like.device)
+
+
+def _padded_places(counts_N: Tensor, multiple: int) -> tuple[Tensor, int]:
+    """Where values go if every group is filled up to a multiple; and how many there are then."""
+    total, pads = int(counts_N.sum()), -counts_N % multiple
+    places = torch.arange(total, device=counts_N.device)
+    return places + (pads.cumsum(0) - pads).repeat_interleave(counts_N), total + int(pads.sum())
+
+
+def _stream_places(counts_N: Tensor, bits: int) -> tuple[Tensor, Tensor, int]:
+    """Of every stored value its byte, and its first bit in it; and how many bytes all take."""
     sizes = _sizes(counts_N, bits)
     begin, before = sizes.cumsum(0) - sizes, counts_N.cumsum(0) - counts_N
-    rank = torch.arange(int(counts_N.sum()), device=mask_OB.device) - before.repeat_interleave(counts_N)
+    rank = torch.arange(int(counts_N.sum()), device=counts_N.device) - before.repeat_interleave(counts_N)
     bit = rank * bits
     return begin.repeat_interleave(counts_N) + bit // 8, bit % 8, int(sizes.sum())
 
 
-def _pack_integers(q_N: Tensor, mask_OB: Tensor, bits: int) -> Tensor:
-    byte, shift, size = _places(mask_OB, bits)
+def _pack_stream(q_N: Tensor, counts_N: Tensor, bits: int) -> Tensor:
+    """Where a value may lie across two bytes."""
+    byte, shift, size = _stream_places(counts_N, bits)
     shifted = q_N.int() << shift
     stream = torch.zeros(size + 1, dtype=torch.int32, device=q_N.device)
-    stream.index_add_(0, byte, (shifted & 255).int())
-    if math.gcd(bits, 8) != bits:  # a value may lie across two bytes
-        stream.index_add_(0, byte + 1, (shifted >> 8).int())
+    stream.index_add_(0, byte, (shifted & 255).int()).index_add_(0, byte + 1, (shifted >> 8).int())
     return stream[:-1].to(torch.uint8)
 
 
-def _unpack_integers(values: Tensor, mask_OB: Tensor, bits: int) -> Tensor:
-    byte, shift, _ = _places(mask_OB, bits)
-    found = values[byte].int()
-    if math.gcd(bits, 8) != bits:
-        found |= torch.cat([values, values.new_zeros(1)])[byte + 1].int() << 8
+def _unpack_stream(values: Tensor, counts_N: Tensor, bits: int) -> Tensor:
+    byte, shift, _ = _stream_places(counts_N, bits)
+    found = values[byte].int() | torch.cat([values, values.new_zeros(1)])[byte + 1].int() << 8
     return ((found >> shift) & (2**bits - 1)).to(torch.uint8)

@@ -47,7 +47,7 @@ SCALES_SLOWER = 0.1  # the learning rate of scales beside the factors': as NNCF'
 
 
 def adapter_config(config: TrainConfig, base: Any) -> SqftConfig:
-    """The adapters that a training config asks for; plain LoRA for the kind 'lora'. On an INT base without masks those of
+    """The adapters that a training config asks for; plain LoRA for 'lora'. On an INT base without masks those of
     the quantization-aware kinds change every weight."""
     dense = KINDS[config.adapter].quantization_aware and not collect_masks(base)
     return SqftConfig(

@@ -81,7 +81,7 @@ def compact_linear(x_TI: Tensor, weight: CompactWeight) -> Tensor:
     Sums are in float32. Of integers the AVX-512 variant rounds x to 16 bits in groups of 64 columns, which errs by at
     most 2^-16 of the group's largest; the others do not.
     """
-    if len(x_TI) > FEW_TOKENS or not takes(weight) or not library():
+    if len(x_TI) > FEW_TOKENS or x_TI.dtype == torch.float64 or not takes(weight) or not library():
         return compact.linear(x_TI, weight)
     return run(x_TI, weight, variant())
 
