@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install peers demo check lint types test bench clean
+.PHONY: install peers demo check lint types test asan bench clean
 
 install: .venv/dev
 
@@ -55,6 +55,10 @@ types: install
 test: lint types peers  ## everything that CI runs
 	$(BIN)/pytest -n 2
 
+asan: install  ## the C++ kernels' tests under the address sanitizer (needs GCC's libasan)
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		SQFT_CPU_OPTIONS="-fsanitize=address -g -O1" $(BIN)/pytest -q tests/oracles/test_compact_linear.py -k "not without_kernels"
+
 bench: install peers  ## hours; resumable in part; writes benchmarks/results and prints the checks
 	$(BIN)/python benchmarks/bench_sparse_peft.py
 	$(BIN)/python benchmarks/bench_sparsify.py
@@ -65,6 +69,7 @@ bench: install peers  ## hours; resumable in part; writes benchmarks/results and
 	$(BIN)/python benchmarks/bench_formats.py
 	$(BIN)/python benchmarks/bench_adapt.py
 	$(BIN)/python benchmarks/bench_adapt.py --test
+	$(BIN)/python benchmarks/bench_serving.py
 	$(BIN)/python benchmarks/checks.py
 
 clean:

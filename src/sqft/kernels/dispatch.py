@@ -74,6 +74,11 @@ def cpu_kernels_wanted() -> bool:
     return os.environ.get("SQFT_CPU_KERNELS", "") != "off"
 
 
+def cpu_kernel_options() -> list[str]:
+    """More options for the C++ compiler: ``SQFT_CPU_OPTIONS``, e.g. ``-fsanitize=address`` (``make asan``)."""
+    return os.environ.get("SQFT_CPU_OPTIONS", "").split()
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept: ``$XDG_CACHE_HOME/sqft`` or ``~/.cache/sqft``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqft"

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sqft.kernels import compact
 from sqft.kernels.compact import WIDTH, CompactWeight
-from sqft.kernels.dispatch import cache_folder, cpu_kernels_wanted
+from sqft.kernels.dispatch import cache_folder, cpu_kernel_options, cpu_kernels_wanted
 
 SOURCE = Path(__file__).with_name("library.cpp")
 VARIANTS = ("portable", "avx2", "avx512")  # as the library counts them
@@ -50,18 +51,25 @@ def build() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler (g++ or clang++) was found")
     sources = b"".join(file.read_bytes() for file in [*sorted(SOURCE.parent.glob("*.h")), SOURCE])
-    name = hashlib.sha256(sources + torch.__version__.encode()).hexdigest()[:16]
+    more = cpu_kernel_options()
+    name = hashlib.sha256(sources + " ".join([torch.__version__, *more]).encode()).hexdigest()[:16]
     library = cache_folder() / f"kernels-{name}.so"
     if library.is_file():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as work:
+    with (
+        tempfile.TemporaryDirectory(dir=library.parent) as work,
+        tqdm(total=2, desc="Compile kernels, once", unit="step", disable=None) as bar,
+    ):
         compiled, linked = Path(work) / "kernels.o", Path(work) / "kernels.so"
-        options = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", *(f"-I{path}" for path in cpp_extension.include_paths())]
+        options = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", *(f"-I{path}" for path in cpp_extension.include_paths()),
+                   *more]  # fmt: skip
         _run([compiler, "-c", *options, str(SOURCE), "-o", str(compiled)])
+        bar.update()
         # Not -fopenmp here: what it needs is torch's own, so that there is one pool of threads.
         paths = [f"-L{path}" for path in cpp_extension.library_paths()]
-        _run([compiler, "-shared", str(compiled), *paths, "-lc10", "-ltorch_cpu", "-o", str(linked)])
+        _run([compiler, "-shared", str(compiled), *paths, "-lc10", "-ltorch_cpu", *more, "-o", str(linked)])
+        bar.update()
         os.replace(linked, library)
     return library
 
