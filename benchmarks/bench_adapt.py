@@ -144,7 +144,7 @@ def markdown() -> str:
         for name, row in found["rows"].items():
             low, high = row["interval"]
             pruned = row.get("sparsity", 0) > 0.2
-            sparsity, kept = (f"{row[key]:.1%}" if pruned else "" for key in ("sparsity", "zeros_kept"))
+            sparsity, kept = (f"{row[key]:.1%}" if pruned and key in row else "" for key in ("sparsity", "zeros_kept"))
             lines.append(f"| {name} | {row['accuracy']:.1%} ({low:.1%} to {high:.1%}) | {sparsity} | {kept} |")
         lines += ["", "| paired difference | points (95 % interval) |", "|---|---|"]
         lines += [f"| {name} | {100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) |"
