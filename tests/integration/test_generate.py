@@ -49,6 +49,14 @@ def test_it_stops_at_the_end_of_text(packed: Path, monkeypatch: pytest.MonkeyPat
     assert sqft.generate(packed.with_name("stops"), "two", GenerateConfig(max_new_tokens=12))["tokens"] == 1
 
 
+def test_an_adapter_answers_with_its_base(packed: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "two and two are four"}) + "\n")
+    config = sqft.TrainConfig(adapter="qa-sparse-peft", data=str(text), r=2, max_steps=2, batch_size=1)
+    sqft.train(packed, config, out=tmp_path / "adapter")
+    assert sqft.generate(tmp_path / "adapter", "two and", GenerateConfig(max_new_tokens=3))["tokens"] == 3
+
+
 def test_sampling_takes_what_makes_up_top_p() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9, -1.0])
     assert pick(logits, GenerateConfig()) == 1

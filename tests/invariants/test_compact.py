@@ -117,6 +117,17 @@ def test_merging_writes_the_compact_form(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "compact").iterdir() if file.name.startswith(".")] == []
 
 
+def test_a_dense_model_is_not_merged_into_the_compact_form(tmp_path: Path) -> None:
+    sqft.save(pico_model(), pico_tokenizer(), tmp_path / "base")
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "two and two are four"}) + "\n")
+    config = sqft.TrainConfig(adapter="lora", data=str(text), r=2, max_steps=2, batch_size=1)
+    sqft.train(tmp_path / "base", config, out=tmp_path / "a")
+    with pytest.raises(SqftError, match="^the model has no weight that is sparse enough"):
+        sqft.merge(tmp_path / "a", sqft.MergeConfig(compact=True), out=tmp_path / "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base", "text.jsonl"]
+
+
 def test_what_is_wrong_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = folder_of("gptq, 4", tmp_path / "base")
     packed, out = tmp_path / "packed", tmp_path / "out"

@@ -259,7 +259,7 @@ def pack_folder(source: SafetensorsReader, out: Path) -> int:
     packer = Packer(source)
     writer = ModelWriter(packer.layout(), out, MAX_SHARD_BYTES)
     if not packer.compacted:
-        raise SqftError(f"{source.folder} has no weight that is sparse enough to be smaller in compact form")
+        raise SqftError("the model has no weight that is sparse enough to be smaller in compact form: keep it as it is")
     for name, tensor in packer.written():
         writer.add(name, tensor)
     writer.close()

@@ -40,8 +40,10 @@ class Decoder:
 
     @staticmethod
     def takes(model: Any) -> bool:
-        config = getattr(model, "config", None)
-        if getattr(config, "model_type", "") not in TYPES or getattr(config, "hidden_act", "silu") != "silu":
+        config = model.config
+        if not isinstance(model.get_output_embeddings(), CompactLinear):  # not prepared, or a base with adapters
+            return False
+        if config.model_type not in TYPES or getattr(config, "hidden_act", "silu") != "silu":
             return False
         if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
             return False
@@ -50,7 +52,7 @@ class Decoder:
         if "dynamic" in (kind := model.model.rotary_emb.rope_type) or kind == "longrope":  # frequencies by length
             return False
         layers = [block.get_submodule(name) for block in model.model.layers for name in WEIGHTS]
-        return all(isinstance(layer, CompactLinear) for layer in [*layers, model.lm_head])
+        return all(isinstance(layer, CompactLinear) for layer in layers)
 
     def _add(self, layer: CompactLinear) -> None:
         bias = torch.zeros(0) if layer.bias is None else layer.bias
