@@ -34,15 +34,18 @@ def cases(groups: list[int]) -> dict[str, dict[str, Any]]:
     repaired = {"repair": "layer"}
     found: dict[str, dict[str, Any]] = {
         BEFORE: {},
+        f"{BEFORE}, symmetric": {"symmetric": True},
+        f"{BEFORE}, symmetric, scales of 8 bits": {"symmetric": True, "scale_bits": 8},
+        f"{BEFORE}, zero points 1 to 15": {"min_zero": 1},
+        f"{BEFORE}, zero points 1 to 15, scales of 7 bits": {"min_zero": 1, "scale_bits": 7},
+        f"{BEFORE}, scales of 8 bits": {"scale_bits": 8},
+        "gptq, mse, repair": repaired,
+        "gptq, mse, symmetric, scales of 8 bits, repair": {"symmetric": True, "scale_bits": 8, **repaired},
         "gptq, hessian": {"clip": "hessian"},
         "gptaq, mse": {"method": "gptaq"},
-        "gptq, mse, repair": repaired,
         "gptq, hessian, repair": {"clip": "hessian", **repaired},
         "gptaq, hessian": {"method": "gptaq", "clip": "hessian"},
         "gptaq, hessian, repair": {"method": "gptaq", "clip": "hessian", **repaired},
-        f"{BEFORE}, symmetric": {"symmetric": True},
-        f"{BEFORE}, zero points 1 to 15": {"min_zero": 1},
-        **{f"{BEFORE}, scales of {bits} bits": {"scale_bits": bits} for bits in (7, 8)},
     }
     for size in groups[1:]:
         found[f"{BEFORE}, {'whole rows' if size == -1 else f'groups of {size}'}"] = {"group_size": size}
@@ -80,7 +83,8 @@ def checks_of(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     for source, title in SOURCES.items():
         ratios = {name: mean_ratio(row["perplexity"], rows[source][BEFORE]["perplexity"])
                   for name, row in rows[source].items() if BEFORE in rows[source]}  # fmt: skip
-        same = {name: ratio for name, ratio in ratios.items() if not name.startswith(f"{BEFORE}, ") or "repair" in name}
+        same = {name: ratio for name, ratio in ratios.items()
+                if not any(word in name for word in ("symmetric", "zero points", "scales", "groups", "rows"))}  # fmt: skip
         if len(same) > 1:
             best = min(same, key=same.__getitem__)
             found.append(check(f"{title}: best ({best}) / {BEFORE}, mean of texts", same[best], 0.97))
