@@ -25,7 +25,7 @@ install: .venv/dev
 
 # GPTQModel and llm-compressor want other versions than sqft, and than each other: an environment for each, which the
 # interoperability tests and a benchmark start as processes.
-peers: .venv-gptqmodel/done .venv-llmcompressor/done
+peers: .venv-gptqmodel/done .venv-llmcompressor/done .venv-runtimes/done
 
 .venv-gptqmodel/done: tests/peers/gptqmodel.txt
 	$(PYTHON) -m venv .venv-gptqmodel
@@ -36,6 +36,12 @@ peers: .venv-gptqmodel/done .venv-llmcompressor/done
 .venv-llmcompressor/done: tests/peers/llmcompressor.txt
 	$(PYTHON) -m venv .venv-llmcompressor
 	.venv-llmcompressor/bin/pip install --quiet -r $<
+	touch $@
+
+.venv-runtimes/done: tests/peers/runtimes.txt .venv/base
+	$(PYTHON) -m venv .venv-runtimes
+	.venv-runtimes/bin/pip install --quiet -c .venv/constraints.txt -e '.[gguf]'
+	.venv-runtimes/bin/pip install --quiet -c .venv/constraints.txt -r $<
 	touch $@
 
 demo: .venv/base  ## SmolLM2-135M: prune, adapt, merge, compare

@@ -12,8 +12,9 @@ __version__ = "0.1.0"
 _WHERE = {
     "SqftConfig": "sqft.adapters.config", "attach": "sqft.adapters.peft_bridge", "compare": "sqft.comparison",
     "compress": "sqft.compressing.stage", "Distill": "sqft.training.distill", "Elastic": "sqft.elastic.handle",
-    "generate": "sqft.serving.generate", "GenerateConfig": "sqft.config", "get_ranks": "sqft.elastic.handle",
-    "prepare": "sqft.serving.prepare", "set_ranks": "sqft.elastic.handle", "RankScheduler": "sqft.elastic.scheduler",
+    "generate": "sqft.serving.generate", "GenerateConfig": "sqft.deployment", "get_ranks": "sqft.elastic.handle",
+    "prepare": "sqft.serving.prepare", "serve": "sqft.serving.serve",
+    "ServeConfig": "sqft.deployment", "set_ranks": "sqft.elastic.handle", "RankScheduler": "sqft.elastic.scheduler",
     "SqftError": "sqft.errors", "UsageError": "sqft.errors", "VerificationError": "sqft.errors", "load": "sqft.folders",
     "save": "sqft.folders", "run": "sqft.recipe", "report": "sqft.reporting.page", "Example": "sqft.tasks.base",
 }  # fmt: skip

@@ -6,17 +6,17 @@ from sqft.compressing.stage import compress as compress
 from sqft.compressing.stage import quantize as quantize
 from sqft.compressing.stage import sparsify as sparsify
 from sqft.config import EvaluateConfig as EvaluateConfig
-from sqft.config import ExportConfig as ExportConfig
 from sqft.config import ExtractConfig as ExtractConfig
-from sqft.config import GenerateConfig as GenerateConfig
-from sqft.config import MeasureConfig as MeasureConfig
 from sqft.config import MergeConfig as MergeConfig
-from sqft.config import PackConfig as PackConfig
 from sqft.config import QuantizeConfig as QuantizeConfig
 from sqft.config import SearchConfig as SearchConfig
 from sqft.config import SparsifyConfig as SparsifyConfig
 from sqft.config import TrainConfig as TrainConfig
-from sqft.config import UnpackConfig as UnpackConfig
+from sqft.deployment import ExportConfig as ExportConfig
+from sqft.deployment import GenerateConfig as GenerateConfig
+from sqft.deployment import MeasureConfig as MeasureConfig
+from sqft.deployment import PackConfig as PackConfig
+from sqft.deployment import UnpackConfig as UnpackConfig
 from sqft.elastic.handle import Elastic as Elastic
 from sqft.elastic.handle import get_ranks as get_ranks
 from sqft.elastic.handle import set_ranks as set_ranks
@@ -44,3 +44,5 @@ from sqft.training.loop import train as train
 
 __version__: str
 __all__: list[str]
+from sqft.deployment import ServeConfig as ServeConfig
+from sqft.serving.serve import serve as serve

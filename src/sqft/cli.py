@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
 import json
-import logging
 import os
 import sys
 import traceback
@@ -18,8 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import sqft
-from sqft.config import DATA_DIR, TASK, GenerateConfig, QuantizeConfig
-from sqft.errors import SqftError, UsageError, did_you_mean
+from sqft.config import DATA_DIR, TASK, QuantizeConfig
+from sqft.console import Patient, describe, note, quiet
+from sqft.deployment import GenerateConfig, ServeConfig
+from sqft.errors import UsageError, did_you_mean
 from sqft.flags import add_flags, read_flags
 from sqft.options import RenamedOption
 from sqft.registry import KINDS
@@ -112,6 +111,10 @@ def _add_tools(add: Add) -> None:
     sub.add_argument("source", metavar="MODEL", help="folder of any stage, .gguf file or hub name")
     sub.add_argument("prompt", metavar="PROMPT", help="what to answer, or continue with --plain; -: standard input")
     add_flags(sub, GenerateConfig)
+
+    sub = add("serve", _serve, "answer requests of the OpenAI client, by transformers' server and the fastest kernels")
+    sub.add_argument("source", metavar="MODEL", help="folder of any stage, .gguf file or hub name")
+    add_flags(sub, ServeConfig)
 
     sub = add("report", _report, "write an HTML page and Markdown of folders of runs: charts, tables, samples")
     sub.add_argument("folders", metavar="FOLDER", nargs="+", help="output of 'sqft run' or 'sqft compare', or any")
@@ -247,6 +250,13 @@ def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
+def _serve(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sqft.serving.serve import serve
+
+    serve(arguments.source, read_flags(arguments, ServeConfig), say=_say)
+    return {}
+
+
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     from sqft.reporting.page import report
 
@@ -279,64 +289,10 @@ def _show(command: str, result: Any) -> None:
         print(f"{name.replace('_', ' '):24} {text}")
 
 
-def _quiet(verbose: bool, command: str) -> None:
-    """Without -v: only our own progress and errors. Loggers and warnings of the libraries stay silent."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
-    if verbose:
-        return
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("always", category=RenamedOption)
-    if command == "ls":
-        return
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _describe(error: BaseException) -> str:
-    """One clear message for any error."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted: earlier results are as they were; the same command goes on (training from a checkpoint)"
-    if isinstance(error, SqftError):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full ({error}): free some space; nothing was changed"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "out of memory: use a smaller --batch-size, or a smaller model"
-    return f"{type(error).__name__}: {error} (unexpected; -v shows where)"
-
-
-class _Patient:
-    """Standard error that goes on when its reader has gone: progress that nobody reads must not stop the work."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(BrokenPipeError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _note(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-    """How a warning is printed: an option's old name as a note, others as Python does."""
-    note = issubclass(category, RenamedOption)
-    text = f"note: {message}\n" if note else warnings.formatwarning(message, category, filename, lineno)
-    sys.stderr.write(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    before, sys.stderr, warnings.showwarning = (sys.stderr, warnings.showwarning), _Patient(sys.stderr), _note
+    before, sys.stderr, warnings.showwarning = (sys.stderr, warnings.showwarning), Patient(sys.stderr), note
     try:
         return _main(given)
     finally:
@@ -361,13 +317,13 @@ def _main(given: list[str]) -> int:
         verbose = parsed.verbose
         if unknown:
             raise UsageError(_unknown(parser, parsed.command, unknown[0]))
-        _quiet(verbose, parsed.command)
+        quiet(verbose, parsed.command)
         _print(parsed, parsed.function(parsed))
         return 0
     except (Exception, KeyboardInterrupt) as error:
         if verbose:
             traceback.print_exc()
-        print(f"sqft: {_describe(error)}", file=sys.stderr)
+        print(f"sqft: {describe(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
-from sqft.config import CompareConfig, MeasureConfig, MergeConfig, SearchConfig, SparsifyConfig, for_kind
+from sqft.config import CompareConfig, MergeConfig, SearchConfig, SparsifyConfig, for_kind
+from sqft.deployment import MeasureConfig
 from sqft.errors import UsageError, did_you_mean
 from sqft.evaluation.intervals import paired
 from sqft.options import from_dict, to_dict

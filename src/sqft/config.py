@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from sqft.errors import UsageError
 from sqft.options import check_positive, option, parse_pattern, parse_size
-from sqft.registry import EXPORTERS, FORMATS, KINDS, QUANTIZERS, SPARSIFIERS, OneOf
+from sqft.registry import FORMATS, KINDS, QUANTIZERS, SPARSIFIERS, OneOf
 
 TASK = "a built-in task (gsm8k, say), several (piqa+boolq), or a task's YAML file"
 DATA_DIR = "folder with the tasks' data; default: from the hub"
@@ -73,26 +73,29 @@ class QuantizeConfig(Compressing):
     method: str = option("gptq", "how to round (rtn: to nearest; gptaq: towards the un-quantized model's outputs)",
                          QUANTIZERS)  # fmt: skip
     bits: int = option(4, "bits a weight: 2, 3, 4 or 8")
-    group_size: int = option(64, "neighbours that share a scale: 32, 64, 128, or -1 for a whole row")
+    group_size: int | None = option(None, "neighbours that share a scale: 32, 64, 128, or -1 for a whole row; default: "
+                                    "the largest of 128, 64, 32 that divides every width")  # fmt: skip
     symmetric: bool = option(False, "zero points in the middle, instead of where minimum and maximum put them")
     clip: str = option("mse", "clip the largest weights where that gives the least error (mse: of weights, hessian: of "
                        "outputs), or never", ("none", "mse", "hessian"))  # fmt: skip
-    scale_bits: int | None = option(None, "round scales to N significant bits (7: exact in GGUF's Q4_1)")
-    min_zero: int = option(0, "smallest zero point: 0, or 1 for kernels that store zero - 1")
+    scale_bits: int = option(7, "round scales to N significant bits: 7 are exact in every export, 11 are float16's")
+    min_zero: int = option(1, "smallest zero point of asymmetric grids: 1 for kernels that store zero - 1, or 0")
     act_order: bool = option(True, "quantize the most active inputs first (groups stay contiguous)")
     true_sequential: bool = option(True, "quantize o after q,k,v with the inputs that these then give, and so on")
     keep_fractions: bool = option(False, "write what rounding took away of each weight (a byte) beside the masks; "
                                   "training of qa-sparse-peft then starts from it")  # fmt: skip
     exclude: list[str] = option(help="module patterns that stay float, e.g. 'model.layers.0.*'", factory=list)
-    format: str = option("auto", "of the checkpoint; auto: gptq (v1 if symmetric, else v2)",
+    embeddings: str = option("auto", "what embeddings and head are stored in; auto: half precision (float32 is rounded "
+                             "to float16)", ("auto", "keep", "float16", "bfloat16"))  # fmt: skip
+    format: str = option("auto", "of the checkpoint; auto: gptq (v1) if symmetric, else compressed-tensors",
                          OneOf(("auto", "gptq_v2"), FORMATS))  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8):
             raise UsageError(f"bits is {self.bits}: choose 2, 3, 4 or 8")
-        if self.group_size not in (32, 64, 128, -1):
+        if self.group_size not in (None, 32, 64, 128, -1):
             raise UsageError(f"group_size is {self.group_size}: choose 32, 64, 128, or -1 for a whole row")
-        if self.scale_bits is not None and not 1 <= self.scale_bits <= 11:
+        if not 1 <= self.scale_bits <= 11:
             raise UsageError(f"scale_bits is {self.scale_bits}: a float16 scale has 1 to 11 significant bits")
         if self.min_zero not in (0, 1):
             raise UsageError(f"min_zero is {self.min_zero}: choose 0 or 1")
@@ -320,52 +323,6 @@ class EvaluateConfig(OnDevice):
             raise UsageError("engine lm-eval scores tasks: give one (e.g. arithmetic), or leave engine out")
         if self.fewshot and self.engine != "lm-eval":
             raise UsageError("few-shot examples are lm-eval's: add engine lm-eval (--engine lm-eval)")
-
-
-@dataclass(frozen=True)
-class MeasureConfig(OnDevice):
-    """Measure what would be served: bytes on disk and decode speed."""
-
-    tokens: int = option(32, "tokens to generate")
-    rounds: int = option(3, "times to do so; the median counts")
-
-    def __post_init__(self) -> None:
-        check_positive(self, "tokens", "rounds")
-
-
-@dataclass(frozen=True)
-class GenerateConfig(OnDevice):
-    """Let a model answer a prompt."""
-
-    max_new_tokens: int = option(256, "stop after N tokens")
-    temperature: float = option(0.0, "of sampling; 0: always the most probable token")
-    top_p: float = option(1.0, "sample from the most probable tokens that together have this probability")
-    seed: int = option(0, "of sampling")
-    plain: bool = option(False, "take the prompt as it is, without the model's chat template")
-    exact: bool = option(False, "multiply as evaluation does, instead of by the fastest kernels that are here")
-    dtype: str = option("auto", "of what is not packed", ("auto", "float32", "bfloat16", "float16"))
-
-    def __post_init__(self) -> None:
-        check_positive(self, "max_new_tokens", "top_p")
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature is {self.temperature}: it has to be 0 or more")
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Write a model as another tool wants it."""
-
-    to: str = option("huggingface", "for which tool", EXPORTERS)
-
-
-@dataclass(frozen=True)
-class PackConfig:
-    """Write a sparse model in compact form."""
-
-
-@dataclass(frozen=True)
-class UnpackConfig:
-    """Write a compact model as it was."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,11 @@ FAMILIES = Registry("model family", "sqft.families", {  # by config.model_type
 FORMATS = Registry("checkpoint format", "sqft.formats", {  # by quantization_config's quant_method
     "gptq": "sqft.formats.gptq:GPTQ", "compressed-tensors": "sqft.formats.compressed_tensors:COMPRESSED_TENSORS",
 })  # fmt: skip
-EXPORTERS = Registry("exporter", "sqft.exporters", {"huggingface": "sqft.exporters.huggingface:HuggingFace"})
+EXPORTERS = Registry("exporter", "sqft.exporters", {
+    "transformers": "sqft.exporters.transformers:Transformers", "vllm": "sqft.exporters.servers:Vllm",
+    "awq": "sqft.exporters.servers:Awq", "mlx": "sqft.exporters.servers:Mlx", "gguf": "sqft.exporters.gguf:Gguf",
+    "openvino": "sqft.exporters.openvino:OpenVino", "onnx": "sqft.exporters.onnx:Onnx",
+})  # fmt: skip
 KINDS = Registry("adapter", "sqft.adapter_kinds", {
     "sparse-peft": "sqft.adapters.kinds:SPARSE_PEFT", "qa-sparse-peft": "sqft.adapters.kinds:QA_SPARSE_PEFT",
     "lora": "sqft.adapters.kinds:LORA", "sqft": "sqft.adapters.kinds:SQFT", "scales": "sqft.adapters.kinds:SCALES",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqft import config
+from sqft import config, deployment
 from sqft.errors import UsageError, did_you_mean
 
 
@@ -70,15 +70,15 @@ ROWS = (
           "score a model: exact match of a task, perplexity of a text", "numbers",
           "folder of any stage, .gguf file or hub name", writes="also write scores and predictions to this folder",
           estimate="sqft.planning.estimate:evaluate", of_run=False),
-    Stage("measure", config.MeasureConfig, "sqft.measuring.stage:measure",
+    Stage("measure", deployment.MeasureConfig, "sqft.measuring.stage:measure",
           "bytes on disk and decode speed of what would be served", "numbers",
           "folder of any stage, or an adapter, which is served with its base", of_run=False),
-    Stage("export", config.ExportConfig, "sqft.exporters.stage:export",
+    Stage("export", deployment.ExportConfig, "sqft.exporters.stage:export",
           "write a model as another tool wants it, verified", "model", "folder of a model", of_run=False),
-    Stage("pack", config.PackConfig, "sqft.exporters.compacting:pack",
+    Stage("pack", deployment.PackConfig, "sqft.exporters.compacting:pack",
           "write a sparse model in compact form: a bit a weight, and the weights that are not pruned", "model",
           "folder of a sparse model", of_run=False),
-    Stage("unpack", config.UnpackConfig, "sqft.exporters.compacting:unpack",
+    Stage("unpack", deployment.UnpackConfig, "sqft.exporters.compacting:unpack",
           "write a compact model as it was, bit for bit", "model", "folder that 'sqft pack' wrote", of_run=False),
 )  # fmt: skip
 STAGES = {row.name: row for row in ROWS}

@@ -23,7 +23,7 @@ def packed(sparse: Path, tmp_path_factory) -> Path:
     import sqft
 
     out = tmp_path_factory.mktemp("packed") / "model"
-    sqft.quantize(sparse, sqft.QuantizeConfig(method="rtn", group_size=32), out=out)
+    sqft.quantize(sparse, sqft.QuantizeConfig(method="rtn", group_size=32, format="gptq_v2"), out=out)
     return out
 
 

@@ -12,7 +12,7 @@ from pico import pico_model, pico_tokenizer
 
 import sqft
 from sqft.cli import main
-from sqft.config import GenerateConfig
+from sqft.deployment import GenerateConfig
 from sqft.kernels.cpu.library import library
 from sqft.serving.generate import pick
 
@@ -41,7 +41,7 @@ def test_fast_exact_and_compact_answers_are_the_same(packed: Path) -> None:
 
 def test_it_stops_at_the_end_of_text(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = sqft.generate(packed, "two and two", GenerateConfig(max_new_tokens=12))
-    monkeypatch.setattr("sqft.serving.generate.pick", lambda logits, config: 256)
+    monkeypatch.setattr("sqft.serving.generate.pick", lambda logits, temperature, top_p: 256)
     assert sqft.generate(packed, "two and two", GenerateConfig(max_new_tokens=12))["tokens"] == 12 == long["tokens"]
     model, tokenizer = sqft.load(packed)
     model.generation_config.eos_token_id = 256
@@ -59,11 +59,12 @@ def test_an_adapter_answers_with_its_base(packed: Path, tmp_path: Path) -> None:
 
 def test_sampling_takes_what_makes_up_top_p() -> None:
     logits = torch.tensor([0.0, 3.0, 2.9, -1.0])
-    assert pick(logits, GenerateConfig()) == 1
+    assert pick(logits, 0.0) == 1
     torch.manual_seed(0)
-    assert {pick(logits, GenerateConfig(temperature=1.0, top_p=0.6)) for _ in range(60)} == {1, 2}
-    assert {pick(logits, GenerateConfig(temperature=1.0, top_p=0.1)) for _ in range(20)} == {1}
-    assert len({pick(logits, GenerateConfig(temperature=50.0)) for _ in range(200)}) == 4
+    assert {pick(logits, 1.0, 0.6) for _ in range(60)} == {1, 2}
+    assert {pick(logits, 1.0, 0.1) for _ in range(20)} == {1}
+    assert {pick(logits, 50.0, 1.0, 2) for _ in range(60)} == {1, 2}
+    assert len({pick(logits, 50.0) for _ in range(200)}) == 4
 
 
 def test_the_command_line(packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from sqft.sparsity.masks import mask_of
 from sqft.training.data import TrainingData
 from sqft.training.loop import make_trainer
 
-QUANTIZE = sqft.QuantizeConfig(group_size=32, keep_fractions=True)
+QUANTIZE = sqft.QuantizeConfig(group_size=32, keep_fractions=True, format="gptq_v2")
 TRAIN = sqft.TrainConfig(adapter="qa-sparse-peft", max_steps=4, batch_size=4, r=4, lora_alpha=8, learning_rate=0.02)
 FILE = Path("fractions/fractions.safetensors")
 

@@ -19,7 +19,7 @@ from sqft.formats.checkpoint import packed_layers
 from sqft.models.discover import describe
 from sqft.sparsity.masks import attach_masks, collect_masks, load_masks, mask_of
 
-QUANTIZE = sqft.QuantizeConfig(group_size=32)
+QUANTIZE = sqft.QuantizeConfig(group_size=32, format="gptq_v2")
 TRAIN = sqft.TrainConfig(adapter="qa-sparse-peft", max_steps=4, batch_size=4, r=4, lora_alpha=8, learning_rate=0.02)
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 import sqft
 from sqft import artifact
 from sqft.cli import main
-from sqft.config import ExportConfig
+from sqft.deployment import ExportConfig
 from sqft.errors import SqftError, UsageError, VerificationError
-from sqft.exporters.huggingface import HuggingFace
 from sqft.exporters.stage import export
+from sqft.exporters.transformers import Transformers
 from sqft.models.reader import SafetensorsReader
 from sqft.options import from_dict
 
@@ -61,8 +61,8 @@ def test_export_of_shards_is_one_file(tmp_path: Path) -> None:
 
 def test_what_cannot_be_exported_is_refused(stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="unknown exporter 'hugingface': did you mean 'huggingface'"):
-        from_dict(ExportConfig, {"to": "hugingface"})
+    with pytest.raises(UsageError, match="unknown exporter 'transfomers': did you mean 'transformers'"):
+        from_dict(ExportConfig, {"to": "transfomers"})
     with pytest.raises(UsageError, match="already holds something"):
         export(stage, out=stage)
     with pytest.raises(SqftError, match="is not a folder"):
@@ -72,11 +72,11 @@ def test_what_cannot_be_exported_is_refused(stage: Path, tmp_path: Path, monkeyp
     with pytest.raises(SqftError, match="merge it first"):
         export(tmp_path / "adapter", out=out)
 
-    def wrong(self: HuggingFace, reader: SafetensorsReader, out: Path) -> None:
+    def wrong(self: Transformers, reader: SafetensorsReader, out: Path) -> None:
         tensors = {name: torch.zeros_like(reader.get(name)) for name in reader.layout}
         sqft.models.tensors.save_tensors(tensors, out / "model.safetensors")
 
-    monkeypatch.setattr(HuggingFace, "write", wrong)
+    monkeypatch.setattr(Transformers, "write", wrong)
     with pytest.raises(VerificationError, match="was not written bit for bit"):
         export(stage, out=out)
     assert not out.exists()

@@ -11,8 +11,9 @@ SOURCE = Path(__file__).parents[2] / "src" / "sqft"
 FILES = {path: path.relative_to(SOURCE.parent).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
          for path in SOURCE.rglob("*.py")}  # fmt: skip
 CODE = (".py", ".pyi", ".cpp", ".h", ".yaml", ".html", ".css")
-# Of code in src/sqft: 12,681 after the second plan, 14,700 with what makes adapted models better, and what serves them.
-LINES = 16_800
+# Of code in src/sqft: 12,681 after the second plan, 14,700 with what makes adapted models better, 16,800 with what serves them,
+# and eight exporters.
+LINES = 18_000
 
 
 def count(folder: Path) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.dispatch import pick_device
 from sqft.models.discover import Architecture, Block, match_modules
+from sqft.models.embeddings import half_dtype
 from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight
 from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
@@ -69,6 +71,10 @@ class Pass(ABC):
     @abstractmethod
     def finish(self, block: Block) -> None:
         """Is called with each block when the walk needs it no more."""
+
+    def half(self, model: nn.Module) -> torch.dtype | None:
+        """What embeddings and head are rounded to when all is done; None: they stay as they are."""
+        return None
 
     @abstractmethod
     def metrics(self, model: nn.Module) -> dict[str, Any]:
@@ -205,13 +211,16 @@ class Quantize(Pass):
         self.sequential, self.format = config.true_sequential or self.paired, config.format
         if config.clip == "hessian" and self.method.needs is None:
             raise UsageError(f"clip hessian does not go with method {config.method}, which knows no inputs: use mse")
-        self._spec = GridSpec(config.bits, config.group_size, config.symmetric, config.clip, config.scale_bits,
-                              config.min_zero)  # fmt: skip
+        self._spec = GridSpec(config.bits, -1, config.symmetric, config.clip, config.scale_bits, config.min_zero)
         self._packed: dict[str, QuantLinear] = {}
         self._counts, self._bits = ZeroCounts(), 0
 
     def plan(self, architecture: Architecture) -> None:
         self._chosen = self.layers = quantized_layers(architecture, self.config)
+        self._spec = replace(self._spec, group_size=next(iter(self.layers.values())).stored_group_size)
+
+    def half(self, model: nn.Module) -> torch.dtype | None:
+        return half_dtype(model, self.config.embeddings)
 
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
         for weights, value, products in self._groups(block, statistics):
@@ -267,13 +276,14 @@ def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict
                              "exclude the module")  # fmt: skip
     fitting = [s for s in GROUP_SIZES if s == -1 or all(w.shape[1] % s == 0 for w in chosen.values())]
     layers = {}
+    size = config.group_size or next(s for s in (128, 64, 32, -1) if s in fitting)
     for name, weight in chosen.items():
         outputs, inputs = weight.shape
-        if config.group_size != -1 and inputs % config.group_size:
+        if size != -1 and inputs % size:
             sizes = ", ".join(map(str, fitting))
-            raise UsageError(f"group size {config.group_size} does not divide the {inputs} inputs of "
+            raise UsageError(f"group size {size} does not divide the {inputs} inputs of "
                              f"{name}: these fit the whole model: {sizes}; or exclude the module")  # fmt: skip
-        layers[name] = QuantLinear(inputs, outputs, config.bits, config.group_size, bias=weight.bias is not None,
+        layers[name] = QuantLinear(inputs, outputs, config.bits, size, bias=weight.bias is not None,
                                    device="meta", dtype=weight.dtype)  # fmt: skip
         layers[name].symmetric = config.symmetric
     return layers

@@ -24,6 +24,7 @@ from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantiza
 from sqft.formats.fractions import save_fractions, stored_fractions
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Block, describe
+from sqft.models.embeddings import embeddings, exact_dtypes, round_embeddings
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
 from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
@@ -82,6 +83,8 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
                 pass
             if last.layers:
                 mark_packed(model, last.format)
+            if (half := last.half(model)) is not None:
+                round_embeddings(model, half)
             result.metrics.update(last.metrics(model))
         return result.metrics
     if out is None:
@@ -119,7 +122,10 @@ def _write(blocks: Iterable[Block], model: Any, last: Pass, tokenizer: Tokenizer
     """Writes a model as its blocks are finished, and drops them."""
     masks: dict[str, Tensor] = {}
     fractions: dict[str, Tensor] = {}
-    writer = ModelWriter(plan_tensors(model, last.layers, last.format), folder, MAX_SHARD_BYTES)
+    half = last.half(model)
+    dtypes = exact_dtypes(model) if last.layers else {}
+    dtypes |= {} if half is None else {name: half for name, _ in embeddings(model)}
+    writer = ModelWriter(plan_tensors(model, last.layers, last.format, dtypes), folder, MAX_SHARD_BYTES)
     for block in blocks:
         for name, tensor in encoded(block.module, last.format, block.name + "."):
             writer.add(name, tensor)
@@ -131,7 +137,7 @@ def _write(blocks: Iterable[Block], model: Any, last: Pass, tokenizer: Tokenizer
         write_quantize_config(model.config.quantization_config, folder)
     for name, tensor in model.state_dict().items():  # what is not in the blocks
         if tensor.device.type != "meta":
-            writer.add(name, tensor)
+            writer.add(name, tensor.to(dtypes.get(name, tensor.dtype)))
     writer.close()
     save_settings(model, tokenizer, folder)
     if masks:

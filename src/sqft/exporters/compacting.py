@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft import artifact
-from sqft.config import PackConfig, UnpackConfig
+from sqft.deployment import PackConfig, UnpackConfig
 from sqft.errors import UsageError
 from sqft.formats.compact import CompactReader, is_compact, pack_folder, unpack_folder
 from sqft.models.reader import SafetensorsReader

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from sqft import artifact
-from sqft.config import ExportConfig
+from sqft.deployment import ExportConfig
 from sqft.errors import SqftError
 from sqft.formats.compact import is_compact
 from sqft.models.reader import Reader, SafetensorsReader
@@ -16,8 +17,9 @@ from sqft.registry import EXPORTERS
 class Exporter(Protocol):
     """One target. Registered (``registry.EXPORTERS``) by its name; it is made without arguments."""
 
-    def check(self, reader: Reader) -> None:
-        """Raises SqftError, before any work, for a model that the target cannot hold."""
+    def check(self, reader: Reader) -> Sequence[str]:
+        """What will be lost, a sentence each, which needs ``allow_lossy``. Raises SqftError, before any work, for a
+        model that the target cannot hold."""
         ...
 
     def write(self, reader: Reader, out: Path) -> None:
@@ -48,7 +50,12 @@ def export(folder: str | Path, config: ExportConfig | None = None, *, out: str |
         if artifact.is_stage(folder):
             artifact.check_files(folder)
         reader = SafetensorsReader(folder)
-        target.check(reader)
+        lost = target.check(reader)
+        if lost and not config.allow_lossy:
+            raise SqftError(
+                f"an export to {config.to} would not be exact: {'; '.join(lost)}. Accept that by --allow-lossy"
+            )
+        made.metrics["exact"] = not lost
         target.write(reader, made.folder)
         made.metrics.update(target.verify(reader, made.folder))
     return made.metrics

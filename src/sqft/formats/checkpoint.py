@@ -15,6 +15,7 @@ from sqft.formats.gptq import GPTQ
 from sqft.formats.settings import Format, Settings
 from sqft.models.dense import DTYPES, quant_method, reason, save_settings
 from sqft.models.discover import describe
+from sqft.models.embeddings import exact_dtypes, widen_embeddings
 from sqft.models.reader import Reader, SafetensorsReader
 from sqft.models.tensors import ModelWriter, layout
 from sqft.models.types import PreTrainedModel, Tokenizer
@@ -29,9 +30,10 @@ def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def resolve(format: str, symmetric: bool) -> tuple[Format, str]:
-    """The format and version of a format option; 'auto' is GPTQ, v1 if symmetric (more tools read it), else v2."""
+    """The format and version of a format option; 'auto' is what most tools read: GPTQ v1 of symmetric grids, and
+    compressed-tensors of others."""
     if format == "auto":
-        format = "gptq" if symmetric else "gptq_v2"
+        format = "gptq" if symmetric else "compressed-tensors"
     if format in GPTQ.versions:
         return GPTQ, format
     found: Format = FORMATS[format]
@@ -57,9 +59,12 @@ def encoded(module: nn.Module, format: str, prefix: str = "") -> Iterator[tuple[
             yield name, tensor
 
 
-def plan_tensors(model: PreTrainedModel, layers: Mapping[str, QuantLinear], format: str) -> dict[str, Tensor]:
-    """Names, shapes and dtypes of the checkpoint in which ``layers`` (shapes suffice) are packed."""
-    planned = {name: t for name, t in layout(model).items() if name.rpartition(".")[0] not in layers}
+def plan_tensors(model: PreTrainedModel, layers: Mapping[str, QuantLinear], format: str,
+                 dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:  # fmt: skip
+    """Names, shapes and dtypes of the checkpoint in which ``layers`` (shapes suffice) are packed; ``dtypes`` of tensors
+    that are stored in another one than the model's."""
+    planned = {name: t.to(dtypes.get(name, t.dtype)) for name, t in layout(model).items()
+               if name.rpartition(".")[0] not in layers}  # fmt: skip
     for name, layer in layers.items():
         coder, version = resolve(format, layer.symmetric)
         planned.update({f"{name}.{leaf}": t.to("meta") for leaf, t in coder.encode(layer, version).items()})
@@ -76,9 +81,10 @@ def mark_packed(model: Any, format: str) -> None:
 def save_packed(model: Any, tokenizer: Tokenizer, folder: Path, max_shard_size: int) -> None:
     """Writes a live packed model and its tokenizer in the format noted on it."""
     layers = packed_layers(model)
-    writer = ModelWriter(plan_tensors(model, layers, model.sqft_format), folder, max_shard_size)
+    dtypes = exact_dtypes(model)
+    writer = ModelWriter(plan_tensors(model, layers, model.sqft_format, dtypes), folder, max_shard_size)
     for name, tensor in encoded(model, model.sqft_format):
-        writer.add(name, tensor)
+        writer.add(name, tensor.to(dtypes.get(name, tensor.dtype)))
     writer.close()
     live = model.config.quantization_config
     model.config.quantization_config = stored = quantization_config(model, layers, model.sqft_format)
@@ -128,6 +134,7 @@ def load_weights(reader: Reader, dtype: str = "auto", settings: Mapping[str, Any
         wrong = f"lacks {missing[0]}" if missing else f"has {result.unexpected_keys[0]}, which the model does not"
         raise SqftError(f"{reader.folder} does not fit its config.json: the checkpoint {wrong}")
     model.tie_weights()
+    widen_embeddings(model)
     for parameter in model.parameters():
         parameter.requires_grad_(not layers)
     if format:

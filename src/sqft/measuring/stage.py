@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sqft import artifact
-from sqft.config import MeasureConfig
+from sqft.deployment import MeasureConfig
 from sqft.folders import base_of, is_adapter, load
 from sqft.formats.checkpoint import packed_layers
 from sqft.measuring.size import serving_bytes

@@ -57,6 +57,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
 def save_settings(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     """Everything of a Hugging Face folder but the weights: configuration, generation settings, tokenizer."""
+    if not model.config.architectures:  # servers choose their class by it
+        model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft.config import GenerateConfig
+from sqft.deployment import GenerateConfig
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load
 from sqft.models.discover import input_device
@@ -54,17 +54,21 @@ def _decode(model: Any, tokenizer: Any, tokens: Tensor, config: GenerateConfig, 
     end = model.generation_config.eos_token_id
     stop = set(end if isinstance(end, list) else [end])
     clock.put(tokens)
-    for token in Decoder(model).generate(tokens, config.max_new_tokens, partial(pick, config=config), stop):
+    for token in Decoder(model).generate(
+        tokens, config.max_new_tokens, partial(pick, temperature=config.temperature, top_p=config.top_p), stop
+    ):
         clock.put(torch.tensor([token]))
     clock.end()
 
 
-def pick(logits_V: Tensor, config: GenerateConfig) -> int:
-    """The most probable token, or with a temperature one that is drawn from those that make up ``top_p``."""
-    if not config.temperature:
+def pick(logits_V: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> int:
+    """The most probable token, or with a temperature one that is drawn from the ``top_k`` first, and of these from
+    those that make up ``top_p``."""
+    if not temperature:
         return int(logits_V.argmax())
-    shares, order = (logits_V / config.temperature).softmax(-1).sort(descending=True)
-    shares = shares.masked_fill(shares.cumsum(-1) - shares > config.top_p, 0.0)  # the first one always stays
+    logits, order = (logits_V / temperature).sort(descending=True)
+    shares = logits[: top_k or None].softmax(-1)
+    shares = shares.masked_fill(shares.cumsum(-1) - shares > top_p, 0.0)  # the first one always stays
     return int(order[shares.multinomial(1)])
 
 

@@ -10,12 +10,13 @@ from sqft.models.reader import Reader, SafetensorsReader, check_equal
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter, copy_settings
 
 
-class HuggingFace:
+class Transformers:
     """A lossless copy, for tools that take such a folder but stumble over files that they do not know."""
 
-    def check(self, reader: Reader) -> None:
+    def check(self, reader: Reader) -> list[str]:
         if not (reader.folder / "config.json").is_file():
             raise SqftError(f"{reader.folder} has no config.json: it is not a model folder")
+        return []
 
     def write(self, reader: Reader, out: Path) -> None:
         writer = ModelWriter(reader.layout, out, MAX_SHARD_BYTES)

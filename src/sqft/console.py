@@ -1,0 +1,67 @@
+"""What a command says besides its result: how loud it is, how it puts an error, and to whom."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import sys
+import warnings
+from typing import Any
+
+from sqft.errors import SqftError
+from sqft.options import RenamedOption
+
+
+class Patient:
+    """Standard error that goes on when its reader has gone: progress that nobody reads must not stop the work."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def note(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """How a warning is printed: an option's old name as a note, others as Python does."""
+    renamed = issubclass(category, RenamedOption)
+    text = f"note: {message}\n" if renamed else warnings.formatwarning(message, category, filename, lineno)
+    sys.stderr.write(text)
+
+
+def quiet(verbose: bool, command: str) -> None:
+    """Without -v: only our own progress and errors. Loggers and warnings of the libraries stay silent."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    if verbose:
+        return
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=RenamedOption)
+    if command == "ls":
+        return
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def describe(error: BaseException) -> str:
+    """One clear message for any error."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted: earlier results are as they were; the same command goes on (training from a checkpoint)"
+    if isinstance(error, SqftError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full ({error}): free some space; nothing was changed"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory: use a smaller --batch-size, or a smaller model"
+    return f"{type(error).__name__}: {error} (unexpected; -v shows where)"

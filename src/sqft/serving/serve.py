@@ -1,0 +1,116 @@
+"""``sqft.serve``: the OpenAI-compatible server of transformers, with a model of any stage plugged in."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from sqft.deployment import ServeConfig
+from sqft.errors import SqftError
+from sqft.folders import is_adapter, load
+from sqft.serving.decoder import Decoder
+from sqft.serving.generate import pick
+from sqft.serving.prepare import prepare
+
+# What ``_answer`` does not do: such requests go to transformers' own ``generate``.
+_OTHERS = ("stop_strings", "sequence_bias", "bad_words_ids", "forced_eos_token_id", "constraints")
+
+
+def serve(model: str | Path, config: ServeConfig | None = None, *, say: Callable[[str], Any] = print) -> None:
+    """Serves ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/models`` until it is interrupted.
+
+    Raises SqftError for a model that cannot be loaded, a port that is taken, or where the server is not installed.
+    """
+    config = config or ServeConfig()
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise SqftError("serving needs transformers' server: pip install 'sqft[serve]' (fastapi, uvicorn, openai)")
+    _check_port(config)
+    live, tokenizer = load(model, dtype=config.dtype, device=config.device)
+    if not (config.exact or is_adapter(model)):
+        prepare(live)
+        if Decoder.takes(live):
+            use_decoder(live)
+    name = config.name or Path(model).resolve().name.removesuffix(".gguf")
+    say(f"serving {name} at http://{config.host}:{config.port}/v1 (Ctrl-C stops)")
+    _start(live, tokenizer, name, config)
+
+
+def _start(live: Any, tokenizer: Any, name: str, config: ServeConfig) -> None:
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving import model_manager
+
+    class Plugged(model_manager.ModelManager):
+        """Has one model, which is there already."""
+
+        @staticmethod
+        def process_model_name(model_id: str) -> str:
+            return model_id
+
+        def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
+            return tokenizer
+
+        def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+            return live
+
+        @staticmethod
+        def get_gen_models(  # pyright: ignore[reportIncompatibleVariableOverride]
+            cache_dir: str | None = None,
+        ) -> list[dict[str, Any]]:
+            return [{"id": name, "object": "model", "created": 0, "owned_by": "sqft"}]
+
+    with mock.patch.object(model_manager, "ModelManager", Plugged):
+        Serve(force_model=name, device="cpu", host=config.host, port=config.port, log_level="error")
+
+
+def _check_port(config: ServeConfig) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((config.host, config.port))
+        except OSError as error:
+            raise SqftError(f"cannot listen at {config.host}:{config.port} ({error.strerror or error}): choose another "
+                            "--port, or stop what listens there") from None  # fmt: skip
+
+
+def use_decoder(live: Any) -> None:
+    """Lets ``live.generate`` answer by the C++ decoder what that can: one prompt, greedily or by temperature, top-p and
+    top-k; the rest stays transformers'."""
+    decoder, by_transformers = Decoder(live), live.generate
+
+    @torch.no_grad()
+    def generate(self: Any, input_ids: Tensor, generation_config: Any = None, streamer: Any = None,
+                 **others: Any) -> Any:  # fmt: skip
+        given = generation_config or self.generation_config
+        most = given.max_new_tokens
+        plain = input_ids.shape[0] == 1 and most and (given.num_beams or 1) == 1 and (
+            given.repetition_penalty in (None, 1.0) and not any(getattr(given, name, None) for name in _OTHERS)
+            and not set(others) - {"attention_mask", "tokenizer"})  # fmt: skip
+        if not plain:
+            return by_transformers(
+                input_ids=input_ids, generation_config=generation_config, streamer=streamer, **others
+            )
+        temperature = (given.temperature or 1.0) if given.do_sample else 0.0
+        end = given.eos_token_id if given.eos_token_id is not None else []
+        stop = set(end if isinstance(end, list) else [end])
+        if streamer is not None:
+            streamer.put(input_ids)
+        tokens: list[int] = []
+        for token in decoder.generate(input_ids, most, lambda logits: pick(logits, temperature, given.top_p or 1.0,
+                                                                           given.top_k or 0), stop):  # fmt: skip
+            tokens.append(token)
+            if streamer is not None:
+                streamer.put(torch.tensor([token]))
+        if streamer is not None:
+            streamer.end()
+        return torch.cat([input_ids, torch.tensor([tokens], dtype=input_ids.dtype)], -1)
+
+    live.generate = MethodType(generate, live)

@@ -1,0 +1,81 @@
+"""``sqft serve`` with the official client: names, answers as ``sqft generate`` gives them, streams, refusals."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from pico import pico_model, pico_tokenizer
+
+import sqft
+from sqft.cli import main
+from sqft.deployment import GenerateConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = pico_model(dtype=torch.float16)
+    sqft.sparsify(model, sqft.SparsifyConfig(method="magnitude"))
+    sqft.quantize(model, sqft.QuantizeConfig(method="rtn"))
+    model.generation_config.eos_token_id = 256
+    sqft.save(model, pico_tokenizer(), out := tmp_path_factory.mktemp("serve") / "pico")
+    return out
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_the_official_client_is_answered(folder: Path) -> None:
+    import openai
+
+    expected = sqft.generate(folder, "one two", GenerateConfig(max_new_tokens=12, plain=True))["text"]
+    port = free_port()
+    command = [sys.executable, "-m", "sqft.cli", "serve", str(folder), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            names = wait_for(client, server)
+            assert names == ["pico"]
+            asked = {"model": "pico", "prompt": "one two", "max_tokens": 12}
+            assert client.completions.create(**asked, temperature=0).choices[0].text == expected
+            streamed = client.completions.create(**asked, temperature=0, stream=True)
+            assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == expected
+            drawn = client.completions.create(**asked, temperature=5.0, top_p=0.99, seed=1)
+            assert 0 < drawn.usage.completion_tokens <= 12
+            # What the decoder does not do is left to transformers.
+            assert client.completions.create(**asked, temperature=0, stop=["\n\n\n"]).choices
+            with pytest.raises(openai.BadRequestError):
+                client.completions.create(model="another", prompt="x")
+        finally:
+            server.terminate()
+
+
+def wait_for(client, server) -> list[str]:
+    import openai
+
+    for _ in range(600):  # compiling takes a while where it was never done
+        assert server.poll() is None, server.stderr.read()[-2000:]
+        try:
+            return [model.id for model in client.models.list()]
+        except openai.APIConnectionError:
+            time.sleep(0.2)
+    raise AssertionError("the server did not start")
+
+
+def test_a_taken_port_and_wrong_options_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["serve", str(folder), "--port", str(taken.getsockname()[1])]) == 1
+    assert "choose another --port" in capsys.readouterr().err
+    assert main(["serve", str(folder), "--port", "0"]) == 2
+    assert "has to lie between 1 and 65535" in capsys.readouterr().err
