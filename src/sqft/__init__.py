@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 
 # What is not a stage's function or options, which the rows of ``stages`` name.
 _WHERE = {
-    "SqftConfig": "sqft.adapters.config", "attach": "sqft.adapters.peft_bridge", "compare": "sqft.comparison",
+    "bench": "sqft.benching.run", "BenchConfig": "sqft.deployment", "SqftConfig": "sqft.adapters.config",
+    "attach": "sqft.adapters.peft_bridge", "compare": "sqft.comparison",
     "compress": "sqft.compressing.stage", "Distill": "sqft.training.distill", "Elastic": "sqft.elastic.handle",
     "generate": "sqft.serving.generate", "GenerateConfig": "sqft.deployment", "get_ranks": "sqft.elastic.handle",
     "prepare": "sqft.serving.prepare", "serve": "sqft.serving.serve",

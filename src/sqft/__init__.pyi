@@ -44,5 +44,7 @@ from sqft.training.loop import train as train
 
 __version__: str
 __all__: list[str]
+from sqft.benching.run import bench as bench
+from sqft.deployment import BenchConfig as BenchConfig
 from sqft.deployment import ServeConfig as ServeConfig
 from sqft.serving.serve import serve as serve

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import sqft
 from sqft.config import DATA_DIR, TASK, QuantizeConfig
 from sqft.console import Patient, describe, note, quiet
-from sqft.deployment import GenerateConfig, ServeConfig
+from sqft.deployment import BenchConfig, GenerateConfig, ServeConfig
 from sqft.errors import UsageError, did_you_mean
 from sqft.flags import add_flags, read_flags
 from sqft.options import RenamedOption
@@ -115,6 +115,13 @@ def _add_tools(add: Add) -> None:
     sub = add("serve", _serve, "answer requests of the OpenAI client, by transformers' server and the fastest kernels")
     sub.add_argument("source", metavar="MODEL", help="folder of any stage, .gguf file or hub name")
     add_flags(sub, ServeConfig)
+
+    sub = add("bench", _bench, "size, loading, memory and tokens a second of models in the runtimes that are here")
+    sub.add_argument("models", metavar="MODEL", nargs="+", help="folders of any stage; an adapter goes with its base")
+    sub.add_argument("--out", metavar="OUT", default="runs/bench", help="folder of exports and bench.json [runs/bench]")
+    sub.add_argument("--python", metavar="NAME=PATH", action="append", default=[],
+                     help="a runtime that another environment has, e.g. vllm=.venv-vllm/bin/python")  # fmt: skip
+    add_flags(sub, BenchConfig)
 
     sub = add("report", _report, "write an HTML page and Markdown of folders of runs: charts, tables, samples")
     sub.add_argument("folders", metavar="FOLDER", nargs="+", help="output of 'sqft run' or 'sqft compare', or any")
@@ -257,6 +264,18 @@ def _serve(arguments: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
+def _bench(arguments: argparse.Namespace) -> Any:
+    from sqft.benching.run import bench
+    from sqft.benching.table import table_of
+
+    if wrong := [given for given in arguments.python if "=" not in given]:
+        raise UsageError(f"--python is {wrong[0]}: write NAME=PATH, e.g. vllm=.venv-vllm/bin/python")
+    pythons = dict(given.split("=", 1) for given in arguments.python)
+    rows = bench(arguments.models, read_flags(arguments, BenchConfig), pythons=pythons, out=arguments.out, say=_say)
+    _tabulate(table_of(rows), Path(arguments.out), arguments)
+    return rows
+
+
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     from sqft.reporting.page import report
 
@@ -274,7 +293,7 @@ def _ls(arguments: argparse.Namespace) -> Any:
 
 def _show(command: str, result: Any) -> None:
     """Prints one stage's metrics, a line each."""
-    if command in ("run", "demo", "ls", "compare"):
+    if command in ("run", "demo", "ls", "compare", "bench"):
         return  # they print a table
     for name, value in result.items():
         if name == "tasks":  # of several: the accuracy of each

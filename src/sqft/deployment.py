@@ -55,6 +55,25 @@ class ServeConfig(OnDevice):
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    """Measure models in the runtimes that are here."""
+
+    runtimes: list[str] = option(help="some of them; default: all that are installed", factory=list)
+    batch: list[int] = option(help="prompts at a time, e.g. 1,4,16", factory=lambda: [1])
+    prompt: list[int] = option(help="tokens of a prompt, e.g. 32,512", factory=lambda: [32])
+    tokens: int = option(64, "tokens to generate")
+    rounds: int = option(3, "times to do so, after one that warms up; the median counts")
+    threads: int = option(2, "threads of each runtime")
+    allow_lossy: bool = option(False, "export to runtimes that cannot hold a model exactly, too")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "tokens", "rounds", "threads")
+        for name, values in (("batch", self.batch), ("prompt", self.prompt)):
+            if not values or min(values) < 1:
+                raise UsageError(f"{name} is {values}: give numbers of 1 or more")
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """Write a model as another tool wants it."""
 

@@ -1,7 +1,7 @@
 """Everything that can be added from outside, by name: what comes with sqft, and what packages declare as entry points.
 
-A name stands for "module:attribute" and is imported when it is first used. A package adds to a registry by an entry
-point in its group: ``[project.entry-points."sqft.sparsifiers"] mine = "my_package:mine"``.
+A name stands for "module:attribute" (or a module) and is imported when it is first used. A package adds to a registry
+by an entry point in its group: ``[project.entry-points."sqft.sparsifiers"] mine = "my_package:mine"``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class Registry:
         """The registered object. Raises UsageError, with the near miss, for an unknown name, and SqftError for a
         package that does not load."""
         if name in self._entries:
-            module, attribute = self._entries[name].split(":")
-            return getattr(import_module(module), attribute)
+            module, _, attribute = self._entries[name].partition(":")
+            found = import_module(module)
+            return getattr(found, attribute) if attribute else found
         if name not in self._plugins:
             raise UsageError(f"unknown {self.kind} '{name}': {did_you_mean(name, self)}")
         point = self._plugins[name]
@@ -77,6 +78,11 @@ EXPORTERS = Registry("exporter", "sqft.exporters", {
     "transformers": "sqft.exporters.transformers:Transformers", "vllm": "sqft.exporters.servers:Vllm",
     "awq": "sqft.exporters.servers:Awq", "mlx": "sqft.exporters.servers:Mlx", "gguf": "sqft.exporters.gguf:Gguf",
     "openvino": "sqft.exporters.openvino:OpenVino", "onnx": "sqft.exporters.onnx:Onnx",
+})  # fmt: skip
+RUNTIMES = Registry("runtime", "sqft.runtimes", {  # modules with PACKAGE, EXPORT and Session
+    "sqft": "sqft.benching.runtimes.own", "transformers": "sqft.benching.runtimes.transformers",
+    "openvino": "sqft.benching.runtimes.openvino", "onnx": "sqft.benching.runtimes.onnx",
+    "llama.cpp": "sqft.benching.runtimes.llama_cpp", "vllm": "sqft.benching.runtimes.vllm",
 })  # fmt: skip
 KINDS = Registry("adapter", "sqft.adapter_kinds", {
     "sparse-peft": "sqft.adapters.kinds:SPARSE_PEFT", "qa-sparse-peft": "sqft.adapters.kinds:QA_SPARSE_PEFT",

@@ -1,0 +1,35 @@
+"""sqft itself: the kernels and the decoder of ``sqft generate``; adapters beside their base as PEFT computes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PACKAGE, EXPORT = "sqft", None
+
+
+class Session:
+    def __init__(self, folder: str, threads: int) -> None:
+        import torch
+
+        from sqft.folders import is_adapter, load
+        from sqft.serving.decoder import Decoder
+        from sqft.serving.prepare import prepare
+
+        torch.set_num_threads(threads)
+        self._model: Any = load(folder)[0]
+        self._decoder: Any = None
+        if not is_adapter(folder):
+            prepare(self._model)
+            self._decoder = Decoder(self._model) if Decoder.takes(self._model) else None
+
+    def run(self, tokens: list[list[int]], new: int) -> None:
+        """Greedily generates exactly ``new`` tokens for each prompt."""
+        import torch
+
+        ids = torch.tensor(tokens)
+        if self._decoder is not None and len(tokens) == 1:
+            list(self._decoder.generate(ids, new, lambda logits: int(logits.argmax()), set()))
+            return
+        with torch.no_grad():
+            self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+                                 min_new_tokens=new, do_sample=False, pad_token_id=0)  # fmt: skip

@@ -1,0 +1,75 @@
+"""One runtime and one model in a process of their own, so that memory is theirs alone. Imports nothing of sqft: it may
+run in another environment.
+
+    python worker.py RUNTIME.py JSON
+
+JSON has the folder, threads, cases of [batch, prompt tokens, new tokens], rounds and the vocabulary's size; what is
+printed last is the result. Times are of ``run(prompt, 1)`` and ``run(prompt, 1 + new)``, and their difference is the
+decoding.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import runpy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def peak_bytes() -> int:
+    """The most memory that this process, or one of its children, has had."""
+    status = Path("/proc/self/status")
+    own = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.is_file() else []
+    mine = int(own[0].split()[1]) if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * max(mine, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+
+def clocked(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds, and processor seconds of all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure(session: Any, batch: int, prompt: int, new: int, rounds: int, vocabulary: int) -> dict[str, float]:
+    """Medians over rounds, after one that warms up."""
+    drawn = random.Random(0)
+    tokens = [[drawn.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(batch)]
+    first, whole = [], []
+    for _ in range(rounds + 1):
+        first.append(clocked(lambda: session.run(tokens, 1)))
+        whole.append(clocked(lambda: session.run(tokens, 1 + new)))
+    one, all_of_them = (
+        [statistics.median(column) for column in zip(*times[1:], strict=True)] for times in (first, whole)
+    )
+    return {
+        "batch": batch, "prompt": prompt, "new": new, "prefill_per_second": batch * prompt / one[0],
+        "decode_per_second": batch * new / max(all_of_them[0] - one[0], 1e-9),
+        "cpu_seconds_per_token": (all_of_them[1] - one[1]) / (batch * new),
+    }  # fmt: skip
+
+
+def main() -> None:
+    runtime, job = runpy.run_path(sys.argv[1]), json.loads(sys.argv[2])
+    started = time.perf_counter()
+    session = runtime["Session"](job["folder"], job["threads"])
+    loaded = time.perf_counter() - started
+    cases = []
+    for batch, prompt, new in job["cases"]:
+        try:
+            cases.append(measure(session, batch, prompt, new, job["rounds"], job["vocabulary"]))
+        except NotImplementedError as error:
+            cases.append({"batch": batch, "prompt": prompt, "new": new, "error": str(error)})
+    for case in cases if runtime.get("CHILDREN") else ():
+        case.pop("cpu_seconds_per_token", None)  # the work is done in other processes
+    print(json.dumps({"load_seconds": loaded, "peak_bytes": peak_bytes(), "cases": cases}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

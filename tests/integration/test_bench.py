@@ -1,0 +1,70 @@
+"""``sqft bench``: runtimes side by side, each in a process of its own; what one cannot do is a row that says so."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pico import pico_model, pico_tokenizer
+
+import sqft
+from sqft.cli import main
+from sqft.deployment import BenchConfig
+from sqft.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = pico_model(dtype=torch.float32)
+    sqft.save(model, pico_tokenizer(), out := tmp_path_factory.mktemp("bench") / "pico")
+    return out
+
+
+@pytest.mark.slow
+def test_models_and_runtimes_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sqft.sparsify(folder, sqft.SparsifyConfig(method="magnitude"), out=tmp_path / "sparse")
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one two three"}\n')
+    sqft.train(tmp_path / "sparse", sqft.TrainConfig(data=str(text), r=2, max_steps=1), out=tmp_path / "adapter")
+    command = ["bench", str(folder), str(tmp_path / "adapter"), "--runtimes", "sqft,transformers", "--tokens", "4", "--rounds", "1",
+               "--batch", "1,2", "--prompt", "8", "--threads", "1", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "pico" in printed and "decode, tokens/s" in printed
+    rows = json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]
+    assert [(row["model"], row["runtime"]) for row in rows] == [
+        ("pico", "sqft"), ("pico", "transformers"), ("adapter", "sqft"), ("adapter", "transformers")]  # fmt: skip
+    for row in rows[:3]:
+        assert (
+            [case["batch"] for case in row["cases"]] == [1, 2] and row["peak_bytes"] > 10**8 and row["load_seconds"] > 0
+        )
+        assert all(case["decode_per_second"] > 0 and case["cpu_seconds_per_token"] > 0 for case in row["cases"])
+        assert 0 < row["cases"][0]["share_of_bandwidth"] < 1 and "share_of_bandwidth" not in row["cases"][1]
+    assert rows[2]["bytes"] > rows[0]["bytes"]  # an adapter and its base
+    assert "only sqft serves with its base" in rows[3]["error"]
+    assert "pico" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_runtime_that_fails_is_a_row_and_the_others_go_on(folder: Path, tmp_path: Path) -> None:
+    """Here with an interpreter that is there, and knows no such package."""
+    config = BenchConfig(runtimes=["transformers"], tokens=2, rounds=1)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    python.chmod(0o755)
+    (row,) = sqft.bench(
+        [folder], config, pythons={"transformers": str(python)}, out=tmp_path / "out", say=lambda _: None
+    )
+    assert "transformers does not run this model: ModuleNotFoundError" in row["error"] and "cases" not in row
+
+
+def test_wrong_usage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (([str(tmp_path / "none")], "there is no folder"), ([str(folder), "--runtimes", "opnevino"], "did you mean"),
+                               ([str(folder), "--python", "vllm"], "write NAME=PATH"), ([str(folder), "--batch", "0"], "1 or more")):  # fmt: skip
+        assert main(["bench", *arguments, "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(UsageError, match="is not installed here: pip install vllm"):
+        sqft.bench([folder], BenchConfig(runtimes=["vllm"]), out=tmp_path / "out")
