@@ -1,12 +1,15 @@
-"""Runs in .venv-runtimes: exports a model folder for each runtime, loads it there, and prints as JSON how far its logits
-and greedy tokens are from those of sqft's exact forward.
+"""Runs in .venv-runtimes: exports a model folder for each target, loads it in the target's runtime, and prints as JSON how
+far its logits and greedy tokens are from those of sqft's exact forward.
 
-    python runtimes_worker.py MODEL WORK
+    python runtimes_worker.py MODEL WORK [TARGET ...] [vllm=PYTHON]
+
+What a target refuses is {"refused": why}. vLLM runs in an environment of its own, whose interpreter is named.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,7 +67,31 @@ def mlx(folder: Path, tokens: list[int]) -> tuple[np.ndarray, list[int]]:
     return logits, found[len(tokens) :]
 
 
-def main(model: Path, work: Path) -> None:
+def gguf(folder: Path, tokens: list[int]) -> tuple[np.ndarray, list[int]]:
+    from llama_cpp import Llama
+
+    model = Llama(str(folder / "model.gguf"), n_ctx=256, n_threads=2, logits_all=True, verbose=False)
+    model.eval(tokens)
+    logits = np.array(model.scores[len(tokens) - 1])
+    found = []
+    for _ in range(STEPS):
+        found.append(int(model.sample(temp=0.0)))
+        model.eval([found[-1]])
+    return logits, found
+
+
+def vllm(folder: Path, tokens: list[int], python: str) -> tuple[np.ndarray, list[int]]:
+    worker = Path(__file__).with_name("vllm_worker.py")
+    command = [python, str(worker), str(folder), json.dumps(tokens), str(STEPS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    return np.array(found["logits"]), found["greedy"]
+
+
+RUNTIMES = {"openvino": openvino, "onnx": onnx, "mlx": mlx, "gguf": gguf}
+
+
+def main(model: Path, work: Path, targets: list[str]) -> None:
     live, tokenizer = sqft.load(model)
     live.float()
     tokens = tokenizer(PROMPT)["input_ids"]
@@ -73,13 +100,19 @@ def main(model: Path, work: Path) -> None:
         greedy = live.generate(torch.tensor([tokens]), max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False,
                                pad_token_id=0)[0, len(tokens) :].tolist()  # fmt: skip
     results = {}
-    for name, runtime in {"openvino": openvino, "onnx": onnx, "mlx": mlx}.items():
-        exported = export(model, ExportConfig(to=name), out=work / name, overwrite=True)
-        logits, found = runtime(work / name, tokens)
+    for target in targets:
+        name, _, python = target.partition("=")
+        try:
+            exported = export(model, ExportConfig(to=name), out=work / name, overwrite=True)
+        except sqft.SqftError as error:
+            results[name] = {"refused": str(error)}
+            continue
+        elsewhere = {"vllm": vllm, "awq": vllm}.get(name)
+        logits, found = elsewhere(work / name, tokens, python) if elsewhere else RUNTIMES[name](work / name, tokens)
         error = float(np.abs(logits - expected).max() / np.abs(expected).max())
         results[name] = {"exact": exported["exact"], "logits": error, "greedy": found == greedy}
     print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or ["openvino", "onnx", "mlx"])

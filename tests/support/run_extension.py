@@ -74,6 +74,12 @@ def numpy_exporter(work: Path) -> None:
     ).all()
 
 
+def plain_runtime(work: Path) -> None:
+    config = sqft.BenchConfig(runtimes=["plain"], prompt=[4], tokens=2, rounds=1)
+    (row,) = sqft.bench([work / "dense"], config, out=work / "bench", say=lambda _: None)
+    assert row["cases"][0]["decode_per_second"] > 0
+
+
 def whole_kernel(work: Path) -> None:
     before = len(KERNELS["masked_weight.cpu"].__globals__["CALLS"])
     sqft.train(work / "fisher", sqft.TrainConfig(**TRAIN), out=work / "masked")
@@ -100,7 +106,7 @@ def parity(work: Path) -> None:
 
 STEPS = {
     "refit": refit, "fisher": fisher, "gpt_neox": neox, "doubled": doubled, "bytes": bytes_format, "numpy": numpy_exporter,
-    "masked_weight.cpu": whole_kernel, "parity": parity,
+    "plain": plain_runtime, "masked_weight.cpu": whole_kernel, "parity": parity,
 }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ FILES = {path: path.relative_to(SOURCE.parent).with_suffix("").as_posix().replac
          for path in SOURCE.rglob("*.py")}  # fmt: skip
 CODE = (".py", ".pyi", ".cpp", ".h", ".yaml", ".html", ".css")
 # Of code in src/sqft: 12,681 after the second plan, 14,700 with what makes adapted models better, 16,800 with what serves them,
-# and eight exporters.
-LINES = 18_000
+# 18,400 with exporters, a server and a bench.
+LINES = 18_400
 
 
 def count(folder: Path) -> int:

@@ -29,6 +29,12 @@ def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Of a model, packed weights as the weights that they are."""
+    packed = sum(layer.in_features * layer.out_features for layer in packed_layers(model).values())
+    return packed + sum(p.numel() for p in model.parameters())
+
+
 def resolve(format: str, symmetric: bool) -> tuple[Format, str]:
     """The format and version of a format option; 'auto' is what most tools read: GPTQ v1 of symmetric grids, and
     compressed-tensors of others."""

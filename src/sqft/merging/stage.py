@@ -23,7 +23,7 @@ from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import UsageError
 from sqft.folders import is_adapter, load
-from sqft.formats.checkpoint import packed_layers, save_packed
+from sqft.formats.checkpoint import count_parameters, packed_layers, save_packed
 from sqft.formats.compact import compact_in_place
 from sqft.merging.changes import Changes, check_mergeable, put, unload
 from sqft.models.dense import save_settings
@@ -109,6 +109,7 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
         with torch.no_grad():
             expected = ((name, make()) for name, make in changes.items())
             made.metrics.update(verify(merged, before, tokens, config.tolerance, masks, masked, expected))
+        made.metrics["parameters"] = count_parameters(merged)
         if config.compact:
             compact_in_place(made.folder)
     return made.metrics

@@ -12,10 +12,11 @@ from sqft.reporting.tables import Column, Table, count, duration, millions, perc
 Row = Mapping[str, Any]
 ACCURACY = Column("accuracy (95 % interval)", "accuracy", percent)
 SIZE = Column("size to serve", "size", human)
+OF_HALF = Column("of dense float16", "of_half", "{:.2f}x".format)
 STAGES = (
     Column("stage", "title"), ACCURACY, Column("perplexity (95 %)", "perplexity", "{:.2f}".format),
     Column("sparsity", "sparsity", share), Column("zeros kept", "zeros_kept", share), SIZE,
-    Column("took", "seconds", duration),
+    OF_HALF, Column("took", "seconds", duration),
 )  # fmt: skip
 ZEROS = (
     Column("stage", "title"), Column("pruned weights", "pruned", count), Column("no longer zero", "filled", count),
@@ -38,14 +39,17 @@ def stage_rows(section: Section) -> list[Row]:
     """A row a stage; one that was scored by several tasks has a row for each. ``mergeable``: whether it is one model of
     base and adapter; absent of what was not adapted."""
     rows = []
+    parameters = next((s.numbers["parameters"] for s in section.stages if s.numbers.get("parameters")), None)
     for stage in section.stages:
+        size = section.serving_bytes(stage)
         bits = stage.numbers.get("bits")
         first, *others = [task for task in stage.scores if task] or [""]
         for task in (first, *others):
             scores = {**(stage.scores.get("", {}) if task == first else {}), **stage.scores.get(task, {})}
             rows.append({**stage.numbers, **scores, "title": stage.name + (f", {task}" if others else ""),
                          "mergeable": stage.is_adapted or (False if stage.is_adapter else None),
-                         "task": task, "stage": stage, "size": section.serving_bytes(stage),
+                         "task": task, "stage": stage, "size": size,
+                         "of_half": size / (2 * parameters) if size and parameters else None,
                          "precision": f"INT{bits:.0f}" if bits else "float",
                          "predictions": stage.predictions if task == first else []})  # fmt: skip
     return rows

@@ -1,0 +1,164 @@
+"""SmolLM2-135M where people serve models: which export is exact, how far logits are, and how fast each runtime decodes.
+
+    .venv-runtimes/bin/python benchmarks/bench_runtimes.py [--only exports|speed] [--vllm PYTHON] [--markdown]
+
+Runs in .venv-runtimes (``make peers``), with llama-cpp-python and a vLLM of their own where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, check, update_results
+
+import sqft
+from sqft.deployment import BenchConfig
+from sqft.recipe import resolve_model
+
+OUT = Path("runs") / "bench-runtimes"
+WORKER = Path(__file__).resolve().parents[1] / "tests" / "peers" / "runtimes_worker.py"
+TARGETS = {"vllm": "vLLM", "awq": "AWQ in vLLM", "gguf": "GGUF in llama.cpp", "openvino": "OpenVINO", "onnx": "ONNX Runtime",
+           "mlx": "MLX"}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "INT4 (the default)": {}, "INT4, symmetric": {"symmetric": True, "scale_bits": 8},
+    "INT4, scales of 11 bits": {"scale_bits": 11}, "INT4, zero points from 0": {"min_zero": 0, "scale_bits": 11, "format": "gptq_v2"},
+    "INT8, symmetric": {"bits": 8, "symmetric": True},
+}  # fmt: skip
+
+
+def models() -> dict[str, Path]:
+    """Models whose speed does not depend on how well they were made: by magnitude and by rounding."""
+
+    def once(name: str, make: Any) -> Path:
+        if not (OUT / name).is_dir():
+            make(OUT / name)
+        return OUT / name
+
+    rounded = sqft.QuantizeConfig(method="rtn")
+    dense = once("dense", lambda out: sqft.save(*sqft.load(resolve_model("demo-model"), dtype="float16"), out))
+    sparse = once(
+        "sparse", lambda out: sqft.sparsify(dense, sqft.SparsifyConfig(method="magnitude", pattern="32:64"), out=out)
+    )
+    int4 = once("dense-int4", lambda out: sqft.quantize(dense, rounded, out=out))
+    sparse4 = once("sparse-int4", lambda out: sqft.quantize(sparse, rounded, out=out))
+    text = OUT / "text.jsonl"
+    text.write_text(json.dumps({"text": "one two three"}) + "\n")
+    adapted = sqft.TrainConfig(adapter="qa-sparse-peft", data=str(text), max_steps=1)
+    adapter = once("sparse-int4-and-adapter", lambda out: sqft.train(sparse4, adapted, out=out))
+    merged = once("sparse-int4-merged", lambda out: sqft.merge(adapter, out=out))
+    return {
+        "dense": dense,
+        "sparse": sparse,
+        "dense INT4": int4,
+        "sparse INT4, merged": merged,
+        "sparse INT4 and adapter": adapter,
+    }
+
+
+def exports(vllm: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Of each kind of model and each target: whether it is exact, how far logits are, and why not if it is refused."""
+    rows: dict[str, Any] = {}
+    llama = importlib.util.find_spec("llama_cpp") is not None
+    targets = [f"{name}={vllm}" if name in ("vllm", "awq") else name for name in TARGETS
+               if (name != "gguf" or llama) and (name not in ("vllm", "awq") or vllm)]  # fmt: skip
+    for kind, options in KINDS.items():
+        folder = OUT / "exports" / kind.replace(" ", "-").replace("(", "").replace(")", "").replace(",", "")
+        if not folder.is_dir():
+            sqft.quantize(models()["sparse"], sqft.QuantizeConfig(method="rtn", **options), out=folder)
+        command = [sys.executable, str(WORKER), str(folder), str(folder.with_name(folder.name + "-out")), *targets]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows[kind] = json.loads(done.stdout.splitlines()[-1])
+        print(kind, rows[kind], flush=True)
+    cells = [
+        (kind, target, cell) for kind, row in rows.items() for target, cell in row.items() if "refused" not in cell
+    ]
+    return rows, [
+        check("exports: cells that are not exact", sum(not cell["exact"] for *_, cell in cells), 0),
+        check("exports: largest difference of logits, of the largest (OpenVINO, MLX in float32)",
+              max(cell["logits"] for _, target, cell in cells if target in ("openvino", "mlx")), 1e-4),
+        check("exports: cells of the default that are refused", sum("refused" in c for c in rows["INT4 (the default)"].values()), 0),
+    ]  # fmt: skip
+
+
+def speed(vllm: str | None, prompts: list[int], batches: list[int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    found = models()
+    pythons = {"vllm": vllm} if vllm else {}
+    names = {str(folder): name for name, folder in found.items()}
+    config = BenchConfig(prompt=prompts, batch=batches, rounds=5)
+    rows = sqft.bench(list(found.values()), config, pythons=pythons, out=OUT / "speed")
+    for row in rows:
+        row["model"] = names[str(OUT / row["model"])]
+    rates = {(row["model"], row["runtime"]): row["cases"][0]["decode_per_second"] for row in rows if "cases" in row}
+    best = max(((rate, key[1]) for key, rate in rates.items() if key[0] == "dense INT4" and key[1] != "sqft"))
+    ours, half = rates["sparse INT4, merged", "sqft"], rates["dense", "transformers"]
+    sizes = {(row["model"], row["runtime"]): row["bytes"] for row in rows if "bytes" in row}
+    return {"rows": rows}, [
+        check(f"runtimes: sparse INT4, sqft / best dense INT4 elsewhere ({best[1]})", ours / best[0], 1.2, False),
+        check("runtimes: sparse half precision, sqft / dense half precision, transformers", rates["sparse", "sqft"] / half, 1.5, False),
+        check("runtimes: merged / base and adapter, decode, sqft", ours / rates["sparse INT4 and adapter", "sqft"], 1.0, False),
+        check("runtimes: merged / base and adapter, bytes", sizes["sparse INT4, merged", "sqft"]
+              / sizes["sparse INT4 and adapter", "sqft"], 1.0),
+        check("runtimes: sparse INT4 / dense half precision, bytes", sizes["sparse INT4, merged", "sqft"]
+              / sizes["dense", "transformers"], 0.45),
+    ]  # fmt: skip
+
+
+def markdown() -> str:
+    """The tables of docs/deploy.md."""
+    lines = []
+    if (RESULTS / "export.json").is_file():
+        rows = json.loads((RESULTS / "export.json").read_text())["results"]["exports"]
+        lines += [f"| | {' | '.join(TARGETS.values())} |", "|---|" + "---|" * len(TARGETS)]
+        for kind in KINDS:
+            lines.append(
+                f"| {kind} | " + " | ".join(_cell(rows.get(kind, {}).get(target)) for target in TARGETS) + " |"
+            )
+    found = json.loads((RESULTS / "decode.json").read_text())["results"].get("runtimes", {"rows": []})["rows"]
+    lines += ["", "| model | runtime | MB | loads in | peak memory, MB | prompt | prefill, tokens/s | decode, tokens/s | share of "
+              "bandwidth |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in found:
+        for case in row.get("cases", []):
+            if "decode_per_second" in case and case["batch"] == 1:
+                lines.append(f"| {row['model']} | {row['runtime']} | {row['bytes'] / 1e6:.1f} | {row['load_seconds']:.1f} s | "
+                             f"{row['peak_bytes'] / 1e6:.0f} | {case['prompt']} | {case['prefill_per_second']:.0f} | "
+                             f"{case['decode_per_second']:.1f} | {case['share_of_bandwidth']:.0%} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "not run"
+    if "refused" in cell:
+        return "refused"
+    return f"{'exact' if cell['exact'] else 'NOT exact'}, logits {cell['logits']:.1e}, {'same' if cell['greedy'] else 'other'} tokens"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("exports", "speed"))
+    parser.add_argument("--vllm", help="interpreter of an environment that has vLLM")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the last run")
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown())
+        return
+    if arguments.only != "speed":
+        results, checks = exports(arguments.vllm)
+        update_results("export", "exports", results, checks)
+        print(json.dumps(checks, indent=1))
+    if arguments.only != "exports":
+        results, checks = speed(arguments.vllm, arguments.prompt, arguments.batch)
+        update_results("decode", "runtimes", results, checks)
+        print(json.dumps(checks, indent=1))
+
+
+if __name__ == "__main__":
+    main()
