@@ -52,13 +52,9 @@ def models() -> dict[str, Path]:
     adapted = sqft.TrainConfig(adapter="qa-sparse-peft", data=str(text), max_steps=1)
     adapter = once("sparse-int4-and-adapter", lambda out: sqft.train(sparse4, adapted, out=out))
     merged = once("sparse-int4-merged", lambda out: sqft.merge(adapter, out=out))
-    return {
-        "dense": dense,
-        "sparse": sparse,
-        "dense INT4": int4,
-        "sparse INT4, merged": merged,
-        "sparse INT4 and adapter": adapter,
-    }
+    compact = once("sparse-int4-compact", lambda out: sqft.pack(merged, out=out))
+    return {"dense": dense, "sparse": sparse, "dense INT4": int4, "sparse INT4, merged": merged,
+            "sparse INT4, compact": compact, "sparse INT4 and adapter": adapter}  # fmt: skip
 
 
 def exports(vllm: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -98,12 +94,14 @@ def speed(vllm: str | None, prompts: list[int], batches: list[int]) -> tuple[dic
     best = max(((rate, key[1]) for key, rate in rates.items() if key[0] == "dense INT4" and key[1] != "sqft"))
     ours, half = rates["sparse INT4, merged", "sqft"], rates["dense", "transformers"]
     sizes = {(row["model"], row["runtime"]): row["bytes"] for row in rows if "bytes" in row}
+    loading = {row["model"]: row["load_seconds"] for row in rows if row["runtime"] == "sqft" and "bytes" in row}
     return {"rows": rows}, [
         check(f"runtimes: sparse INT4, sqft / best dense INT4 elsewhere ({best[1]})", ours / best[0], 1.2, False),
         check("runtimes: sparse half precision, sqft / dense half precision, transformers", rates["sparse", "sqft"] / half, 1.5, False),
         check("runtimes: merged / base and adapter, decode, sqft", ours / rates["sparse INT4 and adapter", "sqft"], 1.0, False),
         check("runtimes: merged / base and adapter, bytes", sizes["sparse INT4, merged", "sqft"]
               / sizes["sparse INT4 and adapter", "sqft"], 1.0),
+        check("runtimes: seconds to load, compact / dense INT4, sqft", loading["sparse INT4, compact"] / loading["dense INT4"], 1.0),
         check("runtimes: sparse INT4 / dense half precision, bytes", sizes["sparse INT4, merged", "sqft"]
               / sizes["dense", "transformers"], 0.45),
     ]  # fmt: skip

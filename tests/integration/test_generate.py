@@ -15,6 +15,7 @@ from sqft.cli import main
 from sqft.deployment import GenerateConfig
 from sqft.kernels.cpu.library import library
 from sqft.serving.generate import pick
+from sqft.serving.prepare import load_prepared
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,24 @@ def test_fast_exact_and_compact_answers_are_the_same(packed: Path) -> None:
     assert fast["text"] == exact["text"] or not library()  # torch's INT4 kernel is not as exact
     assert fast["tokens"] == exact["tokens"] == 12 and fast["prompt_tokens"] == 11
     assert fast["tokens_per_second"] > 0 and fast["seconds_to_first"] > 0
+
+
+@pytest.mark.skipif(not library(), reason="no C++ compiler here")
+@pytest.mark.parametrize("bits", [0, 3, 4, 8])
+def test_a_compact_folder_is_taken_as_it_lies(bits: int, tmp_path: Path) -> None:
+    """The same layers as of the whole folder, bit for bit; 3 bits have no kernel and are unpacked."""
+    model = pico_model("qwen2", dtype=torch.float16)
+    sqft.sparsify(model, sqft.SparsifyConfig(method="magnitude", exclude=["v_proj"]))
+    if bits:
+        options = {"exclude": ["k_proj", "v_proj"]} if bits == 3 else {}
+        sqft.quantize(model, sqft.QuantizeConfig(method="rtn", bits=bits, **options))
+    sqft.save(model, pico_tokenizer(), tmp_path / "whole")
+    sqft.pack(tmp_path / "whole", out=tmp_path / "compact")
+    one, other = (load_prepared(tmp_path / name)[0] for name in ("whole", "compact"))
+    state, again = one.state_dict(), other.state_dict()
+    assert state.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+    with torch.no_grad():
+        assert torch.equal(one(torch.arange(8)[None]).logits, other(torch.arange(8)[None]).logits)
 
 
 def test_it_stops_at_the_end_of_text(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,15 +117,20 @@ def load_packed(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     return load_weights(SafetensorsReader(folder), dtype)
 
 
-def load_weights(reader: Reader, dtype: str = "auto", settings: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def load_weights(reader: Reader, dtype: str = "auto", settings: Mapping[str, Any] | None = None,
+                 ready: Mapping[str, nn.Module] | None = None) -> PreTrainedModel:  # fmt: skip
     """A causal language model in eval mode, of a reader's tensors. Weights that are packed, as the model's
     ``quantization_config`` says, are ``QuantLinear`` layers.
 
-    ``dtype`` of what is not packed; ``settings``: instead of the folder's ``config.json``. Raises SqftError for a
-    format that is not read, or a checkpoint that does not fit.
+    ``dtype`` of what is not packed; ``settings``: instead of the folder's ``config.json``; ``ready``: modules, by name,
+    that are put in instead of being read. Raises SqftError for a format that is not read, or a checkpoint that does
+    not fit.
     """
     model, packed = _empty(reader.folder, settings)
-    state, format = {name: reader.get(name) for name in reader.layout}, ""
+    for name, module in (ready or {}).items():
+        put_module(model, name, module)
+    state = {n: reader.get(n) for n in reader.layout if n.rpartition(".")[0] not in (ready or ())}
+    format = ""
     if packed:
         format = packed["quant_method"]
         coder: Format = FORMATS[format]
@@ -135,7 +140,8 @@ def load_weights(reader: Reader, dtype: str = "auto", settings: Mapping[str, Any
     tied = set(model.all_tied_weights_keys or ())
     result = model.load_state_dict(state, strict=False, assign=True)
     layers = packed_layers(model)
-    missing = [n for n in result.missing_keys if n not in tied and n.rpartition(".")[0] not in layers]
+    known = {*layers, *(ready or ())}
+    missing = [n for n in result.missing_keys if n not in tied and n.rpartition(".")[0] not in known]
     if missing or result.unexpected_keys:
         wrong = f"lacks {missing[0]}" if missing else f"has {result.unexpected_keys[0]}, which the model does not"
         raise SqftError(f"{reader.folder} does not fit its config.json: the checkpoint {wrong}")
@@ -143,7 +149,7 @@ def load_weights(reader: Reader, dtype: str = "auto", settings: Mapping[str, Any
     widen_embeddings(model)
     for parameter in model.parameters():
         parameter.requires_grad_(not layers)
-    if format:
+    if format and not ready:
         mark_packed(model, format)
     model.name_or_path = str(reader.folder)
     return (model if dtype == "auto" else model.to(DTYPES[dtype])).eval()  # pyright: ignore[reportArgumentType]

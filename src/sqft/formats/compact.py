@@ -127,8 +127,18 @@ class CompactReader(SafetensorsReader):
 
     def layer(self, module: str, empty: bool = False) -> QuantLinear:
         """A packed module; ``empty``: shapes alone."""
+        layer = self.grid_layer(module, empty)
+        if not empty:
+            compact, grid = self.compact(module), layer.grid()
+            zero_OI = F.pad(grid.spread(grid.zero_OG, layer.in_features), (0, -layer.in_features % WIDTH))
+            integers_OI = unpack(compact, zero_OI.view(*compact.mask_OB.shape, WIDTH))
+            layer.qweight = pack_words(integers_OI.mT, layer.bits)
+        return layer
+
+    def grid_layer(self, module: str, empty: bool = False) -> QuantLinear:
+        """A packed module without its integers: grid and bias."""
         assert self._coded is not None
-        settings, compact = self._coded[1], None if empty else self.compact(module)
+        settings = self._coded[1]
         outputs, inputs = self._shape(module)
         own = {leaf: self._files.get(f"{module}.{leaf}") for leaf in ("scales", "qzeros", "g_idx", "bias")}
         state = {leaf: t if empty else super(CompactReader, self).get(f"{module}.{leaf}")
@@ -139,12 +149,12 @@ class CompactReader(SafetensorsReader):
         if not empty:
             state.setdefault("qzeros", _middle(layer))
         layer.load_state_dict(state, strict=False, assign=True)
-        if compact is not None:
-            grid = layer.grid()
-            zero_OI = F.pad(grid.spread(grid.zero_OG, inputs), (0, -inputs % WIDTH))
-            integers_OI = unpack(compact, zero_OI.view(*compact.mask_OB.shape, WIDTH))
-            layer.qweight = pack_words(integers_OI.mT, settings.bits)
         return layer
+
+    @property
+    def bits(self) -> int:
+        """Of packed weights; 0: they are floats."""
+        return self._coded[1].bits if self._coded is not None else 0
 
     def _encode(self, module: str, empty: bool = False) -> dict[str, Tensor]:
         if self._coded is not None:

@@ -58,8 +58,10 @@ def mask_words(packed_OP: Tensor) -> Tensor:
 
 def counts(mask_OB: Tensor) -> Tensor:
     """int64 [O, B]: values that each group stores."""
-    table = unpack_mask(torch.arange(256, dtype=torch.uint8, device=mask_OB.device)[:, None], 8).sum(-1)
-    return table[mask_OB.view(torch.uint8).int()].view(*mask_OB.shape, 8).sum(-1)
+    pairs = mask_OB - ((mask_OB >> 1) & 0x5555555555555555)  # bits of each 2, then 4, then 8
+    fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
+    eights = (fours + (fours >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (eights * 0x0101010101010101) >> 56
 
 
 def starts(compact: Compact) -> Tensor:
@@ -77,6 +79,8 @@ def stride(compact: Compact) -> int | None:
 def pack(w_OI: Tensor, packed_mask_OP: Tensor, bits: int = 0) -> Compact:
     """The compact form of floats, or of integers uint8 of ``bits`` bits, of which those in the mask are stored."""
     mask_OB = mask_words(packed_mask_OP)
+    if not bits and bool((mask_OB == -1).all()):  # a dense weight that fills its groups
+        return Compact(mask_OB, w_OI.reshape(-1), w_OI.shape[1])
     pieces = []
     for chunk in row_chunks(w_OI.shape[0], w_OI.shape[1], w_OI.device):
         stored = w_OI[chunk].masked_select(_bits(mask_OB[chunk])[:, : w_OI.shape[1]])

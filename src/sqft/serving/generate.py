@@ -16,7 +16,7 @@ from sqft.errors import UsageError
 from sqft.folders import is_adapter, load
 from sqft.models.discover import input_device
 from sqft.serving.decoder import Decoder
-from sqft.serving.prepare import prepare
+from sqft.serving.prepare import load_prepared
 
 
 @torch.no_grad()
@@ -30,9 +30,8 @@ def generate(model: str | Path, prompt: str, config: GenerateConfig | None = Non
     config = config or GenerateConfig()
     if not prompt.strip():
         raise UsageError("the prompt is empty: there is nothing to answer")
-    live, tokenizer = load(model, dtype=config.dtype, device=config.device)
-    if not (config.exact or is_adapter(model)):
-        prepare(live)
+    fast = not (config.exact or is_adapter(model))
+    live, tokenizer = (load_prepared if fast else load)(model, dtype=config.dtype, device=config.device)
     tokens = _tokens(tokenizer, prompt, config).to(input_device(live))
     torch.manual_seed(config.seed)
     clock = _Clock(tokenizer, say)

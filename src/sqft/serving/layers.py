@@ -67,8 +67,10 @@ class CompactLinear(Serving):
     @classmethod
     def from_float(cls, w_OI: Tensor, packed_mask: Tensor | None, bias: Tensor | None) -> CompactLinear:
         """Of float16 or bfloat16 weights; without a mask all are stored."""
-        mask = pack_mask(torch.ones_like(w_OI, dtype=torch.bool)) if packed_mask is None else packed_mask
-        return cls(pack(w_OI.detach(), mask), None, None, 0, bias)
+        if packed_mask is None:
+            rows, columns = w_OI.shape
+            packed_mask = pack_mask(torch.ones(1, columns, dtype=torch.bool, device=w_OI.device)).expand(rows, -1)
+        return cls(pack(w_OI.detach(), packed_mask), None, None, 0, bias)
 
     @classmethod
     def from_packed(cls, layer: QuantLinear, packed_mask: Tensor | None) -> CompactLinear:

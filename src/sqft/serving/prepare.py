@@ -3,18 +3,53 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sqft.formats.checkpoint import unpack_layer
+from sqft.folders import load
+from sqft.formats.checkpoint import load_weights, unpack_layer
+from sqft.formats.compact import CompactReader, is_compact
 from sqft.kernels.cpu.library import library
+from sqft.kernels.dispatch import pick_device
+from sqft.models.dense import load_tokenizer
+from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight, linear_weights, put_module
 from sqft.quantization.linear import QuantLinear
 from sqft.serving.layers import CompactLinear, Int4Linear
+from sqft.sparsity.masks import attach_masks
 
 HALVES = (torch.float16, torch.bfloat16)
+
+
+def load_prepared(source: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Tokenizer]:
+    """``load``, then ``prepare``. The weights of a compact folder are taken as they lie in the file."""
+    if not (is_compact(source) and pick_device(device).type == "cpu" and library()):
+        model, tokenizer = load(source, dtype=dtype, device=device)
+        prepare(model)
+        return model, tokenizer
+    reader = CompactReader(source)
+    found = {module: _compact_layer(reader, module) for module in reader.modules}
+    ready = {module: layer for module, layer in found.items() if layer is not None}
+    model = load_weights(reader, dtype, reader.config, ready)
+    attach_masks(model, {name: mask for name, mask in reader.masks().items() if name not in ready})
+    prepare(model)
+    return model, load_tokenizer(source)
+
+
+def _compact_layer(reader: CompactReader, module: str) -> CompactLinear | None:
+    """None: its kind has no kernel, or a mask would have to be kept."""
+    compact = reader.compact(module)
+    if not reader.bits:
+        bias = reader.get(f"{module}.bias") if f"{module}.bias" in reader.layout else None
+        return CompactLinear(compact, None, None, 0, bias) if compact.values.dtype in HALVES else None
+    layer = reader.grid_layer(module)
+    if layer.bits not in (4, 8) or not layer.groups_are_contiguous or layer.group_size % 32:
+        return None
+    grid = layer.grid()
+    return CompactLinear(compact, grid.scale_OG, grid.zero_OG, layer.group_size, layer.bias)
 
 
 @torch.no_grad()
@@ -27,7 +62,7 @@ def prepare(model: Any) -> dict[str, int]:
     """
     if next(model.parameters()).device.type != "cpu":
         return {}
-    made: Counter[str] = Counter()
+    made = Counter("CompactLinear" for module in model.modules() if isinstance(module, CompactLinear))
     for weight in list(linear_weights(model)):
         layer = _fastest(weight)
         if layer is not weight.module:

@@ -17,7 +17,7 @@ from sqft.errors import SqftError
 from sqft.folders import is_adapter, load
 from sqft.serving.decoder import Decoder
 from sqft.serving.generate import pick
-from sqft.serving.prepare import prepare
+from sqft.serving.prepare import load_prepared
 
 # What ``_answer`` does not do: such requests go to transformers' own ``generate``.
 _OTHERS = ("stop_strings", "sequence_bias", "bad_words_ids", "forced_eos_token_id", "constraints")
@@ -34,11 +34,10 @@ def serve(model: str | Path, config: ServeConfig | None = None, *, say: Callable
     if not is_serve_available():
         raise SqftError("serving needs transformers' server: pip install 'sqft[serve]' (fastapi, uvicorn, openai)")
     _check_port(config)
-    live, tokenizer = load(model, dtype=config.dtype, device=config.device)
-    if not (config.exact or is_adapter(model)):
-        prepare(live)
-        if Decoder.takes(live):
-            use_decoder(live)
+    fast = not (config.exact or is_adapter(model))
+    live, tokenizer = (load_prepared if fast else load)(model, dtype=config.dtype, device=config.device)
+    if Decoder.takes(live):
+        use_decoder(live)
     name = config.name or Path(model).resolve().name.removesuffix(".gguf")
     say(f"serving {name} at http://{config.host}:{config.port}/v1 (Ctrl-C stops)")
     _start(live, tokenizer, name, config)

@@ -13,14 +13,11 @@ class Session:
 
         from sqft.folders import is_adapter, load
         from sqft.serving.decoder import Decoder
-        from sqft.serving.prepare import prepare
+        from sqft.serving.prepare import load_prepared
 
         torch.set_num_threads(threads)
-        self._model: Any = load(folder)[0]
-        self._decoder: Any = None
-        if not is_adapter(folder):
-            prepare(self._model)
-            self._decoder = Decoder(self._model) if Decoder.takes(self._model) else None
+        self._model: Any = (load if is_adapter(folder) else load_prepared)(folder)[0]
+        self._decoder: Any = Decoder(self._model) if Decoder.takes(self._model) else None
 
     def run(self, tokens: list[list[int]], new: int) -> None:
         """Greedily generates exactly ``new`` tokens for each prompt."""
