@@ -38,6 +38,8 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "best's adapter": ("train", "repaired", TRAIN | BEST | DISTILLED),
     "best": ("merge", "best's adapter", {}),
     "all kept weights": ("train", "repaired", TRAIN | DISTILLED | {"adapter": "sparse-full", "learning_rate": 1e-4}),
+    "all kept weights, faster": ("train", "repaired", TRAIN | DISTILLED | {"adapter": "sparse-full",
+                                                                           "learning_rate": 5e-4}),
     "best, then GPTQ": ("quantize", "best", QUANTIZE),
     "best INT4's adapter": ("train", "best, then GPTQ", TRAIN | DISTILLED | {
         "adapter": "qa-sparse-peft", "epochs": 1.0, "target_modules": ["all"], "learning_rate": 3e-4}),
@@ -115,7 +117,8 @@ def differences(rows: dict[str, dict[str, Any]], pairs: Sequence[tuple[str, str]
     return found
 
 
-PAIRS = (("SparsePEFT", "LoRA"), ("best", "SparsePEFT"), ("best", "LoRA, dense"), ("all kept weights", "best"),
+PAIRS = (("SparsePEFT", "LoRA"), ("best", "SparsePEFT"), ("best", "LoRA, dense"), ("all kept weights", "best"), ("all kept weights, faster", "best"),
+         ("repaired", "Wanda"), ("best", "repaired"),
          ("best, then GPTQ", "best"), ("best INT4", "best, then GPTQ"), ("best INT4", "best"),
          ("QA on INT4", "LoRA on INT4"), ("QA on INT4", "LoRA, dense, then GPTQ"))  # fmt: skip
 
@@ -165,6 +168,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="at most so many calibration blocks of task and C4")
     parser.add_argument("--score-limit", type=int, help="score the first N problems of the split")
     parser.add_argument("--rows", nargs="+", default=[name for name in ROWS if not name.endswith("adapter")])
+    parser.add_argument("--label", help="of the results, beside those of the same task and epochs")
     parser.add_argument("--test", action="store_true", help="score FINAL on the test split")
     parser.add_argument("--root", type=Path, default=Path("runs") / "bench-adapt")
     parser.add_argument("--markdown", action="store_true", help="print the tables of the last runs")
@@ -185,7 +189,7 @@ def main() -> None:
         for name in (FINAL if arguments.test else arguments.rows)
     }
     apart = differences(rows, PAIRS)
-    where = f"{part}, {split}"
+    where = ", ".join(filter(None, (part, arguments.label, split)))
     checks = checks_of(rows, apart, where)
     shown = {name: {key: value for key, value in row.items() if key != "correct"} for name, row in rows.items()}
     print(json.dumps({"rows": shown, "differences": apart, "checks": checks}, indent=1))
