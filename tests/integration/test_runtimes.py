@@ -47,6 +47,4 @@ def test_runtimes_answer_as_sqft_does(family: str, options: dict, tmp_path: Path
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() == {"openvino", "onnx", "mlx"} and all(each["exact"] for each in found.values())
-    limits = {"openvino": 1e-4, "mlx": 1e-4, "onnx": 0.1}  # onnxruntime rounds activations to 8 bits
-    assert all(found[name]["logits"] < limit for name, limit in limits.items()), found
-    assert found["openvino"]["greedy"] and found["mlx"]["greedy"]
+    assert all(each["logits"] < 1e-4 and each["greedy"] for each in found.values()), found

@@ -1,4 +1,4 @@
-"""onnxruntime-genai; activations of INT products in 8 bits, its default on a CPU."""
+"""onnxruntime-genai; the export computes in float32 (``exporters/onnx.py``)."""
 
 from __future__ import annotations
 
