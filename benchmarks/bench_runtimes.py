@@ -86,7 +86,7 @@ def speed(vllm: str | None, prompts: list[int], batches: list[int]) -> tuple[dic
     found = models()
     pythons = {"vllm": vllm} if vllm else {}
     names = {str(folder): name for name, folder in found.items()}
-    config = BenchConfig(prompt=prompts, batch=batches, rounds=5)
+    config = BenchConfig(prompt=prompts, batch=batches, rounds=3)
     rows = sqft.bench(list(found.values()), config, pythons=pythons, out=OUT / "speed")
     for row in rows:
         row["model"] = names[str(OUT / row["model"])]

@@ -1,7 +1,7 @@
 """ONNX for onnxruntime-genai, by its own model builder, from a GPTQ folder of ours: ``MatMulNBits`` of our integers.
 
-The head stays as it is (by default the builder would quantize it again), and products are computed in float32 (level 1:
-by default activations are rounded to 8 bits, which moves logits by several per cent). ``verify`` reads the file and compares.
+The head stays as it is (the builder would quantize it again), and products are computed in float32 (accuracy level 1):
+the default rounds activations to 8 bits, which moves logits by per cents. ``verify`` reads the file and compares.
 """
 
 from __future__ import annotations

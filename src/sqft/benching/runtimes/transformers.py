@@ -1,4 +1,5 @@
-"""transformers alone, as a folder loads there; packed ones need the packages that their format names."""
+"""transformers alone, as a folder loads there, but float16 as bfloat16, which a CPU multiplies faster. Packed ones need
+the packages that their format names."""
 
 from __future__ import annotations
 
@@ -14,6 +15,8 @@ class Session:
 
         torch.set_num_threads(threads)
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+        if self._model.dtype == torch.float16:
+            self._model.bfloat16()
 
     def run(self, tokens: list[list[int]], new: int) -> None:
         import torch
