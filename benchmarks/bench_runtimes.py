@@ -25,6 +25,12 @@ OUT = Path("runs") / "bench-runtimes"
 WORKER = Path(__file__).resolve().parents[1] / "tests" / "peers" / "runtimes_worker.py"
 TARGETS = {"vllm": "vLLM", "awq": "AWQ in vLLM", "gguf": "GGUF in llama.cpp", "openvino": "OpenVINO", "onnx": "ONNX Runtime",
            "mlx": "MLX"}  # fmt: skip
+SPEEDS = {
+    "dense": ("transformers", "openvino", "onnx", "llama.cpp"), "sparse": ("sqft",),
+    "dense INT4": ("sqft", "openvino", "onnx", "llama.cpp", "vllm"),
+    "sparse INT4, merged": ("sqft", "openvino", "onnx", "llama.cpp", "vllm"), "sparse INT4, compact": ("sqft",),
+    "sparse INT4 and adapter": ("sqft",),
+}  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "INT4 (the default)": {}, "INT4, symmetric": {"symmetric": True, "scale_bits": 8},
     "INT4, scales of 11 bits": {"scale_bits": 11}, "INT4, zero points from 0": {"min_zero": 0, "scale_bits": 11, "format": "gptq_v2"},
@@ -86,8 +92,11 @@ def speed(vllm: str | None, prompts: list[int], batches: list[int]) -> tuple[dic
     found = models()
     pythons = {"vllm": vllm} if vllm else {}
     names = {str(folder): name for name, folder in found.items()}
-    config = BenchConfig(prompt=prompts, batch=batches, rounds=3)
-    rows = sqft.bench(list(found.values()), config, pythons=pythons, out=OUT / "speed")
+    rows = []
+    for name, runtimes in SPEEDS.items():
+        chosen = [r for r in runtimes if r != "vllm" or vllm]
+        config = BenchConfig(runtimes=chosen, prompt=prompts, batch=batches, rounds=3)
+        rows += sqft.bench([found[name]], config, pythons=pythons, out=OUT / "speed")
     for row in rows:
         row["model"] = names[str(OUT / row["model"])]
     rates = {(row["model"], row["runtime"]): row["cases"][0]["decode_per_second"] for row in rows if "cases" in row}
