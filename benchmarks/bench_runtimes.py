@@ -88,12 +88,16 @@ def exports(vllm: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ]  # fmt: skip
 
 
-def speed(vllm: str | None, prompts: list[int], batches: list[int]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def speed(
+    vllm: str | None, prompts: list[int], batches: list[int], chosen_models: list[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     found = models()
     pythons = {"vllm": vllm} if vllm else {}
     names = {str(folder): name for name, folder in found.items()}
     rows = []
     for name, runtimes in SPEEDS.items():
+        if name not in chosen_models:
+            continue
         chosen = [r for r in runtimes if r != "vllm" or vllm]
         config = BenchConfig(runtimes=chosen, prompt=prompts, batch=batches, rounds=3)
         rows += sqft.bench([found[name]], config, pythons=pythons, out=OUT / "speed")
@@ -104,12 +108,16 @@ def speed(vllm: str | None, prompts: list[int], batches: list[int]) -> tuple[dic
     ours, half = rates["sparse INT4, merged", "sqft"], rates["dense", "transformers"]
     sizes = {(row["model"], row["runtime"]): row["bytes"] for row in rows if "bytes" in row}
     loading = {row["model"]: row["load_seconds"] for row in rows if row["runtime"] == "sqft" and "bytes" in row}
-    return {"rows": rows}, [
-        check(f"runtimes: sparse INT4, sqft / best dense INT4 elsewhere ({best[1]})", ours / best[0], 1.2, False),
-        check("runtimes: sparse half precision, sqft / dense half precision, transformers", rates["sparse", "sqft"] / half, 1.5, False),
-        check("runtimes: merged / base and adapter, decode, sqft", ours / rates["sparse INT4 and adapter", "sqft"], 1.0, False),
+    beside = rates.get(("sparse INT4 and adapter", "sqft"))
+    checks = [] if beside is None else [
+        check("runtimes: merged / base and adapter, decode, sqft", ours / beside, 1.0, False),
         check("runtimes: merged / base and adapter, bytes", sizes["sparse INT4, merged", "sqft"]
               / sizes["sparse INT4 and adapter", "sqft"], 1.0),
+    ]  # fmt: skip
+    return {"rows": rows}, [
+        *checks,
+        check(f"runtimes: sparse INT4, sqft / best dense INT4 elsewhere ({best[1]})", ours / best[0], 1.2, False),
+        check("runtimes: sparse half precision, sqft / dense half precision, transformers", rates["sparse", "sqft"] / half, 1.5, False),
         check("runtimes: seconds to load, compact / dense INT4, sqft", loading["sparse INT4, compact"] / loading["dense INT4"], 1.0),
         check("runtimes: sparse INT4 / dense half precision, bytes", sizes["sparse INT4, merged", "sqft"]
               / sizes["dense", "transformers"], 0.45),
@@ -151,6 +159,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("exports", "speed"))
     parser.add_argument("--vllm", help="interpreter of an environment that has vLLM")
     parser.add_argument("--prompt", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--models", nargs="+", choices=list(SPEEDS), default=list(SPEEDS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--markdown", action="store_true", help="print the tables of the last run")
     arguments = parser.parse_args()
@@ -162,7 +171,7 @@ def main() -> None:
         update_results("export", "exports", results, checks)
         print(json.dumps(checks, indent=1))
     if arguments.only != "exports":
-        results, checks = speed(arguments.vllm, arguments.prompt, arguments.batch)
+        results, checks = speed(arguments.vllm, arguments.prompt, arguments.batch, arguments.models)
         update_results("decode", "runtimes", results, checks)
         print(json.dumps(checks, indent=1))
 

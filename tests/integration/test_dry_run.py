@@ -74,7 +74,7 @@ def test_it_says_what_the_run_does(dense: Path, tmp_path: Path, capsys, monkeypa
     assert call(capsys, "run", recipe)[0] == 0
     for step in plan["steps"][2:5]:
         real = weight_bytes(Path(step["output"]))
-        assert real == pytest.approx(step["disk_bytes"], rel=0.25), step["name"]  # pico folders are headers for a part
+        assert real == pytest.approx(step["disk_bytes"], rel=0.3), step["name"]  # pico folders are headers for a part
     before = snapshot(run)
     plan = planned(capsys, recipe)
     assert {step["state"] for step in plan["steps"]} == {"skip"} and plan["seconds"] == 0

@@ -28,6 +28,9 @@ NUMBERS = ("sparsity", "zeros", "weights", "pruned", "filled", "zeros_kept", "pa
            "ranks", "integers_compared", "correct")  # fmt: skip
 
 
+BEFORE = {"min_zero": 0, "scale_bits": 11, "embeddings": "keep"}  # the defaults of then
+
+
 def processor() -> str:
     """Where float results are the same bit for bit: processors of one kind, with one torch."""
     vendor = "unknown"
@@ -58,7 +61,7 @@ def make(family: str, root: Path) -> None:
         ),
         out=root / "2-4",
     )
-    int4 = sqft.QuantizeConfig(group_size=32)
+    int4 = sqft.QuantizeConfig(group_size=32, format="gptq_v2", **BEFORE)
     sqft.quantize(root / "wanda", int4, TOKENS, out=root / "int4")
     sqft.quantize(
         root / "wanda",
@@ -66,6 +69,7 @@ def make(family: str, root: Path) -> None:
             group_size=-1,
             bits=3,
             symmetric=True,
+            **BEFORE,
             method="rtn",
             exclude=["k_proj", "v_proj"] if family != "phi3" else ["qkv_proj"],
         ),
@@ -73,7 +77,9 @@ def make(family: str, root: Path) -> None:
     )
     sqft.quantize(
         dense,
-        sqft.QuantizeConfig(group_size=32, act_order=False, true_sequential=False, format="compressed-tensors"),
+        sqft.QuantizeConfig(
+            group_size=32, act_order=False, true_sequential=False, format="compressed-tensors", **BEFORE
+        ),
         TOKENS,
         first=sqft.SparsifyConfig(),
         out=root / "fused",
