@@ -28,6 +28,7 @@ from common import RESULTS, alternate, check, update_results
 from torch import Tensor, nn
 
 import sqft
+from sqft.benching.run import bandwidth
 from sqft.formats.compact import CompactReader
 from sqft.kernels.cpu import library
 from sqft.kernels.packed import pack_mask
@@ -153,16 +154,10 @@ def held(layer: nn.Module) -> int:
     return sum(t.nbytes for name, t in layer.named_buffers() if name not in ("starts", "zero"))
 
 
-def bandwidth() -> float:
-    """Bytes a second that summing 1 GiB reads."""
-    large = torch.ones(1 << 28)
-    return large.nbytes / alternate({"sum": lambda: float(large.sum())}, 5)["sum"]
-
-
 @torch.no_grad()
 def layers() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Seconds of a product of one token, and the share of the machine's bandwidth at which weights are read."""
-    read, rows, checks = bandwidth(), {}, []
+    read, rows, checks = bandwidth(torch.get_num_threads()), {}, []
     for outputs, inputs in SHAPES:
         first, x, turns = contestants(outputs, inputs), torch.randn(1, inputs), {}
         for name, layer in first.items():

@@ -29,7 +29,7 @@ FULL_SIZE = {  # sizes of the models that the shipped recipes are for, and the p
 
 
 def text_of(model: object, output: object, train: str = "", **stages: str) -> str:
-    options = {"sparsify": SMALL, "quantize": "{samples: 4, length: 32, group_size: 32}",
+    options = {"sparsify": SMALL, "quantize": "{samples: 4, length: 32, group_size: 32, format: gptq_v2}",
                "train": "{adapter: qa-sparse-peft, base: sparsify, task: arithmetic, limit: 16, eval_limit: 4, "
                f"max_steps: 4, batch_size: 4, save_steps: 2, search_space: [4, 2]{train}}}",
                "search": "{task: arithmetic, limit: 4, metric: loss, evaluations: 3}", "merge": "{}",
@@ -74,7 +74,7 @@ def test_it_says_what_the_run_does(dense: Path, tmp_path: Path, capsys, monkeypa
     assert call(capsys, "run", recipe)[0] == 0
     for step in plan["steps"][2:5]:
         real = weight_bytes(Path(step["output"]))
-        assert real == pytest.approx(step["disk_bytes"], rel=0.3), step["name"]  # pico folders are headers for a part
+        assert real == pytest.approx(step["disk_bytes"], rel=0.25), step["name"]  # pico folders are headers for a part
     before = snapshot(run)
     plan = planned(capsys, recipe)
     assert {step["state"] for step in plan["steps"]} == {"skip"} and plan["seconds"] == 0

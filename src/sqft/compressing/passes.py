@@ -22,9 +22,10 @@ from sqft.compressing.rebuild import BlockRepair
 from sqft.compressing.tokens import calibration_tokens
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import SqftError, UsageError
+from sqft.formats.checkpoint import plan_tensors
 from sqft.kernels.dispatch import pick_device
 from sqft.models.discover import Architecture, Block, match_modules
-from sqft.models.embeddings import half_dtype
+from sqft.models.embeddings import planned_dtypes
 from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight
 from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
@@ -44,6 +45,7 @@ class Pass(ABC):
     title: str
     sequential = False
     format = "auto"  # of a checkpoint
+    embeddings = "keep"  # what embeddings and head are rounded to when all is done
 
     def __init__(self, config: Any, methods: Registry, kind: type) -> None:
         self.config, self.method = config, methods[config.method]
@@ -71,10 +73,6 @@ class Pass(ABC):
     @abstractmethod
     def finish(self, block: Block) -> None:
         """Is called with each block when the walk needs it no more."""
-
-    def half(self, model: nn.Module) -> torch.dtype | None:
-        """What embeddings and head are rounded to when all is done; None: they stay as they are."""
-        return None
 
     @abstractmethod
     def metrics(self, model: nn.Module) -> dict[str, Any]:
@@ -211,6 +209,7 @@ class Quantize(Pass):
         self.sequential, self.format = config.true_sequential or self.paired, config.format
         if config.clip == "hessian" and self.method.needs is None:
             raise UsageError(f"clip hessian does not go with method {config.method}, which knows no inputs: use mse")
+        self.embeddings = config.embeddings
         self._spec = GridSpec(config.bits, -1, config.symmetric, config.clip, config.scale_bits, config.min_zero)
         self._packed: dict[str, QuantLinear] = {}
         self._counts, self._bits = ZeroCounts(), 0
@@ -218,9 +217,6 @@ class Quantize(Pass):
     def plan(self, architecture: Architecture) -> None:
         self._chosen = self.layers = quantized_layers(architecture, self.config)
         self._spec = replace(self._spec, group_size=next(iter(self.layers.values())).stored_group_size)
-
-    def half(self, model: nn.Module) -> torch.dtype | None:
-        return half_dtype(model, self.config.embeddings)
 
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
         for weights, value, products in self._groups(block, statistics):
@@ -287,6 +283,13 @@ def quantized_layers(architecture: Architecture, config: QuantizeConfig) -> dict
                                    device="meta", dtype=weight.dtype)  # fmt: skip
         layers[name].symmetric = config.symmetric
     return layers
+
+
+def quantized_bytes(model: Any, layers: Mapping[str, QuantLinear], config: QuantizeConfig) -> int:
+    """Of the folder that will be written, without headers and masks; the model and ``layers`` may be on ``meta``."""
+    planned = plan_tensors(model, layers, config.format, planned_dtypes(model, config.embeddings))
+    fractions = sum(layer.in_features * layer.out_features for layer in layers.values()) if config.keep_fractions else 0
+    return sum(tensor.nbytes for tensor in planned.values()) + fractions
 
 
 def _beside(w_OI: Tensor, *values: Any) -> Tensor:

@@ -24,7 +24,7 @@ from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantiza
 from sqft.formats.fractions import save_fractions, stored_fractions
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Block, describe
-from sqft.models.embeddings import embeddings, exact_dtypes, round_embeddings
+from sqft.models.embeddings import exact_dtypes, planned_dtypes, round_embeddings
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
 from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
@@ -83,8 +83,7 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
                 pass
             if last.layers:
                 mark_packed(model, last.format)
-            if (half := last.half(model)) is not None:
-                round_embeddings(model, half)
+            round_embeddings(model, last.embeddings)
             result.metrics.update(last.metrics(model))
         return result.metrics
     if out is None:
@@ -122,9 +121,7 @@ def _write(blocks: Iterable[Block], model: Any, last: Pass, tokenizer: Tokenizer
     """Writes a model as its blocks are finished, and drops them."""
     masks: dict[str, Tensor] = {}
     fractions: dict[str, Tensor] = {}
-    half = last.half(model)
-    dtypes = exact_dtypes(model) if last.layers else {}
-    dtypes |= {} if half is None else {name: half for name, _ in embeddings(model)}
+    dtypes = (exact_dtypes(model) if last.layers else {}) | planned_dtypes(model, last.embeddings)
     writer = ModelWriter(plan_tensors(model, last.layers, last.format, dtypes), folder, MAX_SHARD_BYTES)
     for block in blocks:
         for name, tensor in encoded(block.module, last.format, block.name + "."):

@@ -113,20 +113,14 @@ class Mlx:
         source, written = Source(reader), self._rewriting(reader).check_floats(out)
         if source.settings is None:
             return {"weights": 0}
-        bits, worst = source.settings.bits, 0.0
+        bits, worst, count = source.settings.bits, 0.0, 0
         for module, layer in source.layers():
             q_OI = unpack_words(written.get(f"{module}.weight").view(torch.int32).mT, layer.in_features, bits).mT
             scale, bias = (written.get(f"{module}.{leaf}").float().repeat_interleave(layer.group_size, 1)
                            for leaf in ("scales", "biases"))  # fmt: skip
             error = (q_OI * scale + bias - layer.dequantize(torch.float32)).abs().max()
-            worst = max(worst, float(error))
-        if not worst:
-            return {"weights": check_count(source)}
-        return {"weights": check_count(source), "largest_weight_error": worst}
-
-
-def check_count(source: Source) -> int:
-    return sum(layer.in_features * layer.out_features for _, layer in source.layers())
+            worst, count = max(worst, float(error)), count + q_OI.numel()
+        return {"weights": count} | ({"largest_weight_error": worst} if worst else {})
 
 
 def _none(layer: QuantLinear) -> Mapping[str, Tensor]:

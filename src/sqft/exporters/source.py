@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,17 @@ class Source:
     def float_linears(self) -> list[str]:
         """Modules of decoder blocks that stay float although others are packed."""
         return [name.removesuffix(".weight") for name in self.floats
-                if name.endswith("_proj.weight") and self.reader.layout[name].ndim == 2]  # fmt: skip
+                if re.search(r"\.\d+\..*\.weight$", name) and self.reader.layout[name].ndim == 2]  # fmt: skip
 
     def rounding(self, dtype: torch.dtype) -> list[str]:
         """What casting everything that is not packed, and the scales, to ``dtype`` loses: a sentence, or nothing."""
         worst, where = 0.0, ""
         for name in self.reader.layout:
-            if self.reader.layout[name].dtype not in (dtype, torch.float32, torch.bfloat16, torch.float16):
+            stored = self.reader.layout[name].dtype
+            if not stored.is_floating_point or stored == dtype:
                 continue
             tensor = self.reader.get(name)
-            error = (tensor.to(dtype).double() - tensor.double()).abs().max().item() if tensor.dtype != dtype else 0.0
+            error = (tensor.to(dtype).double() - tensor.double()).abs().max().item()
             if error > worst:
                 worst, where = error, name
         name = str(dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from sqft import artifact
 from sqft.deployment import ExportConfig
-from sqft.errors import SqftError
+from sqft.errors import SqftError, UsageError
 from sqft.formats.compact import is_compact
 from sqft.models.reader import Reader, SafetensorsReader
 from sqft.registry import EXPORTERS
@@ -42,7 +42,7 @@ def export(folder: str | Path, config: ExportConfig | None = None, *, out: str |
     target: Exporter = EXPORTERS[config.to]()
     with artifact.stage("export", config, out, folder, overwrite=overwrite) as made:
         if not Path(folder).is_dir():
-            raise SqftError(f"{folder} is not a folder: only a model on this disk is exported")
+            raise UsageError(f"{folder} is not a folder: only a model on this disk is exported")
         if (Path(folder) / "adapter_config.json").is_file():
             raise SqftError(f"{folder} is an adapter: merge it first (sqft merge), and export the merged model")
         if is_compact(folder):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sqft.keys import FRACTIONS, MASKS
 
@@ -21,6 +23,17 @@ def serving_bytes(folder: str | Path) -> int:
     path = Path(folder)
     beside = (path / MASKS, path / FRACTIONS)
     return weight_bytes(path) - sum(file.stat().st_size for file in beside if file.is_file())
+
+
+def of_half(size: int | None, parameters: Any) -> float | None:
+    """A size beside that of so many weights in 16 bits, which is what people start from; None: one is not known."""
+    known = size and isinstance(parameters, (int, float)) and parameters > 0
+    return size / (2 * parameters) if size and known else None
+
+
+def with_share(folder: str | Path, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage folder's metrics, and how large it is beside the dense model in 16 bits."""
+    return {**metrics, "size of dense float16": of_half(serving_bytes(folder), metrics.get("parameters"))}
 
 
 def human(size: float) -> str:

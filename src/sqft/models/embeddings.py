@@ -34,12 +34,20 @@ def half_dtype(model: Any, asked: str) -> torch.dtype | None:
     return torch.float16 if largest <= torch.finfo(torch.float16).max else torch.bfloat16
 
 
+def planned_dtypes(model: Any, asked: str) -> dict[str, torch.dtype]:
+    """What the option stores in another dtype than the model's, by name."""
+    half = half_dtype(model, asked)
+    return {} if half is None else {name: half for name, _ in embeddings(model)}
+
+
 @torch.no_grad()
-def round_embeddings(model: Any, dtype: torch.dtype) -> None:
-    """Rounds the values; the dtype they are computed in stays."""
+def round_embeddings(model: Any, asked: str) -> None:
+    """Rounds the values as the option says; the dtype they are computed in stays."""
+    if (half := half_dtype(model, asked)) is None:
+        return
     for _, module in embeddings(model):
         weight = stored(module, "weight")
-        store(module, "weight", weight.to(dtype).to(weight.dtype))
+        store(module, "weight", weight.to(half).to(weight.dtype))
     model.tie_weights()
 
 

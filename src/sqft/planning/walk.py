@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from sqft.adapters.groups import make_groups
-from sqft.compressing.passes import patterns, quantized_layers
+from sqft.compressing.passes import patterns, quantized_bytes, quantized_layers
 from sqft.errors import SqftError, first_line
-from sqft.formats.checkpoint import is_packed_folder, plan_tensors
+from sqft.formats.checkpoint import is_packed_folder
 from sqft.models.dense import DTYPES, locate
 from sqft.models.discover import describe, resolve_targets
-from sqft.models.embeddings import embeddings, half_dtype
 from sqft.planning.estimate import Shape, load, measure
 from sqft.planning.workload import NotHere
 from sqft.recipe import Step
@@ -85,11 +84,7 @@ class Walk:
             return shape_of(self.model)
         if step.stage == "quantize":
             layers = quantized_layers(self.architecture, config)
-            half = half_dtype(self.model, config.embeddings)
-            dtypes = {name: half for name, _ in embeddings(self.model)} if half else {}
-            size = sum(tensor.nbytes for tensor in plan_tensors(self.model, layers, config.format, dtypes).values())
-            if config.keep_fractions:
-                size += sum(layer.in_features * layer.out_features for layer in layers.values())
+            size = quantized_bytes(self.model, layers, config)
             for weight in self.architecture.weights():
                 if weight.name in layers:
                     weight.replace(layers[weight.name])

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqft.measuring.size import human
+from sqft.measuring.size import human, of_half
 from sqft.reporting.collect import Section, StageFolder
 from sqft.reporting.tables import Column, Table, count, duration, millions, percent, points, share
 
 Row = Mapping[str, Any]
 ACCURACY = Column("accuracy (95 % interval)", "accuracy", percent)
 SIZE = Column("size to serve", "size", human)
-OF_HALF = Column("of dense float16", "of_half", "{:.2f}x".format)
 STAGES = (
     Column("stage", "title"), ACCURACY, Column("perplexity (95 %)", "perplexity", "{:.2f}".format),
     Column("sparsity", "sparsity", share), Column("zeros kept", "zeros_kept", share), SIZE,
-    OF_HALF, Column("took", "seconds", duration),
+    Column("of dense float16", "of_half", "{:.2f}x".format), Column("took", "seconds", duration),
 )  # fmt: skip
 ZEROS = (
     Column("stage", "title"), Column("pruned weights", "pruned", count), Column("no longer zero", "filled", count),
@@ -41,15 +40,14 @@ def stage_rows(section: Section) -> list[Row]:
     rows = []
     parameters = next((s.numbers["parameters"] for s in section.stages if s.numbers.get("parameters")), None)
     for stage in section.stages:
-        size = section.serving_bytes(stage)
         bits = stage.numbers.get("bits")
         first, *others = [task for task in stage.scores if task] or [""]
         for task in (first, *others):
             scores = {**(stage.scores.get("", {}) if task == first else {}), **stage.scores.get(task, {})}
             rows.append({**stage.numbers, **scores, "title": stage.name + (f", {task}" if others else ""),
                          "mergeable": stage.is_adapted or (False if stage.is_adapter else None),
-                         "task": task, "stage": stage, "size": size,
-                         "of_half": size / (2 * parameters) if size and parameters else None,
+                         "task": task, "stage": stage, "size": (size := section.serving_bytes(stage)),
+                         "of_half": of_half(size, parameters),
                          "precision": f"INT{bits:.0f}" if bits else "float",
                          "predictions": stage.predictions if task == first else []})  # fmt: skip
     return rows

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from sqft.errors import SqftError
-from sqft.measuring.size import serving_bytes
+from sqft.measuring.size import with_share
 from sqft.reporting.collect import manifests
 from sqft.reporting.tables import Column, Table, share
 
 TOLD = {"accuracy": share, "perplexity": "{:.4g}".format, "sparsity": share, "zeros_kept": share,
         "max_logit_difference": "{:.4g}".format, "loss": "{:.4g}".format, "eval_loss": "{:.4g}".format,
-        "size": "{:.2f} of dense float16".format,
+        "size of dense float16": "{:.2f}".format,
         "error": str}  # fmt: skip
 
 
@@ -22,18 +22,12 @@ def stages_table(root: Path) -> Table:
     rows = [{"folder": str(folder), "stage": "?", "created": "", "numbers": {"error": str(manifest)}}
             if isinstance(manifest, SqftError) else
             {"folder": str(folder), "stage": manifest.stage, "created": manifest.created,
-             "numbers": {key: value for key, value in (_size(folder, manifest) | manifest.metrics).items()
+             "numbers": {key: value for key, value in with_share(folder, manifest.metrics).items()
                          if isinstance(value, (int, float))}}
             for folder, manifest in manifests(root)]  # fmt: skip
     columns = (Column("folder", "folder"), Column("stage", "stage"), Column("written", "created"),
                Column("numbers", "numbers", _summary))  # fmt: skip
     return Table(columns, rows)
-
-
-def _size(folder: Path, manifest: Any) -> dict[str, float]:
-    """How large a model is beside all of its weights in 16 bits."""
-    parameters = manifest.metrics.get("parameters")
-    return {"size": serving_bytes(folder) / (2 * parameters)} if isinstance(parameters, int) and parameters > 0 else {}
 
 
 def _summary(values: Mapping[str, Any]) -> str:

@@ -15,13 +15,12 @@ from sqft.formats.compact import CompactReader, is_compact
 from sqft.kernels.cpu.library import library
 from sqft.kernels.dispatch import pick_device
 from sqft.models.dense import load_tokenizer
+from sqft.models.embeddings import HALVES
 from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight, linear_weights, put_module
 from sqft.quantization.linear import QuantLinear
 from sqft.serving.layers import CompactLinear, Int4Linear
 from sqft.sparsity.masks import attach_masks
-
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def load_prepared(source: str | Path, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Tokenizer]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -66,8 +65,11 @@ def _start(live: Any, tokenizer: Any, name: str, config: ServeConfig) -> None:
         ) -> list[dict[str, Any]]:
             return [{"id": name, "object": "model", "created": 0, "owned_by": "sqft"}]
 
-    with mock.patch.object(model_manager, "ModelManager", Plugged):
+    original, model_manager.ModelManager = model_manager.ModelManager, Plugged  # where Serve takes it from
+    try:
         Serve(force_model=name, device="cpu", host=config.host, port=config.port, log_level="error")
+    finally:
+        model_manager.ModelManager = original
 
 
 def _check_port(config: ServeConfig) -> None:
