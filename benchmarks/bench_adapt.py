@@ -10,6 +10,7 @@ Accuracy is that of the validation split; ``--test`` scores the rows of FINAL on
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,43 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "QA on INT4": ("merge", "QA's adapter on INT4", {}),
     "LoRA, dense, then GPTQ": ("quantize", "LoRA, dense", QUANTIZE),
 }  # fmt: skip
+GROUPS = {"main": [name for name in ROWS if not name.endswith("adapter")]}
+ROWS |= {
+    "Wanda INT4": ("quantize", "Wanda", {**QUANTIZE, "repair": "none"}),
+    "repaired blocks": ("sparsify", "dense", {"samples": 128, "calibration": "task+c4", "repair": "block",
+                                              "batch_size": 1, "repair_precision": "bfloat16"}),
+}  # fmt: skip
+# What best's gain is from: each of its parts left out, or its base made another way.
+APART: dict[str, tuple[str, dict[str, Any]]] = {
+    "without a teacher": ("repaired", BEST),
+    "on the usual projections": ("repaired", {**BEST, "target_modules": []} | DISTILLED),
+    "without norms": ("repaired", {**BEST, "train_norms": False} | DISTILLED),
+    "at 3e-4": ("repaired", {**BEST, "learning_rate": 3e-4} | DISTILLED),
+    "on Wanda": ("Wanda", BEST | DISTILLED),
+    "on repaired blocks": ("repaired blocks", BEST | DISTILLED),
+}
+for _name, (_base, _options) in APART.items():
+    ROWS[f"best {_name}'s adapter"] = ("train", _base, TRAIN | _options)
+    ROWS[f"best {_name}"] = ("merge", f"best {_name}'s adapter", {})
+# The paper's methods and LoRA, trained for so many epochs at each rate, all in the same way.
+KINDS = {"LoRA of dense": ("dense", "lora"), "LoRA of sparse": ("Wanda", "lora"), "SparsePEFT": ("Wanda", "sparse-peft"),
+         "kept weights": ("Wanda", "sparse-full"), "SQFT": ("Wanda INT4", "sqft"),
+         "QA-SparsePEFT": ("Wanda INT4", "qa-sparse-peft")}  # fmt: skip
+CELLS = {f"{epochs:g} x {rate:g}": {"learning_rate": rate, "epochs": epochs}
+         for rate in (3e-4, 1e-3) for epochs in (1.0, 2.0, 3.0)}  # fmt: skip
+BASELINES = []
+for (_name, (_base, _kind)), (_cell, _options) in itertools.product(KINDS.items(), CELLS.items()):
+    _row, _options = f"{_name}, {_cell}", {"adapter": _kind, **_options}
+    if _kind.endswith("sparse-peft"):
+        ROWS[f"{_row}, adapter"] = ("train", _base, TRAIN | _options)
+        ROWS[_row] = ("merge", f"{_row}, adapter", {})
+    else:  # stays beside its base, or has nothing to merge
+        ROWS[_row] = ("train", _base, TRAIN | _options)
+    BASELINES.append(_row)
+    if _kind == "sparse-peft":
+        ROWS[f"{_row}, then GPTQ"] = ("quantize", _row, {**QUANTIZE, "repair": "none"})
+        BASELINES.append(f"{_row}, then GPTQ")
+GROUPS |= {"apart": [f"best {name}" for name in APART], "baselines": BASELINES}
 FINAL = ("LoRA, dense", "SparsePEFT", "best", "best, then GPTQ", "best INT4")
 
 
@@ -120,7 +158,11 @@ def differences(rows: dict[str, dict[str, Any]], pairs: Sequence[tuple[str, str]
 PAIRS = (("SparsePEFT", "LoRA"), ("best", "SparsePEFT"), ("best", "LoRA, dense"), ("all kept weights", "best"), ("all kept weights, faster", "best"),
          ("repaired", "Wanda"), ("best", "repaired"),
          ("best, then GPTQ", "best"), ("best INT4", "best, then GPTQ"), ("best INT4", "best"),
-         ("QA on INT4", "LoRA on INT4"), ("QA on INT4", "LoRA, dense, then GPTQ"))  # fmt: skip
+         ("QA on INT4", "LoRA on INT4"), ("QA on INT4", "LoRA, dense, then GPTQ"),
+         *((f"best {name}", "best") for name in APART),
+         *((f"{one}, {cell}", f"{other}, {cell}") for cell in CELLS for one, other in (
+             ("SparsePEFT", "LoRA of sparse"), ("kept weights", "SparsePEFT"), ("QA-SparsePEFT", "SQFT"))),
+         *((f"QA-SparsePEFT, {cell}", f"SparsePEFT, {cell}, then GPTQ") for cell in CELLS))  # fmt: skip
 
 
 def checks_of(rows: dict[str, dict[str, Any]], apart: dict[str, list[float]], where: str) -> list[dict[str, Any]]:
@@ -167,7 +209,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="of products: bfloat16 on a CPU with a matrix unit")
     parser.add_argument("--samples", type=int, default=128, help="at most so many calibration blocks of task and C4")
     parser.add_argument("--score-limit", type=int, help="score the first N problems of the split")
-    parser.add_argument("--rows", nargs="+", default=[name for name in ROWS if not name.endswith("adapter")])
+    parser.add_argument("--rows", nargs="+", default=["main"], help=f"rows, or groups of them: {', '.join(GROUPS)}")
     parser.add_argument("--label", help="of the results, beside those of the same task and epochs")
     parser.add_argument("--test", action="store_true", help="score FINAL on the test split")
     parser.add_argument("--root", type=Path, default=Path("runs") / "bench-adapt")
@@ -184,10 +226,8 @@ def main() -> None:
     root = arguments.root / part.replace(", ", "-").replace(" ", "-")
     bench = Bench(arguments.model, arguments.task, arguments.data_dir, root, training, arguments.samples)
     split = "test" if arguments.test else "validation"
-    rows = {
-        name: row_of(bench, name, split, arguments.score_limit)
-        for name in (FINAL if arguments.test else arguments.rows)
-    }
+    names = FINAL if arguments.test else [row for name in arguments.rows for row in GROUPS.get(name, [name])]
+    rows = {name: row_of(bench, name, split, arguments.score_limit) for name in names}
     apart = differences(rows, PAIRS)
     where = ", ".join(filter(None, (part, arguments.label, split)))
     checks = checks_of(rows, apart, where)

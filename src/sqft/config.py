@@ -86,7 +86,8 @@ class QuantizeConfig(Compressing):
                                   "training of qa-sparse-peft then starts from it")  # fmt: skip
     exclude: list[str] = option(help="module patterns that stay float, e.g. 'model.layers.0.*'", factory=list)
     embeddings: str = option("auto", "what embeddings and head are stored in; auto: half precision (float32 is rounded "
-                             "to float16)", ("auto", "keep", "float16", "bfloat16"))  # fmt: skip
+                             "to float16); int8: that, and every row integers times a scale, which compact folders and "
+                             "GGUF store in a byte", ("auto", "keep", "float16", "bfloat16", "int8"))  # fmt: skip
     format: str = option("auto", "of the checkpoint; auto: gptq (v1) if symmetric, else compressed-tensors",
                          OneOf(("auto", "gptq_v2"), FORMATS))  # fmt: skip
 

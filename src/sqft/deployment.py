@@ -64,10 +64,13 @@ class BenchConfig:
     tokens: int = option(64, "tokens to generate")
     rounds: int = option(3, "times to do so, after one that warms up; the median counts")
     threads: int = option(2, "threads of each runtime")
+    text: str | None = option(None, "perplexity of each model too, by sqft: 'builtin', a .txt/.jsonl file or a "
+                              "datasets name", kind="text")  # fmt: skip
+    max_tokens: int = option(4096, "of the text")
     allow_lossy: bool = option(False, "export to runtimes that cannot hold a model exactly, too")
 
     def __post_init__(self) -> None:
-        check_positive(self, "tokens", "rounds", "threads")
+        check_positive(self, "tokens", "rounds", "threads", "max_tokens")
         for name, values in (("batch", self.batch), ("prompt", self.prompt)):
             if not values or min(values) < 1:
                 raise UsageError(f"{name} is {values}: give numbers of 1 or more")

@@ -84,6 +84,9 @@ RUNTIMES = Registry("runtime", "sqft.runtimes", {  # modules with PACKAGE, EXPOR
     "openvino": "sqft.benching.runtimes.openvino", "onnx": "sqft.benching.runtimes.onnx",
     "llama.cpp": "sqft.benching.runtimes.llama_cpp", "vllm": "sqft.benching.runtimes.vllm",
 })  # fmt: skip
+PARTS = Registry("part of the report", "sqft.report_parts", {  # by title: a Section to its Table and Figures
+    "Speed": "sqft.benching.table:part",
+})  # fmt: skip
 KINDS = Registry("adapter", "sqft.adapter_kinds", {
     "sparse-peft": "sqft.adapters.kinds:SPARSE_PEFT", "qa-sparse-peft": "sqft.adapters.kinds:QA_SPARSE_PEFT",
     "lora": "sqft.adapters.kinds:LORA", "sqft": "sqft.adapters.kinds:SQFT", "scales": "sqft.adapters.kinds:SCALES",

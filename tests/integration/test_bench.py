@@ -11,6 +11,7 @@ import torch
 from pico import pico_model, pico_tokenizer
 
 import sqft
+from sqft.benching import worker
 from sqft.cli import main
 from sqft.deployment import BenchConfig
 from sqft.errors import UsageError
@@ -30,7 +31,7 @@ def test_models_and_runtimes_side_by_side(folder: Path, tmp_path: Path, capsys: 
     text.write_text('{"text": "one two three"}\n')
     sqft.train(tmp_path / "sparse", sqft.TrainConfig(data=str(text), r=2, max_steps=1), out=tmp_path / "adapter")
     command = ["bench", str(folder), str(tmp_path / "adapter"), "--runtimes", "sqft,transformers", "--tokens", "4", "--rounds", "1",
-               "--batch", "1,2", "--prompt", "8", "--threads", "1", "--out", str(tmp_path / "out")]  # fmt: skip
+               "--batch", "1,2", "--prompt", "8", "--threads", "1", "--text", str(text), "--out", str(tmp_path / "out")]  # fmt: skip
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "pico" in printed and "decode, tokens/s" in printed
@@ -46,6 +47,36 @@ def test_models_and_runtimes_side_by_side(folder: Path, tmp_path: Path, capsys: 
     assert rows[2]["bytes"] > rows[0]["bytes"]  # an adapter and its base
     assert "only sqft serves with its base" in rows[3]["error"]
     assert "pico" in (tmp_path / "out" / "table.md").read_text()
+    assert rows[0]["perplexity"] == rows[1]["perplexity"] > 1 and rows[2]["perplexity"] > 1
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Speed" in page and "adapter in sqft: " in page and "tokens a second over size" in page
+    assert "| pico | transformers |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_damaged_bench_file_does_not_stop_a_report(folder: Path, tmp_path: Path) -> None:
+    sqft.sparsify(folder, sqft.SparsifyConfig(method="magnitude"), out=tmp_path / "sparse")
+    (tmp_path / "bench.json").write_text(
+        '{"rows": [1, {"cases": [3, {"batch": "x"}], "bytes": "y", "model": null}, {}]}'
+    )
+    assert sqft.report([tmp_path])["stages"] == 1
+
+
+def test_energy_is_read_where_it_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    counter = tmp_path / "intel-rapl:0" / "energy_uj"
+    counter.parent.mkdir()
+    counter.write_text("1500000")
+    real = worker.Path
+    monkeypatch.setattr(worker, "Path", lambda path: tmp_path if path == "/sys/class/powercap" else real(path))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+
+    class Session:
+        def run(self, tokens: list[list[int]], new: int) -> None:
+            counter.write_text(str(int(counter.read_text()) + 10**6 * new))
+
+    assert worker.measure(Session(), 2, 8, 4, 1, 100)["joules_per_token"] == pytest.approx(0.5)
+    counter.unlink()
+    assert "joules_per_token" not in worker.measure(type("Quiet", (), {"run": lambda *_: None})(), 1, 8, 4, 1, 100)
 
 
 @pytest.mark.slow

@@ -34,7 +34,8 @@ def tokenizer_with_merges() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize(("family", "options"), [
     ("llama", {"symmetric": True}), ("qwen3", {"symmetric": False, "min_zero": 1, "scale_bits": 7}),
-], ids=["llama, symmetric", "qwen3, not"])  # fmt: skip
+    ("llama", {"symmetric": True, "embeddings": "int8"}),
+], ids=["llama, symmetric", "qwen3, not", "llama, embeddings of bytes"])  # fmt: skip
 def test_runtimes_answer_as_sqft_does(family: str, options: dict, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # onnxruntime wants heads of 16
     model = pico_model(family, dtype=torch.float16, vocab_size=261, rope_theta=1e5, pad_token_id=260, bos_token_id=259,

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from pico import pico_model, pico_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sqft
+from sqft.formats.compact import CompactReader
+from sqft.kernels.rows import as_rows, round_rows
 from sqft.models.embeddings import exact_dtypes, half_dtype
+from sqft.models.reader import SafetensorsReader
+from sqft.serving.prepare import load_prepared
 
 RTN = {"method": "rtn", "group_size": 32}
 EMBEDDING = "model.embed_tokens.weight"
@@ -83,3 +87,47 @@ def test_the_group_size_is_the_largest_that_fits(tmp_path: Path) -> None:
     assert chosen(hidden_size=128, intermediate_size=256, head_dim=32) == 128
     assert chosen(hidden_size=64, intermediate_size=128, head_dim=16) == 64
     assert chosen() == 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_are_integers_times_a_scale_and_come_back(dtype: torch.dtype) -> None:
+    w = torch.randn(200, 37) * torch.logspace(-6, 2, 200)[:, None]
+    w[3], w[4, 1:] = 0, 0
+    rounded = round_rows(w, dtype)
+    stored = rounded.to(dtype)
+    assert torch.equal(stored.float(), rounded)
+    assert (rows := as_rows(stored)) is not None and torch.equal(rows.dense(), stored)
+    step = w.abs().amax(1) / 127 * (9 / 8 if dtype == torch.float16 else 2) + 2.0**-24
+    assert bool(((rounded - w).abs() <= step[:, None] / 2 * 1.0001).all())
+    assert as_rows(torch.randn(200, 37).to(dtype)) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_rows_of_bytes_in_compact_folders(family: str, tmp_path: Path) -> None:
+    packed = quantized(tmp_path, family, embeddings="int8")
+    sqft.pack(packed, out=tmp_path / "small")
+    files, before = load_file(tmp_path / "small" / "model.safetensors"), SafetensorsReader(packed)
+    assert files["model.embed_tokens.row_values"].dtype == torch.int8 and EMBEDDING not in files
+    assert ("lm_head.row_values" in files) == (family == "qwen2")
+    reader = CompactReader(tmp_path / "small")
+    assert all(torch.equal(reader.get(name), before.get(name)) for name in before.layout)
+    sqft.unpack(tmp_path / "small", out=tmp_path / "again")
+    again = SafetensorsReader(tmp_path / "again")
+    assert again.layout.keys() == before.layout.keys()
+    assert all(torch.equal(again.get(name), before.get(name)) for name in before.layout)
+    tokens, exact = torch.arange(12)[None], sqft.load(tmp_path / "small")[0]
+    fast = load_prepared(tmp_path / "small")[0]
+    with torch.no_grad():
+        wanted, found = exact(tokens).logits, fast(tokens).logits
+    assert getattr(fast.get_output_embeddings(), "bits", 8) == 8
+    assert float((found - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
+
+
+def test_rows_that_do_not_fit_their_values_are_refused(tmp_path: Path) -> None:
+    sqft.pack(quantized(tmp_path, embeddings="int8"), out=tmp_path / "small")
+    file = tmp_path / "small" / "model.safetensors"
+    state = load_file(file)
+    state["model.embed_tokens.row_scales"] = state["model.embed_tokens.row_scales"][1:]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(sqft.SqftError, match="does not fit its values"):
+        CompactReader(tmp_path / "small")

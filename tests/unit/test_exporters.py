@@ -64,6 +64,15 @@ def _data(tensor) -> tuple:
     return tensor.data, tensor.tensor_type
 
 
+def test_gguf_stores_embeddings_of_bytes_in_bytes(tmp_path: Path) -> None:
+    import gguf
+
+    source = quantized(tmp_path / "m", embeddings="int8")
+    assert export(source, ExportConfig(to="gguf"), out=tmp_path / "g")["exact"]
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "g" / "model.gguf").tensors}
+    assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
+
+
 def test_gguf_of_a_float_model_and_of_bfloat16(tmp_path: Path) -> None:
     model = pico_model(dtype=torch.bfloat16)
     sqft.save(model, pico_tokenizer(), tmp_path / "m")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sqft.benching import worker
+from sqft.config import EvaluateConfig
 from sqft.deployment import BenchConfig, ExportConfig
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter
@@ -46,9 +47,10 @@ def bench(models: Sequence[str | Path], config: BenchConfig | None = None, *, py
     speed, rows = bandwidth(config.threads), []
     Path(out).mkdir(parents=True, exist_ok=True)
     for model in models:
+        scores = _perplexity(Path(model), config, Path(out), say)
         for name in chosen:
             say(f"{model}: {name}")
-            row = {"model": Path(model).name, "runtime": name, "threads": config.threads}
+            row = {"model": Path(model).name, "runtime": name, "threads": config.threads, **scores}
             try:
                 row |= _measure(Path(model), name, config, pythons.get(name, sys.executable), Path(out), say)
             except SqftError as error:
@@ -64,6 +66,15 @@ def bench(models: Sequence[str | Path], config: BenchConfig | None = None, *, py
 
 def _is_here(runtime: ModuleType) -> bool:
     return importlib.util.find_spec(runtime.PACKAGE) is not None
+
+
+def _perplexity(model: Path, config: BenchConfig, out: Path, say: Say) -> dict[str, Any]:
+    """By sqft's exact forward: runtimes that hold the same weights differ from it by rounding alone."""
+    if config.text is None:
+        return {}
+    asked = EvaluateConfig(text=config.text, max_tokens=config.max_tokens, batch_size=1)
+    found = run_stage("evaluate", asked, str(model), out / "perplexity" / model.resolve().name, say)
+    return {key: found[key] for key in ("perplexity", "perplexity_ci95")}
 
 
 def _measure(model: Path, name: str, config: BenchConfig, python: str, out: Path, say: Say) -> dict[str, Any]:

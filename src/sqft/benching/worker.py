@@ -11,6 +11,7 @@ decoding.
 from __future__ import annotations
 
 import json
+import math
 import random
 import resource
 import runpy
@@ -31,11 +32,32 @@ def peak_bytes() -> int:
     return 1024 * max(mine, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
-def clocked(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds, and processor seconds of all threads."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def joules() -> float:
+    """What processors (RAPL) and NVIDIA GPUs (NVML) have taken so far; nan where neither can be read, as on most
+    virtual machines. A counter of RAPL begins again after some minutes at full power."""
+    total = math.nan
+    for counter in Path("/sys/class/powercap").glob("intel-rapl:?/energy_uj"):
+        try:
+            total = (0.0 if math.isnan(total) else total) + int(counter.read_text()) / 1e6
+        except (OSError, ValueError):
+            return math.nan
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports]
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        total = sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3 for handle in handles) + (
+            0.0 if math.isnan(total) else total)  # fmt: skip
+    except Exception:  # no package, no driver, no counter
+        return total
+    return total
+
+
+def clocked(work: Callable[[], Any]) -> tuple[float, float, float]:
+    """Seconds, processor seconds of all threads, and joules of the machine."""
+    wall, cpu, energy = time.perf_counter(), time.process_time(), joules()
     work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.perf_counter() - wall, time.process_time() - cpu, joules() - energy
 
 
 def measure(session: Any, batch: int, prompt: int, new: int, rounds: int, vocabulary: int) -> dict[str, float]:
@@ -52,11 +74,13 @@ def measure(session: Any, batch: int, prompt: int, new: int, rounds: int, vocabu
     one, all_of_them = (
         [statistics.median(column) for column in zip(*times[1:], strict=True)] for times in (first, whole)
     )
-    return {
+    found = {
         "batch": batch, "prompt": prompt, "new": new, "prefill_per_second": batch * prompt / one[0],
         "decode_per_second": batch * new / max(all_of_them[0] - one[0], 1e-9),
         "cpu_seconds_per_token": (all_of_them[1] - one[1]) / (batch * new),
     }  # fmt: skip
+    energy = (all_of_them[2] - one[2]) / (batch * new)
+    return found if math.isnan(energy) or energy <= 0 else found | {"joules_per_token": energy}
 
 
 def main() -> None:

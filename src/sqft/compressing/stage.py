@@ -132,6 +132,7 @@ def _write(blocks: Iterable[Block], model: Any, last: Pass, tokenizer: Tokenizer
     if last.layers:
         model.config.quantization_config = quantization_config(model, last.layers, last.format)
         write_quantize_config(model.config.quantization_config, folder)
+    round_embeddings(model, last.embeddings)
     for name, tensor in model.state_dict().items():  # what is not in the blocks
         if tensor.device.type != "meta":
             writer.add(name, tensor.to(dtypes.get(name, tensor.dtype)))

@@ -6,7 +6,8 @@ An INT weight ``s (q - z)`` becomes blocks of 32 along the input, each with its 
     Q5_0: d = s, 5 bits of (q - z) + 16     Q8_0: d = s, 8 bits of (q - z)
 
 The smallest that holds every weight of a matrix exactly is taken. Byte j of a block has weight j below and j + 16
-above. Floats stay what they are. ``verify`` de-quantizes the file by gguf-py and compares bit for bit.
+above. Embeddings and head whose rows are integers times a scale
+(``kernels/rows.py``) are Q8_0; floats stay what they are. ``verify`` de-quantizes the file by gguf-py and compares bit for bit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from sqft.errors import SqftError, VerificationError
 from sqft.exporters.gguf_settings import ARCHITECTURES, heads_of, write_settings
 from sqft.exporters.source import NOT_EXACT, Source, need_bits
+from sqft.kernels.rows import as_rows
 from sqft.models.reader import Reader
 from sqft.quantization.linear import QuantLinear
 
@@ -59,6 +61,8 @@ class Gguf:
             if tensor.dtype == torch.bfloat16 and tensor.ndim == 2:
                 writer.add_tensor(name, tensor.contiguous().view(torch.uint8).numpy(),
                                   raw_dtype=gguf.GGMLQuantizationType.BF16)  # fmt: skip
+            elif (rows := row_blocks(tensor)) is not None and "Q8_0" in self.kinds:
+                writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
             else:  # llama.cpp adds and multiplies by vectors in float32
                 writer.add_tensor(name, (tensor if tensor.ndim == 2 else tensor.float()).numpy())
         for module, layer in source.layers():
@@ -137,6 +141,15 @@ def blocks(layer: QuantLinear, kind: str) -> np.ndarray[Any, Any]:
             fifth = ((codes >> 4) & 1).view(outputs, count, 4, 8)
             parts.insert(1, (fifth << torch.arange(8, dtype=torch.int16)).sum(-1).to(torch.uint8))
     return torch.cat(parts, -1).view(outputs, -1).numpy()
+
+
+def row_blocks(weight_VI: Tensor) -> np.ndarray[Any, Any] | None:
+    """uint8 [V, bytes of a row]: a float16 weight in blocks of Q8_0, if its rows are integers times a scale."""
+    if weight_VI.dtype != torch.float16 or weight_VI.shape[-1] % BLOCK or (rows := as_rows(weight_VI)) is None:
+        return None
+    count = weight_VI.shape[1] // BLOCK
+    scales, bytes_ = _half(rows.scale_V[:, None].expand(-1, count)), rows.q_VI.view(torch.uint8)
+    return torch.cat([scales, bytes_.view(-1, count, BLOCK)], -1).flatten(1).numpy()
 
 
 def _half(values_OB: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 Every sparse weight ``X`` is ``X.compact_mask`` int64 [O, ceil(I / 64)], ``X.compact_values`` and ``X.compact_shape``
 (O, I), and of INT weights what ``QuantLinear`` has besides: ``X.scales``, and ``X.qzeros`` and ``X.g_idx`` where they
-say anything. All else is as it was. The masks are in there: none lies beside it. ``config.json`` names the model type
-"sqft-compact", which other tools refuse, and holds the model's own.
+say anything. Embeddings and head that are integers times a scale of the row (``kernels/rows.py``) are ``X.row_values``
+int8 and ``X.row_scales``. All else is as it was. The masks are in there: none lies beside it. ``config.json`` names the
+model type "sqft-compact", which other tools refuse, and holds the model's own.
 
 ``CompactReader`` gives the tensors of the folder that was packed, bit for bit: whatever reads weights reads both kinds.
 """
@@ -25,15 +26,17 @@ from sqft.formats.checkpoint import write_quantize_config
 from sqft.formats.settings import Format, Settings, group_columns
 from sqft.kernels.compact import WIDTH, Compact, pack, packed_mask, starts, unpack
 from sqft.kernels.packed import pack_mask, pack_words
+from sqft.kernels.rows import Rows, as_rows
 from sqft.models.reader import SafetensorsReader, check_equal, same_bits
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter, copy_settings
-from sqft.models.weights import Weight
+from sqft.models.weights import Weight, block_index
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import FORMATS
 from sqft.sparsity.masks import as_bits, as_stored, load_masks, save_masks
 
 TYPE, VERSION = "sqft-compact", 1
 MASK, VALUES, SHAPE = "compact_mask", "compact_values", "compact_shape"
+ROW_VALUES, ROW_SCALES = "row_values", "row_scales"
 
 
 def is_compact(folder: str | Path) -> bool:
@@ -79,13 +82,19 @@ class CompactReader(SafetensorsReader):
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
         self._files: Mapping[str, Tensor] = self.layout
         self.modules = {name.removesuffix(f".{MASK}"): None for name in self._files if name.endswith(f".{MASK}")}
+        self._rows = {
+            name.removesuffix(ROW_SCALES) + "weight" for name in self._files if name.endswith(f".{ROW_SCALES}")
+        }
         plain = {name: t for name, t in self._files.items() if not self._is_compact(*name.rpartition("."))}
+        plain |= {name: self._row_layout(name) for name in self._rows}
         restored = {f"{module}.{leaf}": tensor.to("meta")
                     for module in self.modules for leaf, tensor in self._encode(module, True).items()}  # fmt: skip
         self.layout: Mapping[str, Tensor] = plain | restored
 
     def get(self, name: str) -> Tensor:
         module, _, leaf = name.rpartition(".")
+        if name in self._rows:
+            return self.rows(module).dense()
         if name not in self.layout or not self._stands_for(module, leaf):
             return super().get(name)
         if self._last[0] != module:
@@ -94,6 +103,8 @@ class CompactReader(SafetensorsReader):
 
     def _is_compact(self, module: str, _: str, leaf: str) -> bool:
         """Whether a tensor of the file stands for others."""
+        if leaf in (ROW_VALUES, ROW_SCALES):
+            return True
         return module in self.modules and (self._coded is not None or leaf in (MASK, VALUES, SHAPE))
 
     def _stands_for(self, module: str, leaf: str) -> bool:
@@ -107,6 +118,17 @@ class CompactReader(SafetensorsReader):
         if values.numel() != int(starts(found)[-1]):
             raise SqftError(f"{module}.{VALUES} of {self.folder} does not fit its mask: the file is corrupt")
         return found
+
+    def rows(self, module: str) -> Rows:
+        """A weight whose rows are integers times a scale, as it lies in the file."""
+        return Rows(*(super(CompactReader, self).get(f"{module}.{leaf}") for leaf in (ROW_VALUES, ROW_SCALES)))
+
+    def _row_layout(self, name: str) -> Tensor:
+        module = name.removesuffix(".weight")
+        values, scales = self._files.get(f"{module}.{ROW_VALUES}"), self._files[f"{module}.{ROW_SCALES}"]
+        if values is None or values.dtype != torch.int8 or values.ndim != 2 or scales.shape != values.shape[:1]:
+            raise SqftError(f"{module}.{ROW_SCALES} of {self.folder} does not fit its values: the file is corrupt")
+        return torch.empty(values.shape, dtype=scales.dtype, device="meta")
 
     def _shape(self, module: str) -> tuple[int, int]:
         """(O, I). Raises SqftError if the module's tensors do not fit it."""
@@ -192,7 +214,7 @@ class Packer:
     def layout(self) -> dict[str, Tensor]:
         """Names and shapes of what is to be written."""
         planned = dict(self.source.layout)
-        for module in self._candidates:
+        for module in {**dict.fromkeys(self._candidates), **dict.fromkeys(self._tables())}:
             if (tensors := self.tensors(module, self._own(module))) is not None:
                 self.compacted[module] = tensors
                 planned = {name: t for name, t in planned.items() if name.rpartition(".")[0] != module}
@@ -216,8 +238,18 @@ class Packer:
         names = [name for name in self.source.layout if name.rpartition(".")[0] == module]
         return {name.rpartition(".")[2]: self.source.get(name) for name in names}
 
+    def _tables(self) -> list[str]:
+        """Modules outside of blocks that have a weight of two dimensions: embeddings and head."""
+        return [name.removesuffix(".weight") for name, tensor in self.source.layout.items()
+                if name.endswith(".weight") and tensor.ndim == 2 and block_index(name) is None]  # fmt: skip
+
     def tensors(self, module: str, own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Of a compact module; None: it stays as it is."""
+        if block_index(module) is None and "weight" in own and (rows := as_rows(own["weight"])) is not None:
+            beside = {leaf: t for leaf, t in own.items() if leaf != "weight"}
+            return {ROW_VALUES: rows.q_VI, ROW_SCALES: rows.scale_V} | beside
+        if module not in self._candidates:
+            return None
         return self._float(module, own) if self._coded is None else self._integers(module, own, *self._coded)
 
     def _float(self, module: str, own: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

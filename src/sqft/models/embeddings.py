@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sqft.kernels.rows import round_rows
 from sqft.models.weights import store, stored
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -23,8 +24,8 @@ def embeddings(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def half_dtype(model: Any, asked: str) -> torch.dtype | None:
-    """What the option ``embeddings`` means for this model: None is as they are. 'auto': float32 becomes float16 if that
-    holds its range, else bfloat16."""
+    """What the option ``embeddings`` means for this model: None is as they are. 'auto' and 'int8': float32 becomes
+    float16 if that holds its range, else bfloat16."""
     if asked in ("float16", "bfloat16"):
         return getattr(torch, asked)
     wide = [w for _, module in embeddings(model) if (w := stored(module, "weight")).dtype == torch.float32]
@@ -43,11 +44,13 @@ def planned_dtypes(model: Any, asked: str) -> dict[str, torch.dtype]:
 @torch.no_grad()
 def round_embeddings(model: Any, asked: str) -> None:
     """Rounds the values as the option says; the dtype they are computed in stays."""
-    if (half := half_dtype(model, asked)) is None:
+    half = half_dtype(model, asked)
+    if half is None and asked != "int8":
         return
     for _, module in embeddings(model):
         weight = stored(module, "weight")
-        store(module, "weight", weight.to(half).to(weight.dtype))
+        rounded = round_rows(weight, half or weight.dtype) if asked == "int8" else weight.to(half)
+        store(module, "weight", rounded.to(weight.dtype))
     model.tie_weights()
 
 

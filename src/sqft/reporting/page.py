@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from sqft import artifact, drawing
 from sqft.errors import UsageError
+from sqft.registry import PARTS
 from sqft.reporting import facts, figures
 from sqft.reporting.collect import Section, read_section
 from sqft.reporting.commands import section_commands
@@ -43,7 +44,7 @@ def _page(sections: Sequence[Section], stages: int) -> str:
     files = resources.files("sqft.reporting")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["draw"] = drawing.draw
-    environment.globals |= {"facts": facts, "figures": figures, "commands": section_commands}
+    environment.globals |= {"facts": facts, "figures": figures, "commands": section_commands, "parts": PARTS}
     style = f":root {{{drawing.VARIABLES} }}\n{drawing.STYLE}{(files / 'report.css').read_text(encoding='utf-8')}"
     heading = ", ".join(section.title for section in sections[:4]) + (" ..." if len(sections) > 4 else "")
     template = environment.from_string((files / "page.html").read_text(encoding="utf-8"))
@@ -53,8 +54,8 @@ def _page(sections: Sequence[Section], stages: int) -> str:
 def _markdown(section: Section) -> str:
     """Verdict, tables and commands."""
     pieces = [f"# {escape_cell(section.title)}\n\n{escape_cell(facts.verdict(section))}\n"]
-    tables = facts.method_table(section), facts.stage_table(section), facts.zeros_table(section)
-    pieces += [table.markdown() for table in tables if table.rows]
+    tables = [facts.method_table(section), facts.stage_table(section), facts.zeros_table(section)]
+    pieces += [t.markdown() for t in [*tables, *(PARTS[title](section)[0] for title in PARTS)] if t.rows]
     if lines := section_commands(section):
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", lines)), default=0))  # longer than any in the commands
         pieces.append(f"{fence}bash\n{lines}\n{fence}\n")

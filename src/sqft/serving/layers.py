@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sqft.kernels.compact import Compact, CompactWeight, pack, starts
 from sqft.kernels.dispatch import kernel
 from sqft.kernels.packed import pack_mask
+from sqft.kernels.rows import as_rows
 from sqft.quantization.linear import QuantLinear
 
 
@@ -71,6 +72,17 @@ class CompactLinear(Serving):
             rows, columns = w_OI.shape
             packed_mask = pack_mask(torch.ones(1, columns, dtype=torch.bool, device=w_OI.device)).expand(rows, -1)
         return cls(pack(w_OI.detach(), packed_mask), None, None, 0, bias)
+
+    @classmethod
+    def from_rows(cls, w_OI: Tensor, bias: Tensor | None) -> CompactLinear | None:
+        """Of a dense weight whose rows are integers times a scale (``kernels/rows.py``); None: it is not, or the kernel
+        does not take its width."""
+        if w_OI.shape[1] % 32 or (rows := as_rows(w_OI)) is None:
+            return None
+        packed = pack_mask(torch.ones(1, w_OI.shape[1], dtype=torch.bool, device=w_OI.device)).expand(len(w_OI), -1)
+        values = (rows.q_VI.short() + 128).to(torch.uint8)
+        zero = torch.full((len(w_OI), 1), 128, dtype=torch.uint8, device=w_OI.device)
+        return cls(pack(values, packed, 8), rows.scale_V[:, None], zero, w_OI.shape[1], bias)
 
     @classmethod
     def from_packed(cls, layer: QuantLinear, packed_mask: Tensor | None) -> CompactLinear:

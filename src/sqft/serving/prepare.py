@@ -71,7 +71,8 @@ def prepare(model: Any) -> dict[str, int]:
     if made["CompactLinear"] and isinstance(head, nn.Linear):
         half = head.weight if head.weight.dtype in HALVES else head.weight.half()
         name = next(name for name, module in model.named_modules() if module is head)
-        put_module(model, name, CompactLinear.from_float(half, None, head.bias))
+        bytes_ = CompactLinear.from_rows(half, head.bias)
+        put_module(model, name, bytes_ or CompactLinear.from_float(half, None, head.bias))
         made["CompactLinear"] += 1
     if made:
         model.float()
