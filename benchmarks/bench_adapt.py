@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="use the first N training problems")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--precision", default="auto", help="of products: bfloat16 on a CPU with a matrix unit")
+    parser.add_argument("--micro-batch", type=int, help="sequences at a time, of the 16 of a step")
     parser.add_argument("--samples", type=int, default=128, help="at most so many calibration blocks of task and C4")
     parser.add_argument("--score-limit", type=int, help="score the first N problems of the split")
     parser.add_argument("--rows", nargs="+", default=["main"], help=f"rows, or groups of them: {', '.join(GROUPS)}")
@@ -219,6 +220,8 @@ def main() -> None:
         print(markdown())
         return
     training = {"epochs": arguments.epochs, "limit": arguments.limit, "precision": arguments.precision}
+    if arguments.micro_batch:
+        training |= {"batch_size": arguments.micro_batch, "gradient_accumulation": 16 // arguments.micro_batch}
     if arguments.precision == "bfloat16":
         training["attention"] = "eager"  # torch's backward of attention in bfloat16 is slow on a CPU
     model = "" if arguments.model == "demo-model" else f"{Path(arguments.model).name}, "

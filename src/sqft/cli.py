@@ -123,6 +123,9 @@ def _add_tools(add: Add) -> None:
                      help="a runtime that another environment has, e.g. vllm=.venv-vllm/bin/python")  # fmt: skip
     add_flags(sub, BenchConfig)
 
+    sub = add("inspect", _inspect, "what a model is to sqft: blocks, weights, what fits, what stages would take")
+    sub.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub name; only its configuration is read")
+
     sub = add("report", _report, "write an HTML page and Markdown of folders of runs: charts, tables, samples")
     sub.add_argument("folders", metavar="FOLDER", nargs="+", help="output of 'sqft run' or 'sqft compare', or any")
     sub.add_argument("--out", metavar="FILE.html", help="file to write (default: report.html in the first folder)")
@@ -276,6 +279,15 @@ def _bench(arguments: argparse.Namespace) -> Any:
     return rows
 
 
+def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sqft.inspection import inspect, show
+
+    found = inspect(arguments.model)
+    if not arguments.json:
+        show(found)
+    return found
+
+
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     from sqft.reporting.page import report
 
@@ -293,7 +305,7 @@ def _ls(arguments: argparse.Namespace) -> Any:
 
 def _show(command: str, result: Any) -> None:
     """Prints one stage's metrics, a line each."""
-    if command in ("run", "demo", "ls", "compare", "bench"):
+    if command in ("run", "demo", "ls", "compare", "bench", "inspect"):
         return  # they print a table
     for name, value in result.items():
         if name == "tasks":  # of several: the accuracy of each

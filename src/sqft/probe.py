@@ -26,7 +26,9 @@ def sample_tokens(model: Any, tokenizer: Tokenizer | None) -> Tensor:
     windows, length = SAMPLE_SHAPE
     if tokenizer is not None:
         return token_blocks(tokenizer, read_texts("builtin"), windows, length, seed=0)
-    return torch.randint(model.config.vocab_size, SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        model.config.get_text_config().vocab_size, SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @torch.no_grad()

@@ -66,10 +66,20 @@ SPARSIFIERS = Registry("sparsity method", "sqft.sparsifiers", {
 QUANTIZERS = Registry("quantization method", "sqft.quantizers", {
     "gptq": "sqft.quantization.gptq:gptq", "gptaq": "sqft.quantization.gptq:gptaq", "rtn": "sqft.quantization.rtn:rtn",
 })  # fmt: skip
+_FAMILIES = {  # rows of models/tables.py that several types share
+    "LLAMA": ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "stablelm", "cohere",
+              "cohere2", "olmo", "olmo2", "olmo3", "granite", "helium", "ernie4_5", "hunyuan_v1_dense", "seed_oss",
+              "exaone4", "ministral3", "diffllama", "vaultgemma"),
+    "VISION": ("gemma3", "qwen2_5_vl", "llava"), "UNGATED": ("arcee", "apertus", "nemotron"), "GLM": ("glm", "glm4"),
+    "BLOOM": ("bloom", "falcon"), "GPT2": ("gpt2", "gpt_bigcode"), "LLAMA4": ("llama4_text",),
+    "MOE": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "gpt_oss", "glm4_moe"),
+    "DEEPSEEK": ("deepseek_v2", "deepseek_v3"),
+    **{name.upper(): (name,) for name in (
+        "phi", "phi3", "opt", "xglm", "biogpt", "gpt_neox", "persimmon", "gptj", "codegen", "gpt_neo", "mpt",
+        "starcoder2", "falcon_h1", "bamba", "mamba2", "nemotron_h", "lfm2", "granitemoe", "qwen3_next", "jamba")},
+}  # fmt: skip
 FAMILIES = Registry("model family", "sqft.families", {  # by config.model_type
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"),
-                    "sqft.models.tables:LLAMA"),
-    "phi3": "sqft.models.tables:PHI3", "opt": "sqft.models.tables:OPT", "bloom": "sqft.models.tables:BLOOM",
+    name: f"sqft.models.tables:{row}" for row, names in _FAMILIES.items() for name in names
 })  # fmt: skip
 FORMATS = Registry("checkpoint format", "sqft.formats", {  # by quantization_config's quant_method
     "gptq": "sqft.formats.gptq:GPTQ", "compressed-tensors": "sqft.formats.compressed_tensors:COMPRESSED_TENSORS",

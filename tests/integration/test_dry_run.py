@@ -14,9 +14,9 @@ from transformers import AutoConfig
 
 import sqft
 from sqft.measuring.size import weight_bytes
+from sqft.models.dense import skeleton
 from sqft.planning import estimate
-from sqft.planning.estimate import Cost, Shape, Speed, batches, forward
-from sqft.planning.walk import shape_of, skeleton
+from sqft.planning.estimate import Cost, Shape, Speed, batches, forward, shape_of
 
 SMALL = "{samples: 4, length: 32}"
 FULL_SIZE = {  # sizes of the models that the shipped recipes are for, and the parameters that their cards state

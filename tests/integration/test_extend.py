@@ -30,7 +30,17 @@ def test_a_third_party_package_adds_one_of_each(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path / "work")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    expected = ["refit", "fisher", "gpt_neox", "doubled", "bytes", "numpy", "plain", "masked_weight.cpu", "parity"]
+    expected = [
+        "refit",
+        "fisher",
+        "gpt_neox_japanese",
+        "doubled",
+        "bytes",
+        "numpy",
+        "plain",
+        "masked_weight.cpu",
+        "parity",
+    ]
     assert done.stdout.split() == expected
 
 

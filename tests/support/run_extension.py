@@ -38,7 +38,7 @@ def fisher(work: Path) -> None:
 
 def neox(work: Path) -> None:
     torch.manual_seed(0)
-    config = AutoConfig.for_model("gpt_neox", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    config = AutoConfig.for_model("gpt_neox_japanese", hidden_size=32, intermediate_multiple_size=2, num_hidden_layers=2,
                                   num_attention_heads=4, vocab_size=260, max_position_embeddings=512)  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(work / "neox")
     pico_tokenizer().save_pretrained(work / "neox")
@@ -105,7 +105,7 @@ def parity(work: Path) -> None:
 
 
 STEPS = {
-    "refit": refit, "fisher": fisher, "gpt_neox": neox, "doubled": doubled, "bytes": bytes_format, "numpy": numpy_exporter,
+    "refit": refit, "fisher": fisher, "gpt_neox_japanese": neox, "doubled": doubled, "bytes": bytes_format, "numpy": numpy_exporter,
     "plain": plain_runtime, "masked_weight.cpu": whole_kernel, "parity": parity,
 }  # fmt: skip
 

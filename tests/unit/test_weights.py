@@ -15,10 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 import sqft
 from sqft.models.discover import describe
-from sqft.models.tables import Family
 from sqft.models.weights import Weight, block_index, is_linear, linear_weights
 from sqft.quantization.linear import QuantLinear
-from sqft.registry import FAMILIES
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -174,14 +172,8 @@ def test_an_offloaded_model_is_pruned_quantized_and_saved(how: str, tmp_path: Pa
     assert all(torch.equal(found[name], tensor) for name, tensor in plain.state_dict().items())
 
 
-GPT2 = Family("gpt2", "transformer.h", ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"), ("c_attn",))
-
-
-def test_a_family_with_transposed_weights_is_pruned_quantized_and_loaded(
-    tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A row from outside; Wanda's mask is that of the same weight in an ``nn.Linear``."""
-    monkeypatch.setitem(FAMILIES._entries, "gpt2", f"{__name__}:GPT2")
+def test_a_family_with_transposed_weights_is_pruned_quantized_and_loaded(tmp_path: Path, tokens: Tensor) -> None:
+    """Wanda's mask is that of the same weight in an ``nn.Linear``."""
     config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=260, n_positions=512)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -12,8 +12,10 @@ from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
+from sqft.adapters.experts import leave_experts_apart
 from sqft.adapters.kinds import LORA, PLAIN, kind_of
 from sqft.errors import SqftError, UsageError
+from sqft.models.weights import is_plain, is_transposed
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import KINDS
 
@@ -178,6 +180,7 @@ def _default(option: Any) -> Any:
 def register(config: LoraConfig) -> None:
     """Lets PEFT build our layers for this config, and find a saved one's config class (in Trainer's resume, say)."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # pyright: ignore[reportArgumentType]
+    leave_experts_apart()
     config._register_custom_module({nn.Module: _make_layer})  # pyright: ignore[reportArgumentType]
 
 
@@ -188,10 +191,10 @@ def _make_layer(base: nn.Module, adapter_name: str, config: Any, **kwargs: Any) 
     kind = kind_of(config, packed)
     if kind == LORA and not packed and not getattr(config, "search_space", None):
         return None
-    if packed != kind.packed or not (packed or type(base) is nn.Linear):
+    if packed != kind.packed or not (packed or is_plain(base)):
         what, wanted = kwargs.get("target_name") or "a target", "INT weights" if kind.packed else "torch.nn.Linear"
         hint = "quantize the model first (sqft quantize)" if kind.packed else "leave it out"
         if packed:
             hint += f", or use another kind ({', '.join(name for name in KINDS if KINDS[name].packed)})"
         raise SqftError(f"{what} is a {type(base).__name__} and adapters of kind {kind.name} are for {wanted}: {hint}")
-    return kind.layer_class()(base, adapter_name, config=config, **kwargs)
+    return kind.layer_class()(base, adapter_name, config=config, **kwargs | {"fan_in_fan_out": is_transposed(base)})

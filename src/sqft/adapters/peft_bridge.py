@@ -32,7 +32,7 @@ from sqft.errors import SqftError, UsageError, first_line
 from sqft.models.dense import load_dense
 from sqft.models.discover import Architecture, describe, norms, resolve_targets
 from sqft.models.types import PreTrainedModel
-from sqft.models.weights import is_linear
+from sqft.models.weights import Weight, is_linear, is_plain
 from sqft.registry import KINDS
 from sqft.sparsity.masks import ensure_masks, packed_mask
 
@@ -122,12 +122,10 @@ def _set_float_bases(modules: Mapping[str, Any], config: SqftConfig) -> None:
     config.float_base_key = key
     other = dict(load_dense(source).named_modules())
     for name, module in modules.items():
-        linear: Any = other.get(name)
-        if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != (
-            module.out_features, module.in_features
-        ):  # fmt: skip
+        weight = Weight(name, other[name]) if name in other and is_plain(other[name]) else None
+        if weight is None or weight.shape != (module.out_features, module.in_features):
             raise SqftError(f"float base {source} has no {name} like the packed model's: it is another model")
-        module.register_buffer(FLOAT_BASE, linear.weight.detach(), persistent=False)
+        module.register_buffer(FLOAT_BASE, weight.read(), persistent=False)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
@@ -209,9 +207,10 @@ def is_masked(model: nn.Module) -> bool:
 
 
 def merged_weight(layer: Any, adapter: str) -> Any:
-    """The merged weight [O, I] of one adapted layer on a float base, in the base's dtype; dense for plain LoRA."""
+    """The merged weight of one adapted layer on a float base, in the base's dtype and as its parameter lies; dense for
+    plain LoRA."""
     if layer_kind(layer).masked:
-        return layer.merged_weight(adapter)
+        return layer.as_stored(layer.merged_weight(adapter))
     weight = layer.get_base_layer().weight
     return (weight.float() + layer.get_delta_weight(adapter).float()).to(weight.dtype)
 

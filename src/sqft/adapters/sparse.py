@@ -9,14 +9,14 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor, nn
+from torch import Tensor
 
 from sqft.adapters.kinds import SPARSE_PEFT
 from sqft.adapters.lora import check_adapter, factors, scale_of
 from sqft.errors import SqftError
 from sqft.kernels.ops import linear, masked_weight
 from sqft.kernels.reference import Adapter
-from sqft.models.weights import Weight
+from sqft.models.weights import Weight, is_transposed
 from sqft.sparsity.masks import packed_mask
 
 
@@ -29,7 +29,8 @@ def give_mask(module: Any, sparse: bool, name: str = "") -> None:
         raise SqftError(f"{name or 'a target'} is not sparse, or sqft has not seen it: it has no mask; use sqft.load "
                         "and sqft.attach, leave it out, or use plain LoRA (sparse_adapter=False)")  # fmt: skip
     device = next(iter(module.state_dict().values())).device
-    Weight(name, module).set_mask(torch.ones(module.out_features, module.in_features, dtype=torch.bool, device=device))
+    weight = Weight(name, module)
+    weight.set_mask(torch.ones(weight.shape, dtype=torch.bool, device=device))
 
 
 def check_finite(adapter: str, safe: bool, *tensors: Tensor) -> None:
@@ -86,11 +87,15 @@ class MaskedLoraLinear(LoraLinear):
     def _put_in(self, adapter: str, safe: bool) -> None:
         merged = self.merged_weight(adapter)
         check_finite(adapter, safe, merged)
-        self.get_base_layer().weight.data = merged
+        self.get_base_layer().weight.data = self.as_stored(merged)
 
     def _take_out(self, adapter: str) -> None:
         """Subtracts the adapter: zeros stay zero, other weights return to within rounding."""
-        self.get_base_layer().weight.data = self.merged_weight(adapter, sign=-1.0)
+        self.get_base_layer().weight.data = self.as_stored(self.merged_weight(adapter, sign=-1.0))
+
+    def as_stored(self, w_OI: Tensor) -> Tensor:
+        """A float base's weight in the shape of its parameter, which ``Conv1D`` has as [I, O]."""
+        return w_OI.mT.contiguous() if is_transposed(self.get_base_layer()) else w_OI
 
     def unmerge(self) -> None:
         if not self.merged:
@@ -103,7 +108,7 @@ class MaskedLoraLinear(LoraLinear):
 
 
 class SparseLoraLinear(MaskedLoraLinear):
-    """SparsePEFT on a ``torch.nn.Linear``.
+    """SparsePEFT on a ``torch.nn.Linear``, or a ``Conv1D``.
 
     In evaluation, and in training without dropout, it multiplies with the merged weight, bit for bit, in any precision.
     With dropout (training) the adapter has a product of its own, ``x W^T + drop(x) (s M o (B A))^T``: the sum of two
@@ -111,17 +116,19 @@ class SparseLoraLinear(MaskedLoraLinear):
     """
 
     @property
-    def _linear(self) -> nn.Linear:
-        return cast(nn.Linear, self.get_base_layer())
+    def _base_OI(self) -> Tensor:
+        base: Any = self.get_base_layer()
+        return base.weight.mT if is_transposed(base) else base.weight
 
     def _adapter(self, name: str, sign: float = 1.0) -> Adapter:
-        return Adapter(*factors(self, name), self.mask, sign * scale_of(self, name), self._linear.weight)
+        return Adapter(*factors(self, name), self.mask, sign * scale_of(self, name), self._base_OI)
 
     def _adapted(self, x: Tensor, adapter: str, dropout: float) -> Tensor:
-        return linear(x, self._linear.bias, None, self._adapter(adapter), dropout, self.training)
+        bias = cast(Any, self.get_base_layer()).bias
+        return linear(x, bias, None, self._adapter(adapter), dropout, self.training)
 
     def merged_weight(self, adapter: str, sign: float = 1.0) -> Tensor:
-        return masked_weight(self._adapter(adapter, sign), self._linear.weight.dtype)
+        return masked_weight(self._adapter(adapter, sign), self._base_OI.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The masked adapter alone, [O, I]."""

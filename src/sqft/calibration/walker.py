@@ -153,11 +153,12 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | No
     inputs of all batches are seen the group is changed, and the forwards go on with what it gives now; those of the
     ``dense`` model's activations go on before, with what it gave.
     """
+    experts = any(".experts." in name for name in block.weights)  # which of them run depends on the tokens
     with observing(block, lambda name: SimpleNamespace(update=lambda x: None)) as sharing:
-        replay(block.module, index, calls, device, batches=range(1))
+        replay(block.module, index, calls, device, batches=range(len(calls.hidden) if experts else 1))
     groups: dict[int, list[str]] = {}
-    for name, shared in sharing.items():
-        groups.setdefault(id(shared), []).append(name)
+    for name in _in_order(list(sharing)):
+        groups.setdefault(id(sharing[name]), []).append(name)
     scheduler = greenlet.getcurrent()
 
     def stop(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -200,6 +201,17 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _in_order(names: list[str]) -> list[str]:
+    """Layers in the order in which they run, given that in which they were first seen in some batches: experts run by
+    their numbers, whichever a batch has, all of them between what comes before and after."""
+    numbers = {name: int(name.partition(".experts.")[2].partition(".")[0]) for name in names if ".experts." in name}
+    if not numbers:
+        return names
+    first = names.index(next(iter(numbers)))
+    after = [name for name in names[first:] if name not in numbers]
+    return names[:first] + sorted(numbers, key=numbers.__getitem__) + after
 
 
 class _Stop(Exception):

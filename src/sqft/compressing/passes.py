@@ -44,11 +44,13 @@ class Pass(ABC):
     stage: str
     title: str
     sequential = False
+    simplest: str  # the method of an expert that no calibration token reached
     format = "auto"  # of a checkpoint
     embeddings = "keep"  # what embeddings and head are rounded to when all is done
 
     def __init__(self, config: Any, methods: Registry, kind: type) -> None:
         self.config, self.method = config, methods[config.method]
+        self._simple, self._unreached = methods[self.simplest], 0
         if not isinstance(self.method, kind):
             decorator = f"@{kind.__name__.lower()}"
             raise SqftError(f"{methods.kind} '{config.method}' is not decorated: it has to be a sqft {decorator}")
@@ -109,9 +111,17 @@ class Pass(ABC):
                 self._done.update(block.weights)
             unseen = [name for name in block.weights if name in self._chosen and name not in self._done]
             if unseen:
-                raise SqftError(f"no calibration token reached {unseen[0]}: take more samples, or exclude it")
+                self._without_tokens(block, unseen)
             self.finish(block)
             yield block
+
+    def _without_tokens(self, block: Block, names: Sequence[str]) -> None:
+        """Changes experts that no calibration token reached, by the simplest method. Raises SqftError for others."""
+        if other := next((name for name in names if ".experts." not in name), None):
+            raise SqftError(f"no calibration token reached {other}: take more samples, or exclude it")
+        usual, self.method = self.method, self._simple
+        self.change(block, dict.fromkeys(names))
+        self.method, self._unreached = usual, self._unreached + len(names)
 
     def _groups(self, block: Block, statistics: Mapping[str, Any]) -> Iterator[tuple[list[Weight], list[Tensor], Any]]:
         """The weights to change now, those that share an input together, the statistic's value for the method, and what
@@ -146,7 +156,7 @@ def _chosen_weights(architecture: Architecture, config: Any, verb: str) -> dict[
 class Prune(Pass):
     """Zeroes weights by a pattern and remembers the masks. What an earlier mask pruned stays pruned."""
 
-    stage = "sparsify"
+    stage, simplest = "sparsify", "magnitude"
 
     def __init__(self, config: SparsifyConfig) -> None:
         super().__init__(config, SPARSIFIERS, Sparsifier)
@@ -180,6 +190,7 @@ class Prune(Pass):
         return {
             "sparsity": zeros / weights, "zeros": zeros, "weights": weights,
             "parameters": sum(p.numel() for p in model.parameters()),
+            **({"unreached": self._unreached} if self._unreached else {}),
             "by_module": {name: round(zero / count, 6) for name, (zero, count) in self._counts.items()},
             **(self.rebuild.metrics() if self.rebuild else {}),
         }  # fmt: skip
@@ -201,7 +212,7 @@ def patterns(architecture: Architecture, config: SparsifyConfig) -> dict[str, Pa
 class Quantize(Pass):
     """Puts ``QuantLinear`` layers in the place of linear ones. A pruned weight stays exactly zero."""
 
-    stage = "quantize"
+    stage, simplest = "quantize", "rtn"
 
     def __init__(self, config: QuantizeConfig) -> None:
         super().__init__(config, QUANTIZERS, Quantizer)
@@ -259,6 +270,7 @@ class Quantize(Pass):
     def metrics(self, model: nn.Module) -> dict[str, Any]:
         weights = self._counts.weights
         return {"bits": self.config.bits, "bits_per_weight": self._bits / weights, **self._counts.metrics(),
+                **({"unreached": self._unreached} if self._unreached else {}),
                 "parameters": weights + sum(p.numel() for p in model.parameters())}  # fmt: skip
 
 

@@ -6,8 +6,8 @@ An INT weight ``s (q - z)`` becomes blocks of 32 along the input, each with its 
     Q5_0: d = s, 5 bits of (q - z) + 16     Q8_0: d = s, 8 bits of (q - z)
 
 The smallest that holds every weight of a matrix exactly is taken. Byte j of a block has weight j below and j + 16
-above. Embeddings and head whose rows are integers times a scale
-(``kernels/rows.py``) are Q8_0; floats stay what they are. ``verify`` de-quantizes the file by gguf-py and compares bit for bit.
+above. Embeddings and head whose rows are integers times a scale (``kernels/rows.py``) are Q8_0; floats stay what they
+are. ``verify`` de-quantizes the file by gguf-py and compares bit for bit.
 """
 
 from __future__ import annotations

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from sqft.errors import SqftError
 from sqft.formats.gptq import GPTQ
 from sqft.formats.settings import Format, Settings
-from sqft.models.dense import DTYPES, quant_method, reason, save_settings
+from sqft.models import experts
+from sqft.models.dense import DTYPES, auto_class, quant_method, reason, save_settings
 from sqft.models.discover import describe
 from sqft.models.embeddings import exact_dtypes, widen_embeddings
+from sqft.models.experts import unstack
 from sqft.models.reader import Reader, SafetensorsReader
 from sqft.models.tensors import ModelWriter, layout
 from sqft.models.types import PreTrainedModel, Tokenizer
@@ -69,7 +71,8 @@ def plan_tensors(model: PreTrainedModel, layers: Mapping[str, QuantLinear], form
                  dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:  # fmt: skip
     """Names, shapes and dtypes of the checkpoint in which ``layers`` (shapes suffice) are packed; ``dtypes`` of tensors
     that are stored in another one than the model's."""
-    planned = {name: t.to(dtypes.get(name, t.dtype)) for name, t in layout(model).items()
+    whole = experts.planned(model, layout(model), layers)
+    planned = {name: t.to(dtypes.get(name, t.dtype)) for name, t in whole.items()
                if name.rpartition(".")[0] not in layers}  # fmt: skip
     for name, layer in layers.items():
         coder, version = resolve(format, layer.symmetric)
@@ -158,18 +161,19 @@ def load_weights(reader: Reader, dtype: str = "auto", settings: Mapping[str, Any
 def _empty(folder: Path, settings: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
     """The model of a folder's settings, without weights, and its ``quantization_config``."""
     from accelerate import init_empty_weights
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
     try:
         config: Any = (AutoConfig.from_pretrained(folder, trust_remote_code=False) if settings is None
                        else CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings)))  # fmt: skip
         packed = config.__dict__.pop("quantization_config", None)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
         raise SqftError(f"cannot load a model from {folder}: {reason(error)}") from error
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    unstack(model)
     return model, None if packed is None else dict(packed)
 
 

@@ -9,6 +9,7 @@ files, and never are two models held.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,10 @@ def _write(base: Any, tokenizer: Tokenizer, changes: Changes, folder: Path, shar
         put(base, changes, ExitStack())
         save_packed(base, tokenizer, folder, shard)
         return
-    writer = ModelWriter(layout(base), folder, shard)
+    planned = layout(base)
+    writer = ModelWriter(planned, folder, shard)
+    apart = {name: make for name, make in changes.items() if name not in planned}  # slices: of one expert
+    changes.update({name: partial(torch.Tensor.detach, t) for name, t in put(base, apart, ExitStack()).items()})
     with tqdm(total=len(changes), desc="Merge", unit="tensor", disable=None) as bar, torch.no_grad():
         for name, tensor in stored_state(base):
             writer.add(name, changes[name]() if name in changes else tensor)

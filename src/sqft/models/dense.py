@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import huggingface_hub
 import torch
 
 from sqft.errors import SqftError, UsageError, first_line
+from sqft.models.experts import unstack
 from sqft.models.reader import SafetensorsReader
 from sqft.models.types import PreTrainedModel, Tokenizer
 
@@ -23,7 +25,7 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
     ``source`` is a Hugging Face folder, a folder with one GGUF file, a ``.gguf`` file (de-quantized) or a hub name.
     Raises SqftError for a missing or corrupt source.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder, gguf = locate(source)
     if gguf is None and Path(folder).is_dir():
@@ -31,14 +33,38 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
         if (method := quant_method(folder)) is not None:
             raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        model = auto_class(config).from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
         raise SqftError(f"cannot load a model from {source}: {reason(error)}") from error
     if gguf is not None:
         model = _without_gguf_config(model)
+    unstack(model)
     return model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' auto class that a configuration's model is loaded by: of one that sees, the whole model."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    sees = hasattr(config, "vision_config") and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+
+
+def skeleton(source: str | Path) -> Any:
+    """The model of a folder, .gguf file or hub name without weights. Code that comes with a model is not run. Raises
+    SqftError if there is no configuration to be had, or it is not of a causal language model."""
+    from transformers import AutoConfig
+
+    folder, gguf = locate(source)
+    try:
+        config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        vars(config).pop("quantization_config", None)
+        dtype = torch.float32 if gguf else getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds; each means that there is nothing to count
+        raise SqftError(f"the configuration of {source} is not here: {first_line(error)}") from error
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -63,6 +89,14 @@ def save_settings(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) ->
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    source = Path(model.name_or_path or "")
+    for file in (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+    ):  # of what it sees
+        if (source / file).is_file():
+            shutil.copyfile(source / file, folder / file)
 
 
 def locate(source: str | Path) -> tuple[str, str | None]:

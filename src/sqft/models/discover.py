@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from sqft.errors import SqftError, UsageError, did_you_mean
+from sqft.models.experts import unstack
 from sqft.models.tables import Family
 from sqft.models.weights import Weight, is_linear
 from sqft.registry import FAMILIES
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,19 @@ def describe(model: nn.Module) -> Architecture:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise SqftError(f"{type(model).__name__} is not a transformers model: it has no config.model_type")
+    if getattr(model.config, "is_encoder_decoder", False):  # pyright: ignore[reportAttributeAccessIssue]
+        raise SqftError(f"{model_type} is an encoder-decoder model: sqft works on decoders, whose blocks run one after "
+                        "the other")  # fmt: skip
     if model_type not in FAMILIES:
-        raise SqftError(
-            f"model family '{model_type}' is not supported yet ({did_you_mean(model_type, FAMILIES)}); "
-            "docs/extend.md shows how to add its row"
-        )
+        from transformers import CONFIG_MAPPING
+
+        hint = "" if model_type in CONFIG_MAPPING else f" ({did_you_mean(model_type, FAMILIES)})"
+        raise SqftError(f"model family '{model_type}' is not supported yet{hint}; docs/families.md has those that are, "
+                        "docs/extend.md shows how to add a row")  # fmt: skip
     if getattr(model, "peft_config", None):
         raise SqftError("this model carries adapters: merge or unload them first")
     family: Family = FAMILIES[model_type]
+    unstack(model)
     try:
         modules = model.get_submodule(family.blocks)
     except AttributeError:
@@ -67,23 +75,41 @@ def describe(model: nn.Module) -> Architecture:
         ) from None
     assert isinstance(modules, nn.ModuleList)
     blocks = tuple(_describe_block(family, f"{family.blocks}.{i}", module) for i, module in enumerate(modules))
-    backbone = getattr(model, str(model.base_model_prefix))
+    backbone = getattr(model, str(model.base_model_prefix), None)
+    if not isinstance(backbone, nn.Module):
+        backbone = model.get_submodule(family.blocks.rpartition(".")[0])
     return Architecture(family, backbone, blocks)
 
 
 def _describe_block(family: Family, path: str, module: nn.Module) -> Block:
-    found = {name: child for name, child in module.named_modules() if is_linear(child)}
-    missing = [name for name in family.linears if name not in found]
-    unlisted = [name for name in found if name not in family.linears]
-    if missing or unlisted:
-        parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also has {', '.join(unlisted)}"] * bool(unlisted)
+    found = {name: child for name, child in module.named_modules() if is_linear(child) and name not in family.kept}
+    parts = [[one for name in part for one in _named(name, found)] for part in (family.linears, *family.either)]
+    parts = [part for i, part in enumerate(parts) if i == 0 or any(name in found for name in part)]
+    listed = [name for part in parts for name in part]
+    missing = [name for name in listed if name not in found]
+    unlisted = [name for name in found if name not in listed] + _stacked(module)
+    if missing or unlisted or not listed:
+        wrong = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"also has {', '.join(unlisted)}"] * bool(unlisted)
         raise SqftError(
             f"{path} ({type(module).__name__}) differs from the table of family "
-            f"'{family.name}': it {' and '.join(parts)}; see docs/extend.md"
+            f"'{family.name}': it {' and '.join(wrong) or 'has none of its layers'}; see docs/extend.md"
         )
-    weights = (Weight(f"{path}.{name}", found[name], module.get_submodule(name.rpartition(".")[0]))
-               for name in family.linears)  # fmt: skip
+    weights = (Weight(f"{path}.{name}", found[name], module.get_submodule(name.rpartition(".")[0])) for name in listed)
     return Block(path, module, {weight.name: weight for weight in weights})
+
+
+def _named(name: str, found: Iterable[str]) -> list[str]:
+    """The modules that a name of the table stands for: of experts one for each."""
+    if "*" not in name:
+        return [name]
+    return [other for other in found if fnmatchcase(other, name)]
+
+
+def _stacked(module: nn.Module) -> list[str]:
+    """Parameters that hold several weights, as experts do; no convolution."""
+    modules = ((name, m) for name, m in module.named_modules() if not isinstance(m, CONVOLUTIONS))
+    return [f"{name}.{leaf}".lstrip(".") for name, m in modules
+            for leaf, parameter in m.named_parameters(recurse=False) if parameter.ndim > 2]  # fmt: skip
 
 
 def input_device(model: Any) -> torch.device:
@@ -115,7 +141,8 @@ def match_modules(patterns: Sequence[str], names: Sequence[str], what: str) -> d
 def resolve_targets(architecture: Architecture, targets: Sequence[str]) -> list[str]:
     """Full names of the modules to adapt; without targets, the family's; of 'all', PEFT's 'all-linear', every linear
     weight of the blocks. A name that matches nothing is an error."""
-    names = architecture.names()
+    banned = tuple(f".{name}" for name in architecture.family.banned)
+    names = [name for name in architecture.names() if not banned or not name.endswith(banned)]
     if len(targets) == 1 and targets[0].lower() in ("all", "all-linear"):
         return names
     for target in targets:
@@ -125,6 +152,7 @@ def resolve_targets(architecture: Architecture, targets: Sequence[str]) -> list[
                 f"this family ({architecture.family.name}) has no '{target}': its weights are in '{fused}', "
                 "ask for that"
             )
-    matched = match_modules(list(targets) or list(architecture.family.targets), names, "target module")
+    usual = [target for target in architecture.family.targets if any(name.endswith(f".{target}") for name in names)]
+    matched = match_modules(list(targets) or usual, names, "target module")
     hits = {name for group in matched.values() for name in group}
     return [name for name in names if name in hits]

@@ -37,6 +37,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_packed(module) or is_transposed(module)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a float layer gives ``x W^T + bias`` and does no more: ``nn.Linear``, Falcon's, which adds the bias by
+    itself, or a ``Conv1D``. Other subclasses may do anything."""
+    return type(module) is nn.Linear or type(module).__name__ == "FalconLinear" or is_transposed(module)
+
+
 def block_index(name: str) -> int | None:
     """Which block a module is in: 'model.layers.3.mlp.up_proj' -> 3; None for one outside of blocks."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)

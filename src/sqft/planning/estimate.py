@@ -7,6 +7,7 @@ A stage's function has its name and takes (the model, its options).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
@@ -18,9 +19,9 @@ from torch.utils.benchmark import Timer
 from sqft.calibration.statistics import is_paired
 from sqft.config import EvaluateConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
 from sqft.kernels.dispatch import pick_device, product
+from sqft.models.discover import describe
 from sqft.planning.workload import Lengths, of_problems, of_text, of_training
 from sqft.registry import KINDS, QUANTIZERS
-from sqft.searching.strategies import SEARCHES
 
 # Bytes moved a weight, where a step is bound by memory.
 CHOOSE, CLIP = 1600, 2200  # Wanda's choice; the search for ranges
@@ -52,6 +53,15 @@ class Shape(NamedTuple):
     gguf: bool = False
     adapted: int = 0
     factors: int = 0
+
+
+def shape_of(model: Any) -> Shape:
+    """The sizes of a float model, live or a skeleton."""
+    config, architecture = model.config.get_text_config(), describe(model)
+    sizes, itemsize = [weight.shape for weight in architecture.weights()], model.dtype.itemsize
+    parameters, weights = sum(p.numel() for p in model.parameters()), sum(map(math.prod, sizes))
+    return Shape(parameters, parameters * itemsize, itemsize, weights, [inputs for _, inputs in sizes],
+                 len(architecture.blocks), config.hidden_size, config.vocab_size)  # fmt: skip
 
 
 class Speed(NamedTuple):
@@ -200,6 +210,8 @@ def evaluate(shape: Shape, config: EvaluateConfig) -> Cost:
 
 def search(shape: Shape, config: SearchConfig) -> Cost:
     lengths, generated = of_problems(config, tuned=True)
+    from sqft.searching.strategies import SEARCHES
+
     times = config.evaluations if config.strategy in SEARCHES else 1
     return _score(shape, lengths, generated * (config.metric == "accuracy"), config.batch_size, times) + Cost(
         moved=times * BUILD[shape.packed] * shape.weights,

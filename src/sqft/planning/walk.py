@@ -5,48 +5,19 @@ are the same errors as in the run itself, only earlier. Nothing is loaded, every
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from sqft.adapters.groups import make_groups
 from sqft.compressing.passes import patterns, quantized_bytes, quantized_layers
-from sqft.errors import SqftError, first_line
 from sqft.formats.checkpoint import is_packed_folder
-from sqft.models.dense import DTYPES, locate
+from sqft.models.dense import DTYPES, locate, skeleton
 from sqft.models.discover import describe, resolve_targets
-from sqft.planning.estimate import Shape, load, measure
+from sqft.planning.estimate import Shape, load, measure, shape_of
 from sqft.planning.workload import NotHere
 from sqft.recipe import Step
 from sqft.registry import KINDS
 from sqft.stages import STAGES
 from sqft.training.loop import check_kind
-
-
-def skeleton(source: str | Path) -> Any:
-    """The model of a folder, .gguf file or hub name without weights. Code that comes with a model is not run. Raises
-    SqftError if there is no configuration to be had, or it is not of a causal language model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder, gguf = locate(source)
-    try:
-        config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
-        vars(config).pop("quantization_config", None)
-        dtype = torch.float32 if gguf else getattr(config, "dtype", None) or torch.float32
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds; each means that there is nothing to count
-        raise SqftError(f"the configuration of {source} is not here: {first_line(error)}") from error
-
-
-def shape_of(model: Any) -> Shape:
-    """The sizes of a float model, live or a skeleton."""
-    config, architecture = model.config.get_text_config(), describe(model)
-    sizes, itemsize = [weight.shape for weight in architecture.weights()], model.dtype.itemsize
-    parameters, weights = sum(p.numel() for p in model.parameters()), sum(map(math.prod, sizes))
-    return Shape(parameters, parameters * itemsize, itemsize, weights, [inputs for _, inputs in sizes],
-                 len(architecture.blocks), config.hidden_size, config.vocab_size)  # fmt: skip
 
 
 class Walk:

@@ -9,7 +9,6 @@ from pathlib import Path
 from sqft.calibration.data import SUFFIXES, read_texts
 from sqft.config import EvaluateConfig, SearchConfig, TrainConfig
 from sqft.errors import UsageError
-from sqft.searching.evaluator import search_task
 from sqft.tasks.base import Example
 from sqft.tasks.lookup import get_task
 from sqft.training.data import load_examples
@@ -43,6 +42,8 @@ def of_problems(config: SearchConfig | EvaluateConfig, tuned: bool) -> tuple[Len
     tuned seldom stops before it has to; one that was goes on until the last sequence of a batch ends, about the longest
     completion of 32. Raises NotHere, and UsageError for a task or split that does not exist."""
     if isinstance(config, SearchConfig) and (config.split == "test" or not config.task or _is_here(config)):
+        from sqft.searching.evaluator import search_task
+
         search_task(config)
     task = get_task(config.task or "", config.data_dir)
     if config.split not in task.splits:

@@ -99,6 +99,11 @@ class QuantLinear(nn.Module):
         """The weight [O, I], de-quantized."""
         return dequantized(self.packed(), self.in_features, dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """``dequantize()``, for models that look at a layer's weight (state-space ones do, at where it lies)."""
+        return self.dequantize()
+
     def nonzero(self) -> Tensor:
         """bool [O, I]: where the weight is not zero, by its integers."""
         grid = self.grid()

@@ -23,6 +23,11 @@ class Serving(nn.Module):
         self.out_features, self.in_features = outputs, inputs
         self.register_buffer("bias", None if bias is None else bias.detach())
 
+    @property
+    def weight(self) -> Tensor:
+        """Empty, of the dtype and device that this layer computes in: some models look at that of their head."""
+        return torch.empty(0, device=next(self.buffers()).device)
+
     def product(self, x_TI: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -92,12 +97,12 @@ class CompactLinear(Serving):
         return cls(pack(layer.integers(), mask, layer.bits), grid.scale_OG, grid.zero_OG, layer.group_size, layer.bias)
 
     @property
-    def weight(self) -> CompactWeight:
+    def compact(self) -> CompactWeight:
         compact = Compact(self.mask, self.values, self.in_features, self.bits)
         return CompactWeight(compact, self.starts, self.scale, self.zero, self.group)
 
     def product(self, x_TI: Tensor) -> Tensor:
-        return kernel("compact_linear", x_TI.device.type)(x_TI, self.weight)
+        return kernel("compact_linear", x_TI.device.type)(x_TI, self.compact)
 
 
 class Int4Linear(Serving):

@@ -1,0 +1,77 @@
+"""Every model type through all stages on a pico model: pruned to 50 %, 2:4 and 32:64, quantized, adapted by five kinds,
+searched, merged in float and INT4, reloaded, generated from; and the sparsity reported beside the zeros counted.
+
+    python benchmarks/bench_families.py [--only TYPE ...] [--markdown]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, check, write_results
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from pico import FAMILIES, MORE
+from support.families import go_through, tokens
+
+import sqft
+from sqft.errors import first_line
+
+EXAMPLES = [sqft.Example(f"Q: {i} plus {i}?\nA:", f" {2 * i}", str(2 * i)) for i in range(40)]
+
+
+def row_of(family: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = go_through(family, Path(folder), tokens(), EXAMPLES)
+        except Exception as error:  # a family that fails is a row that says so
+            found = {"error": f"{type(error).__name__}: {first_line(error)}"}
+    return {**found, "seconds": time.perf_counter() - started}
+
+
+def markdown() -> str:
+    """The table of docs/families.md."""
+    rows = json.loads((RESULTS / "families.json").read_text())["results"]["rows"]
+    lines = ["| model type | blocks at | weights a block | layers | all stages |", "|---|---|---|---|---|"]
+    for name, row in sorted(rows.items()):
+        if "error" in row:
+            lines.append(f"| {name} | | | | {row['error']} |")
+            continue
+        counts = "/".join(map(str, dict.fromkeys(row["weights"])))
+        layers = ", ".join([*row["layers"], *(["convolutions kept"] if row["convolutions"] else [])])
+        lines.append(f"| {name} | `{row['blocks']}` | {counts} | {layers} | yes |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", nargs="+", choices=[*FAMILIES, *MORE], help="these, beside the last results of others"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the table of the last run")
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown())
+        return
+    rows = json.loads((RESULTS / "families.json").read_text())["results"]["rows"] if arguments.only else {}
+    for family in arguments.only or [*FAMILIES, *MORE]:
+        rows[family] = row_of(family)
+        print(family, rows[family], flush=True)
+    done = {name: row for name, row in rows.items() if "error" not in row}
+    checks = [check("families: model types that go through all stages", len(done), 45, at_most=False),
+              check("families: model types that do not", len(rows) - len(done), 0),
+              check("families: hybrids and state-space models", sum(row["convolutions"] for row in done.values()), 3,
+                    at_most=False)]  # fmt: skip
+    write_results("families", {"rows": rows}, checks)
+
+
+if __name__ == "__main__":
+    main()

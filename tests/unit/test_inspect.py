@@ -1,0 +1,59 @@
+"""``sqft inspect`` reads a configuration, and what it says of fits is what the stages accept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pico import pico_folder, pico_model
+from transformers import AutoConfig
+
+import sqft
+from sqft.cli import main
+from sqft.inspection import inspect
+from sqft.models.discover import describe
+
+LARGE = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+         "num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"}  # fmt: skip
+
+
+def test_a_model_of_70_b_parameters_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    AutoConfig.for_model("llama", **LARGE).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "80 blocks, 70553.71 M parameters" in printed and "141.11 GB in bfloat16" in printed
+    assert "model.layers.*.mlp.down_proj" in printed and "Group sizes that fit: 32, 64, 128, a row" in printed
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "jamba", "gpt2"])
+def test_what_it_says_is_what_the_stages_do(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pico_folder(tmp_path / "m", family)
+    assert main(["inspect", str(tmp_path / "m"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    architecture = describe(pico_model(family))
+    assert sum(kind["count"] for kind in found["kinds"]) == len(architecture.names())
+    assert sum(kind["parameters"] for kind in found["kinds"]) == found["in_blocks"]
+    adapted = sum(kind["count"] for kind in found["kinds"] if kind["adapted"])
+    model = pico_model(family)
+    sqft.attach(model, sqft.SqftConfig(r=2, sparse_adapter=False))
+    assert adapted == sum("lora_A" in name for name, _ in model.named_parameters())
+    for pattern in ("2:4", "32:64"):
+        config = sqft.SparsifyConfig(pattern=pattern, method="magnitude")
+        if pattern in found["patterns"]:
+            sqft.sparsify(pico_model(family), config)
+        else:
+            with pytest.raises(sqft.errors.UsageError):
+                sqft.sparsify(pico_model(family), config)
+    kept = {"qwen3_moe": "mlp.gate.weight", "jamba": "mamba.dt_proj.weight"}.get(family)
+    assert not found["kept"] if kept is None else any(name.endswith(kept) for name in found["kept"])
+    assert all(stage["seconds"] > 0 and stage["memory_bytes"] > 0 for stage in found["stages"])
+
+
+def test_what_is_no_model_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path / "none")]) == 2
+    AutoConfig.for_model("t5").save_pretrained(tmp_path / "t5")
+    assert main(["inspect", str(tmp_path / "t5")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    with pytest.raises(sqft.errors.UsageError):
+        inspect(str(tmp_path / "none"))
