@@ -46,7 +46,8 @@ def markdown() -> str:
             lines.append(f"| {name} | | | | {row['error']} |")
             continue
         counts = "/".join(map(str, dict.fromkeys(row["weights"])))
-        layers = ", ".join([*row["layers"], *(["convolutions kept"] if row["convolutions"] else [])])
+        notes = {"convolutions": "convolutions kept", "experts": "experts", "sees": "sees"}
+        layers = ", ".join([*row["layers"], *(note for key, note in notes.items() if row[key])])
         lines.append(f"| {name} | `{row['blocks']}` | {counts} | {layers} | yes |")
     return "\n".join(lines)
 
@@ -68,8 +69,9 @@ def main() -> None:
     done = {name: row for name, row in rows.items() if "error" not in row}
     checks = [check("families: model types that go through all stages", len(done), 45, at_most=False),
               check("families: model types that do not", len(rows) - len(done), 0),
-              check("families: hybrids and state-space models", sum(row["convolutions"] for row in done.values()), 3,
-                    at_most=False)]  # fmt: skip
+              *(check(f"families: {what}", sum(row[key] for row in done.values()), least, at_most=False)
+                for what, key, least in (("hybrids and state-space models", "convolutions", 3),
+                                         ("with experts", "experts", 5), ("vision-language models", "sees", 2)))]  # fmt: skip
     write_results("families", {"rows": rows}, checks)
 
 

@@ -20,6 +20,7 @@ from common import RESULTS, check, update_results
 import sqft
 from sqft.deployment import BenchConfig
 from sqft.recipe import resolve_model
+from sqft.registry import RUNTIMES
 
 OUT = Path("runs") / "bench-runtimes"
 WORKER = Path(__file__).resolve().parents[1] / "tests" / "peers" / "runtimes_worker.py"
@@ -29,8 +30,9 @@ SPEEDS = {
     "dense": ("transformers", "openvino", "onnx", "llama.cpp"), "sparse": ("sqft",),
     "dense INT4": ("sqft", "openvino", "onnx", "llama.cpp", "vllm"),
     "sparse INT4, merged": ("sqft", "openvino", "onnx", "llama.cpp", "vllm"), "sparse INT4, compact": ("sqft",),
-    "sparse INT4 and adapter": ("sqft",),
+    "sparse INT4, compact, int8 embeddings": ("sqft",), "sparse INT4 and adapter": ("sqft",),
 }  # fmt: skip
+RUNTIMES_HERE = {name: RUNTIMES[name].PACKAGE for name in RUNTIMES}
 KINDS: dict[str, dict[str, Any]] = {
     "INT4 (the default)": {}, "INT4, symmetric": {"symmetric": True, "scale_bits": 8},
     "INT4, scales of 11 bits": {"scale_bits": 11}, "INT4, zero points from 0": {"min_zero": 0, "scale_bits": 11, "format": "gptq_v2"},
@@ -59,8 +61,12 @@ def models() -> dict[str, Path]:
     adapter = once("sparse-int4-and-adapter", lambda out: sqft.train(sparse4, adapted, out=out))
     merged = once("sparse-int4-merged", lambda out: sqft.merge(adapter, out=out))
     compact = once("sparse-int4-compact", lambda out: sqft.pack(merged, out=out))
+    small = sqft.QuantizeConfig(method="rtn", embeddings="int8")
+    bytes4 = once("sparse-int4-bytes", lambda out: sqft.quantize(sparse, small, out=out))
+    compact8 = once("sparse-int4-bytes-compact", lambda out: sqft.pack(bytes4, out=out))
     return {"dense": dense, "sparse": sparse, "dense INT4": int4, "sparse INT4, merged": merged,
-            "sparse INT4, compact": compact, "sparse INT4 and adapter": adapter}  # fmt: skip
+            "sparse INT4, compact": compact, "sparse INT4, compact, int8 embeddings": compact8,
+            "sparse INT4 and adapter": adapter}  # fmt: skip
 
 
 def exports(vllm: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -88,40 +94,44 @@ def exports(vllm: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ]  # fmt: skip
 
 
-def speed(
-    vllm: str | None, prompts: list[int], batches: list[int], chosen_models: list[str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def speed(vllm: str | None, cases: dict[str, Any], chosen: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     found = models()
     pythons = {"vllm": vllm} if vllm else {}
     names = {str(folder): name for name, folder in found.items()}
+    here = {name for name, runtime in RUNTIMES_HERE.items() if importlib.util.find_spec(runtime)} | set(pythons)
     rows = []
-    for name, runtimes in SPEEDS.items():
-        if name not in chosen_models:
-            continue
-        chosen = [r for r in runtimes if r != "vllm" or vllm]
-        config = BenchConfig(runtimes=chosen, prompt=prompts, batch=batches, rounds=3)
+    for name in chosen:
+        config = BenchConfig(runtimes=[r for r in SPEEDS[name] if r in here], rounds=3, **cases)
         rows += sqft.bench([found[name]], config, pythons=pythons, out=OUT / "speed")
     for row in rows:
         row["model"] = names[str(OUT / row["model"])]
+    return {"rows": rows}, speed_checks(rows)
+
+
+def speed_checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the models that were measured."""
     rates = {(row["model"], row["runtime"]): row["cases"][0]["decode_per_second"] for row in rows if "cases" in row}
-    best = max(((rate, key[1]) for key, rate in rates.items() if key[0] == "dense INT4" and key[1] != "sqft"))
-    ours, half = rates["sparse INT4, merged", "sqft"], rates["dense", "transformers"]
     sizes = {(row["model"], row["runtime"]): row["bytes"] for row in rows if "bytes" in row}
     loading = {row["model"]: row["load_seconds"] for row in rows if row["runtime"] == "sqft" and "bytes" in row}
-    beside = rates.get(("sparse INT4 and adapter", "sqft"))
-    checks = [] if beside is None else [
-        check("runtimes: merged / base and adapter, decode, sqft", ours / beside, 1.0, False),
-        check("runtimes: merged / base and adapter, bytes", sizes["sparse INT4, merged", "sqft"]
-              / sizes["sparse INT4 and adapter", "sqft"], 1.0),
-    ]  # fmt: skip
-    return {"rows": rows}, [
-        *checks,
-        check(f"runtimes: sparse INT4, sqft / best dense INT4 elsewhere ({best[1]})", ours / best[0], 1.2, False),
-        check("runtimes: sparse half precision, sqft / dense half precision, transformers", rates["sparse", "sqft"] / half, 1.5, False),
-        check("runtimes: seconds to load, compact / dense INT4, sqft", loading["sparse INT4, compact"] / loading["dense INT4"], 1.0),
-        check("runtimes: sparse INT4 / dense half precision, bytes", sizes["sparse INT4, merged", "sqft"]
-              / sizes["dense", "transformers"], 0.45),
-    ]  # fmt: skip
+    ours, half, beside = ((name, "sqft") for name in ("sparse INT4, merged", "sparse", "sparse INT4 and adapter"))
+    dense, best = ("dense", "transformers"), max(
+        ((rate, key[1]) for key, rate in rates.items() if key[0] == "dense INT4" and key[1] != "sqft"), default=None)  # fmt: skip
+    checks = []
+    if {ours, beside} <= rates.keys():
+        checks += [check("runtimes: merged / base and adapter, decode, sqft", rates[ours] / rates[beside], 1.0, False),
+                   check("runtimes: merged / base and adapter, bytes", sizes[ours] / sizes[beside], 1.0)]  # fmt: skip
+    if best and ours in rates:
+        checks.append(check(f"runtimes: sparse INT4, sqft / best dense INT4 elsewhere ({best[1]})", rates[ours] / best[0],
+                            1.2, False))  # fmt: skip
+    if {half, dense} <= rates.keys():
+        checks.append(check("runtimes: sparse half precision, sqft / dense half precision, transformers",
+                            rates[half] / rates[dense], 1.5, False))  # fmt: skip
+    if {"sparse INT4, compact", "dense INT4"} <= loading.keys():
+        checks.append(check("runtimes: seconds to load, compact / dense INT4, sqft",
+                            loading["sparse INT4, compact"] / loading["dense INT4"], 1.0))  # fmt: skip
+    if {ours, dense} <= sizes.keys():
+        checks.append(check("runtimes: sparse INT4 / dense half precision, bytes", sizes[ours] / sizes[dense], 0.45))
+    return checks
 
 
 def markdown() -> str:
@@ -134,15 +144,18 @@ def markdown() -> str:
             lines.append(
                 f"| {kind} | " + " | ".join(_cell(rows.get(kind, {}).get(target)) for target in TARGETS) + " |"
             )
-    found = json.loads((RESULTS / "decode.json").read_text())["results"].get("runtimes", {"rows": []})["rows"]
-    lines += ["", "| model | runtime | MB | loads in | peak memory, MB | prompt | prefill, tokens/s | decode, tokens/s | share of "
-              "bandwidth |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in found:
-        for case in row.get("cases", []):
-            if "decode_per_second" in case and case["batch"] == 1:
-                lines.append(f"| {row['model']} | {row['runtime']} | {row['bytes'] / 1e6:.1f} | {row['load_seconds']:.1f} s | "
-                             f"{row['peak_bytes'] / 1e6:.0f} | {case['prompt']} | {case['prefill_per_second']:.0f} | "
-                             f"{case['decode_per_second']:.1f} | {case['share_of_bandwidth']:.0%} |")  # fmt: skip
+    results = json.loads((RESULTS / "decode.json").read_text())["results"]
+    for part in [name for name in results if name.startswith("runtimes")]:
+        lines += ["", f"| {part}: model | runtime | MB | loads in | peak memory, MB | batch | prompt | prefill, tokens/s | "
+                  "decode, tokens/s | share of bandwidth |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for row in results[part]["rows"]:
+            for case in row.get("cases", []):
+                if "decode_per_second" in case:
+                    share = f"{case['share_of_bandwidth']:.0%}" if "share_of_bandwidth" in case else ""
+                    lines.append(f"| {row['model']} | {row['runtime']} | {row['bytes'] / 1e6:.1f} | "
+                                 f"{row['load_seconds']:.1f} s | {row['peak_bytes'] / 1e6:.0f} | {case['batch']} | "
+                                 f"{case['prompt']} | {case['prefill_per_second']:.0f} | "
+                                 f"{case['decode_per_second']:.1f} | {share} |")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -159,6 +172,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("exports", "speed"))
     parser.add_argument("--vllm", help="interpreter of an environment that has vLLM")
     parser.add_argument("--prompt", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--label", help="of the results, beside those without")
     parser.add_argument("--models", nargs="+", choices=list(SPEEDS), default=list(SPEEDS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--markdown", action="store_true", help="print the tables of the last run")
@@ -171,8 +186,10 @@ def main() -> None:
         update_results("export", "exports", results, checks)
         print(json.dumps(checks, indent=1))
     if arguments.only != "exports":
-        results, checks = speed(arguments.vllm, arguments.prompt, arguments.batch, arguments.models)
-        update_results("decode", "runtimes", results, checks)
+        cases = {"prompt": arguments.prompt, "batch": arguments.batch, "tokens": arguments.tokens}
+        results, checks = speed(arguments.vllm, cases, arguments.models)
+        part = ", ".join(filter(None, ("runtimes", arguments.label)))
+        update_results("decode", part, results, [{**c, "name": c["name"].replace("runtimes", part, 1)} for c in checks])
         print(json.dumps(checks, indent=1))
 
 

@@ -120,8 +120,10 @@ def pico_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def pico_folder(path: Path, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
+def pico_folder(
+    path: Path, family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **options: object
+) -> Path:
     """The model and tokenizer as a Hugging Face folder."""
-    pico_model(family, dtype, seed).save_pretrained(path)
+    pico_model(family, dtype, seed, **options).save_pretrained(path)
     pico_tokenizer().save_pretrained(path)
     return path

@@ -138,6 +138,7 @@ def _adder(commands: Any) -> Add:
     def add(name: str, function: Callable[..., Any], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        sub.add_argument("--infer", action="store_true", help="work on model types that sqft does not know, too")
         sub.add_argument("-v", "--verbose", action="store_true", help="show logs and, on an error, where it came from")
         sub.set_defaults(function=function)
         return sub
@@ -349,6 +350,8 @@ def _main(given: list[str]) -> int:
         if unknown:
             raise UsageError(_unknown(parser, parsed.command, unknown[0]))
         quiet(verbose, parsed.command)
+        if parsed.infer:
+            os.environ["SQFT_INFER"] = "1"
         _print(parsed, parsed.function(parsed))
         return 0
     except (Exception, KeyboardInterrupt) as error:

@@ -13,8 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import sqft
 from sqft import registry
-from sqft.models.discover import describe
+from sqft.models.discover import _describe_block, describe
 from sqft.models.experts import unstack
+from sqft.models.infer import infer
+from sqft.models.tables import Family
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,7 +137,40 @@ def test_what_is_not_supported_is_refused_by_a_sentence() -> None:
     with pytest.raises(sqft.SqftError, match="t5 is an encoder-decoder model"):
         sqft.sparsify(encoder, sqft.SparsifyConfig(method="magnitude"))
     other = pico_model()
-    for name, message in (("rwkv", "'rwkv' is not supported yet; docs/families"), ("lama", "did you mean 'llama'")):
+    for name, message in (("rwkv", "'rwkv' is not supported yet: --infer"), ("lama", "did you mean 'llama'")):
         other.config.model_type = name
         with pytest.raises(sqft.SqftError, match=message):
             describe(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, options", [
+    ("gpt_neox_japanese", {"hidden_size": 64, "intermediate_multiple_size": 2, "num_hidden_layers": 2,
+                           "num_attention_heads": 4, "vocab_size": 260, "max_position_embeddings": 512}),
+    ("granitemoeshared", {**MORE["granitemoe"], "shared_intermediate_size": 64}),
+], ids=["plain", "experts"])  # fmt: skip
+def test_a_type_that_is_not_known_can_be_inferred_and_goes_through_all_stages(
+    family: str, options: dict, tmp_path: Path, examples: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MORE, family, options)
+    with pytest.raises(sqft.SqftError, match="not supported yet: --infer"):
+        describe(pico_model(family))
+    monkeypatch.setenv("SQFT_INFER", "1")
+    assert go_through(family, tmp_path, tokens(), examples)["row"] == "inferred"
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+def test_inferring_finds_what_the_table_says(family: str) -> None:
+    """But for what makes a state, which no name tells."""
+    model = pico_model(family)
+    known = set(describe(model).names())
+    row = infer(model)
+    found = set(_inferred(model, row))
+    assert known <= found and all(name.endswith(("in_proj_ba", "x_proj", "dt_proj")) for name in found - known)
+
+
+def _inferred(model: torch.nn.Module, row: Family) -> list[str]:
+    blocks = model.get_submodule(row.blocks)
+    return [
+        weight for i, block in enumerate(blocks) for weight in _describe_block(row, f"{row.blocks}.{i}", block).weights
+    ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pico import pico_folder, pico_model
+from pico import FAMILIES, pico_folder, pico_model
 from torch import Tensor, nn
 
 import sqft
@@ -15,6 +15,13 @@ from sqft.models.discover import CONVOLUTIONS, describe
 from sqft.models.weights import is_linear
 
 KEPT = ("shared_expert_gate", "dt_proj", "x_proj", "in_proj_ba")  # gates, and what makes a state
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "ffn_dim": 128,
+    "word_embed_proj_dim": 64,
+    "head_dim": 16,
+}  # for 32:64
 TRAIN = {"max_steps": 2, "batch_size": 4, "r": 4, "lora_alpha": 8, "learning_rate": 0.02}
 
 
@@ -38,11 +45,12 @@ def zeros(model: Any) -> float:
 
 def go_through(family: str, folder: Path, tokens: Tensor, examples: list[sqft.Example]) -> dict[str, Any]:
     """Raises if a stage does not do what it says."""
+    wide = {size: value for size, value in WIDE.items() if size in FAMILIES.get(family, {})}
     for pattern, method in (("2:4", "sparsegpt"), ("32:64", "magnitude")):
-        live = pico_model(family)
+        live = pico_model(family, **wide)
         told = sqft.sparsify(live, sqft.SparsifyConfig(pattern=pattern, method=method), tokens)
         assert told["sparsity"] == zeros(live) == 0.5, pattern
-    pico_folder(folder / "dense", family)
+    pico_folder(folder / "dense", family, **wide)
     told = sqft.sparsify(folder / "dense", sqft.SparsifyConfig(batch_size=4), tokens, out=folder / "sparse")
     sparse = sqft.load(folder / "sparse")[0]
     assert told["sparsity"] == zeros(sparse) and abs(told["sparsity"] - 0.5) < 0.01
@@ -73,6 +81,7 @@ def go_through(family: str, folder: Path, tokens: Tensor, examples: list[sqft.Ex
     return {"row": blocks.family.name, "blocks": blocks.family.blocks, "layers": sorted(kinds - {"Linear"}),
             "weights": [len(block.weights) for block in blocks.blocks], "differ": bool(blocks.family.either),
             "sparsity": told["sparsity"], "convolutions": any(isinstance(m, nn.Conv1d) for m in sparse.modules()),
+            "experts": any(".experts." in name for name in blocks.names()), "sees": hasattr(sparse.config, "vision_config"),
             "parameters": sum(w.numel() for w in matrices(sparse)), "stages": 16}  # fmt: skip
 
 

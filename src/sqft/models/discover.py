@@ -12,6 +12,7 @@ from torch import nn
 
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.models.experts import unstack
+from sqft.models.infer import allowed, infer
 from sqft.models.tables import Family
 from sqft.models.weights import Weight, is_linear
 from sqft.registry import FAMILIES
@@ -57,16 +58,16 @@ def describe(model: nn.Module) -> Architecture:
     if getattr(model.config, "is_encoder_decoder", False):  # pyright: ignore[reportAttributeAccessIssue]
         raise SqftError(f"{model_type} is an encoder-decoder model: sqft works on decoders, whose blocks run one after "
                         "the other")  # fmt: skip
-    if model_type not in FAMILIES:
+    if model_type not in FAMILIES and not allowed():
         from transformers import CONFIG_MAPPING
 
         hint = "" if model_type in CONFIG_MAPPING else f" ({did_you_mean(model_type, FAMILIES)})"
-        raise SqftError(f"model family '{model_type}' is not supported yet{hint}; docs/families.md has those that are, "
-                        "docs/extend.md shows how to add a row")  # fmt: skip
+        raise SqftError(f"model family '{model_type}' is not supported yet{hint}: --infer takes its repeated "
+                        "blocks and the linear layers in them; docs/extend.md shows how to add a row")  # fmt: skip
     if getattr(model, "peft_config", None):
         raise SqftError("this model carries adapters: merge or unload them first")
-    family: Family = FAMILIES[model_type]
     unstack(model)
+    family: Family = FAMILIES[model_type] if model_type in FAMILIES else infer(model)
     try:
         modules = model.get_submodule(family.blocks)
     except AttributeError:
