@@ -1,7 +1,7 @@
 """What compression buys when a model is kept and when it answers: bytes on disk of each form, products of a layer for one
 token beside torch's, and tokens a second of the whole model. SmolLM2-135M, and layers of Llama's sizes.
 
-    python benchmarks/bench_serving.py [--only sizes|layers|decode] [--threads 2] [--markdown]
+    python benchmarks/bench_serving.py [--only sizes|layers|decode|embeddings] [--threads 2] [--markdown]
 
 A layer's weights are read from as many copies as do not fit into the caches, and all contestants take turns. The share of
 bandwidth is of what summing a large tensor reads in the same process.
@@ -24,16 +24,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_sparsify import text_name
 from common import RESULTS, alternate, check, update_results
 from torch import Tensor, nn
 
 import sqft
 from sqft.benching.run import bandwidth
+from sqft.evaluation.perplexity import perplexity
 from sqft.formats.compact import CompactReader
 from sqft.kernels.cpu import library
 from sqft.kernels.packed import pack_mask
 from sqft.measuring.size import weight_bytes
 from sqft.measuring.stage import decode_speed
+from sqft.models.embeddings import round_embeddings
 from sqft.models.reader import SafetensorsReader
 from sqft.quantization.grid import GridSpec, fit
 from sqft.quantization.linear import QuantLinear
@@ -253,8 +256,45 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+@torch.no_grad()
+def embeddings() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What ``--embeddings int8`` takes and gives: perplexity and logits of the dense model with nothing else rounded, and
+    megabytes of the sparse INT4 one in compact form."""
+    data = Path(__file__).resolve().parents[2] / "shared" / "data"
+    texts = [data / "wikitext2_tokens" / "test.jsonl", data / "calibration" / "tiny.jsonl"]
+    model, tokenizer = sqft.load(folders()["dense float16"], dtype="float32")
+    prompt = tokenizer(
+        "The capital of France is Paris, and the river that flows through it is the Seine.", return_tensors="pt"
+    )
+
+    def seen() -> tuple[Tensor, dict[str, float]]:
+        scores = {text_name(text): perplexity(model, tokenizer, str(text), 1024, 3072)["perplexity"] for text in texts}
+        return model(prompt.input_ids).logits, scores
+
+    (before, half), _ = seen(), round_embeddings(model, "int8")
+    after, small = seen()
+    sizes = {}
+    for asked in ("auto", "int8"):
+        folder = OUT / f"embeddings-{asked}"
+        if not folder.is_dir():
+            config = sqft.QuantizeConfig(method="rtn", symmetric=True, embeddings=asked)
+            sqft.quantize(folders()["50 %, float16"], config, out=folder)
+            sqft.pack(folder, out=folder.with_name(folder.name + "-compact"))
+        sizes[asked] = weight_bytes(folder.with_name(folder.name + "-compact"))
+    rows = {"perplexity": {"float16": half, "int8": small}, "compact_bytes": sizes,
+            "logits": float((after - before).abs().max() / before.abs().max()),
+            "same_greedy": bool(torch.equal(after.argmax(-1), before.argmax(-1)))}  # fmt: skip
+    worst = max(small[text] / half[text] for text in half)
+    return rows, [check("embeddings: perplexity, int8 / float16, worst text", worst, 1.01)]
+
+
 def main() -> None:
-    parts: dict[str, Callable[..., Any]] = {"sizes": sizes, "layers": layers, "decode": decode}
+    parts: dict[str, Callable[..., Any]] = {
+        "sizes": sizes,
+        "layers": layers,
+        "decode": decode,
+        "embeddings": embeddings,
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--threads", type=int, default=2)
