@@ -10,6 +10,7 @@ import pytest
 import torch
 from pico import pico_model, pico_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import sqft
 from sqft.deployment import ExportConfig
@@ -155,3 +156,18 @@ def test_rows_of_q_and_k_go_in_pairs(tmp_path: Path) -> None:
     source = Source(SafetensorsReader(quantized(tmp_path / "m", symmetric=True)))
     assert order(source, "model.layers.0.self_attn.q_proj", 32)[:8].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
     assert order(source, "model.layers.0.self_attn.v_proj", 16).tolist() == list(range(16))
+
+
+def test_experts_in_int_are_refused_and_in_float_are_as_transformers_has_them(tmp_path: Path) -> None:
+    model = pico_model("qwen3_moe")
+    sqft.sparsify(model, sqft.SparsifyConfig(method="magnitude"))
+    sqft.save(model, pico_tokenizer(), tmp_path / "float")
+    assert export(tmp_path / "float", ExportConfig(to="transformers"), out=tmp_path / "out")["exact"]
+    stock, prompt = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.allclose(stock(prompt).logits, model(prompt).logits, atol=1e-5)
+    sqft.quantize(model, sqft.QuantizeConfig(method="rtn", group_size=32))
+    sqft.save(model, pico_tokenizer(), tmp_path / "int4")
+    for to in ("vllm", "transformers"):
+        with pytest.raises(SqftError, match="experts in INT"):
+            export(tmp_path / "int4", ExportConfig(to=to), out=tmp_path / to)

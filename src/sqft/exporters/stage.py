@@ -50,6 +50,9 @@ def export(folder: str | Path, config: ExportConfig | None = None, *, out: str |
         if artifact.is_stage(folder):
             artifact.check_files(folder)
         reader = SafetensorsReader(folder)
+        if any(".experts." in name and name.endswith(("qweight", "weight_packed")) for name in reader.layout):
+            raise SqftError(f"{folder} has experts in INT, gate and up as one, which no other tool reads yet: export "
+                            "the float model, or serve it with sqft")  # fmt: skip
         lost = target.check(reader)
         if lost and not config.allow_lossy:
             raise SqftError(
