@@ -210,7 +210,9 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, help="sequences at a time, of the 16 of a step")
     parser.add_argument("--samples", type=int, default=128, help="at most so many calibration blocks of task and C4")
     parser.add_argument("--score-limit", type=int, help="score the first N problems of the split")
-    parser.add_argument("--rows", nargs="+", default=["main"], help=f"rows, or groups of them: {', '.join(GROUPS)}")
+    parser.add_argument(
+        "--rows", nargs="+", help=f"rows, or groups of them: {', '.join(GROUPS)}; default: main, of --test FINAL"
+    )
     parser.add_argument("--label", help="of the results, beside those of the same task and epochs")
     parser.add_argument("--test", action="store_true", help="score FINAL on the test split")
     parser.add_argument("--root", type=Path, default=Path("runs") / "bench-adapt")
@@ -229,7 +231,8 @@ def main() -> None:
     root = arguments.root / part.replace(", ", "-").replace(" ", "-")
     bench = Bench(arguments.model, arguments.task, arguments.data_dir, root, training, arguments.samples)
     split = "test" if arguments.test else "validation"
-    names = FINAL if arguments.test else [row for name in arguments.rows for row in GROUPS.get(name, [name])]
+    asked = arguments.rows or (FINAL if arguments.test else ["main"])
+    names = [row for name in asked for row in GROUPS.get(name, [name])]
     rows = {name: row_of(bench, name, split, arguments.score_limit) for name in names}
     apart = differences(rows, PAIRS)
     where = ", ".join(filter(None, (part, arguments.label, split)))

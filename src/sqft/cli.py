@@ -351,7 +351,9 @@ def _main(given: list[str]) -> int:
             raise UsageError(_unknown(parser, parsed.command, unknown[0]))
         quiet(verbose, parsed.command)
         if parsed.infer:
-            os.environ["SQFT_INFER"] = "1"
+            from sqft.models.infer import allow
+
+            allow()
         _print(parsed, parsed.function(parsed))
         return 0
     except (Exception, KeyboardInterrupt) as error:

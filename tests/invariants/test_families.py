@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import sqft
 from sqft import registry
+from sqft.models import infer as module_of_infer
 from sqft.models.discover import _describe_block, describe
 from sqft.models.experts import unstack
 from sqft.models.infer import infer
@@ -155,7 +156,7 @@ def test_a_type_that_is_not_known_can_be_inferred_and_goes_through_all_stages(
     monkeypatch.setitem(MORE, family, options)
     with pytest.raises(sqft.SqftError, match="not supported yet: --infer"):
         describe(pico_model(family))
-    monkeypatch.setenv("SQFT_INFER", "1")
+    monkeypatch.setattr(module_of_infer, "_allowed", True)
     assert go_through(family, tmp_path, tokens(), examples)["row"] == "inferred"
 
 

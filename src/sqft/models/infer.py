@@ -7,7 +7,6 @@ together is a part of ``either``. What routes, or gates a whole expert, stays. T
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 
@@ -17,13 +16,21 @@ from sqft.errors import SqftError
 from sqft.models.tables import Family
 from sqft.models.weights import Weight, is_linear
 
-ALLOWED = "SQFT_INFER"  # in the environment, so that processes of a search know it too
 ROUTES = ("router", "gate", "shared_expert_gate")
 USUAL = re.compile(r"q_|k_|v_|qkv|query|key|value|up|down|fc|h_to|w1|w2|w3|c_attn|c_fc|c_proj|in_proj")
 
 
+_allowed = False
+
+
+def allow(on: bool = True) -> None:
+    """Whether model types that the table does not have are inferred, in this process."""
+    global _allowed
+    _allowed = on
+
+
 def allowed() -> bool:
-    return os.environ.get(ALLOWED) == "1"
+    return _allowed
 
 
 def infer(model: nn.Module) -> Family:

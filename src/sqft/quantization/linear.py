@@ -101,8 +101,9 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``dequantize()``, for models that look at a layer's weight (state-space ones do, at where it lies)."""
-        return self.dequantize()
+        """For models that look at a layer's weight, as state-space ones do: on an accelerator their kernels multiply by
+        it, on a CPU they only see where it lies."""
+        return torch.empty(0, device="cpu") if self.qweight.device.type == "cpu" else self.dequantize()
 
     def nonzero(self) -> Tensor:
         """bool [O, I]: where the weight is not zero, by its integers."""

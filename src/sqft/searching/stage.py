@@ -24,6 +24,7 @@ from sqft.elastic.handle import Elastic, get_ranks, set_ranks
 from sqft.elastic.heuristics import HEURISTICS, Records, heuristic, read_rank_records
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
+from sqft.models.infer import allow, allowed
 from sqft.models.types import Tokenizer
 from sqft.options import recorded
 from sqft.searching.choose import TRIALS, write_sub_adapter
@@ -123,8 +124,10 @@ def _share(adapter: Path, config: SearchConfig, name: str, left: list[int]) -> N
     """Runs the search in several processes. Raises SqftError if one of them fails."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // config.workers)
-    workers = [context.Process(target=_work, args=(adapter, config, name, left if i == 0 else [], i == 0, threads))
-               for i in range(config.workers)]  # fmt: skip
+    shares = [
+        (adapter, config, name, left if i == 0 else [], i == 0, threads, allowed()) for i in range(config.workers)
+    ]
+    workers = [context.Process(target=_work, args=share) for share in shares]
     for worker in workers:
         worker.start()
     try:
@@ -137,9 +140,11 @@ def _share(adapter: Path, config: SearchConfig, name: str, left: list[int]) -> N
         raise SqftError("a search process failed: the same command goes on with what was tried")
 
 
-def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first: bool, threads: int) -> None:
+def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first: bool, threads: int,
+          infer: bool) -> None:  # fmt: skip
     """One process's share of a folder's search."""
     torch.set_num_threads(threads)
+    allow(infer)
     transformers.utils.logging.disable_progress_bar()
     try:
         assert config.storage is not None
