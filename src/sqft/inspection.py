@@ -35,7 +35,7 @@ def inspect(model: str) -> dict[str, Any]:
     adapted = set(resolve_targets(architecture, []))
     kinds: dict[tuple[str, tuple[int, int]], dict[str, Any]] = {}
     for weight in weights:
-        kind = re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", weight.name)), weight.shape
+        kind = _without_numbers(weight.name), weight.shape
         row = kinds.setdefault(kind, {"weight": kind[0], "shape": list(weight.shape), "count": 0, "parameters": 0,
                                       "adapted": weight.name in adapted})  # fmt: skip
         row["count"] += 1
@@ -49,6 +49,11 @@ def inspect(model: str) -> dict[str, Any]:
         "patterns": [pattern for pattern in PATTERNS if all(_fits(pattern, weight) for weight in weights)],
         "stages": _stages(live, architecture, shape, adapted),
     }  # fmt: skip
+
+
+def _without_numbers(name: str) -> str:
+    """'model.layers.3.mlp.experts.7.down_proj' -> 'model.layers.*.mlp.experts.*.down_proj'."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _fits(pattern: str, weight: Any) -> bool:
@@ -70,7 +75,7 @@ def _kept(architecture: Architecture) -> Iterator[str]:
                 continue
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim > 1 or is_linear(module):
-                    yield re.sub(r"\.\d+\.", ".*.", f"{full}.{leaf}")
+                    yield _without_numbers(f"{full}.{leaf}")
 
 
 def _stages(live: Any, architecture: Architecture, shape: estimate.Shape, adapted: set[str]) -> list[dict[str, Any]]:

@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MORE)
 def test_all_stages(family: str, tmp_path: Path, examples: list) -> None:
-    go_through(family, tmp_path, tokens(), examples)
+    """``go_through`` asserts at every stage; here, that it looked at all of the blocks."""
+    found = go_through(family, tmp_path, tokens(), examples)
+    assert len(found["weights"]) == len(describe(pico_model(family)).blocks) and min(found["weights"]) > 0
+    assert abs(found["sparsity"] - 0.5) < 0.01
 
 
 @pytest.mark.parametrize("family", FAMILIES)

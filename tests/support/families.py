@@ -82,7 +82,7 @@ def go_through(family: str, folder: Path, tokens: Tensor, examples: list[sqft.Ex
             "weights": [len(block.weights) for block in blocks.blocks], "differ": bool(blocks.family.either),
             "sparsity": told["sparsity"], "convolutions": any(isinstance(m, nn.Conv1d) for m in sparse.modules()),
             "experts": any(".experts." in name for name in blocks.names()), "sees": hasattr(sparse.config, "vision_config"),
-            "parameters": sum(w.numel() for w in matrices(sparse)), "stages": 16}  # fmt: skip
+            "parameters": sum(w.numel() for w in matrices(sparse))}  # fmt: skip
 
 
 def tokens() -> Tensor:

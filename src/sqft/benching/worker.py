@@ -10,6 +10,7 @@ decoding.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -41,15 +42,13 @@ def joules() -> float:
             total = (0.0 if math.isnan(total) else total) + int(counter.read_text()) / 1e6
         except (OSError, ValueError):
             return math.nan
-    try:
+    with contextlib.suppress(Exception):  # no package, no driver, no counter
         import pynvml  # pyright: ignore[reportMissingImports]
 
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         total = sum(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3 for handle in handles) + (
             0.0 if math.isnan(total) else total)  # fmt: skip
-    except Exception:  # no package, no driver, no counter
-        return total
     return total
 
 
