@@ -30,7 +30,7 @@ def test_models_and_runtimes_side_by_side(folder: Path, tmp_path: Path, capsys: 
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "one two three"}\n')
     sqft.train(tmp_path / "sparse", sqft.TrainConfig(data=str(text), r=2, max_steps=1), out=tmp_path / "adapter")
-    command = ["bench", str(folder), str(tmp_path / "adapter"), "--runtimes", "sqft,transformers", "--tokens", "4", "--rounds", "1",
+    command = ["bench", str(folder), str(tmp_path / "adapter"), "--runtimes", "sqft,transformers", "--tokens", "32", "--rounds", "3",
                "--batch", "1,2", "--prompt", "8", "--threads", "1", "--text", str(text), "--out", str(tmp_path / "out")]  # fmt: skip
     assert main(command) == 0
     printed = capsys.readouterr().out

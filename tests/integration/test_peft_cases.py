@@ -16,6 +16,7 @@ from pico import pico_folder
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers, load_adapter
+from sqft.quantization.linear import QuantLinear
 from sqft.sparsity.masks import mask_of
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -67,8 +68,9 @@ def logits(model, tokens, **arguments: Any) -> torch.Tensor:
 def zeros_kept(model) -> None:
     for layer in adapter_layers(model).values():
         base = layer.get_base_layer()
-        if (mask := mask_of(base)) is not None and hasattr(base, "weight"):
-            assert not base.weight[~mask].any()
+        if (mask := mask_of(base)) is not None:
+            kept = base.nonzero() if isinstance(base, QuantLinear) else base.weight
+            assert not kept[~mask].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

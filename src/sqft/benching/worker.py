@@ -73,13 +73,13 @@ def measure(session: Any, batch: int, prompt: int, new: int, rounds: int, vocabu
     one, all_of_them = (
         [statistics.median(column) for column in zip(*times[1:], strict=True)] for times in (first, whole)
     )
-    found = {
-        "batch": batch, "prompt": prompt, "new": new, "prefill_per_second": batch * prompt / one[0],
-        "decode_per_second": batch * new / max(all_of_them[0] - one[0], 1e-9),
-        "cpu_seconds_per_token": (all_of_them[1] - one[1]) / (batch * new),
-    }  # fmt: skip
-    energy = (all_of_them[2] - one[2]) / (batch * new)
-    return found if math.isnan(energy) or energy <= 0 else found | {"joules_per_token": energy}
+    seconds, cpu, energy = ((long - short) / (batch * new) for long, short in zip(all_of_them, one, strict=True))
+    found = {"decode_per_second": seconds and 1 / seconds, "cpu_seconds_per_token": cpu, "joules_per_token": energy}
+    return {"batch": batch, "prompt": prompt, "new": new, "prefill_per_second": batch * prompt / one[0]} | {
+        name: value
+        for name, value in found.items()
+        if value > 0  # nan where energy cannot be read; else lost in noise
+    }
 
 
 def main() -> None:
