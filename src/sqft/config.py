@@ -48,6 +48,8 @@ class SparsifyConfig(Compressing):
     method: str = option("wanda", "pruning criterion", SPARSIFIERS)
     sparsity: float = option(0.5, "share of every weight matrix to prune, in (0, 1); per output row")
     pattern: str | None = option(None, "N:M, e.g. 2:4 keeps 2 of every 4 neighbours; replaces --sparsity")
+    mask: str | None = option(None, "instead of a method, masks that are there: a .safetensors file of them, or "
+                              "the folder of a sparse model", kind="folder")  # fmt: skip
     overrides: dict[str, float] = option(help="module pattern=sparsity, e.g. '*.down_proj=0.4'", factory=dict)
     exclude: list[str] = option(help="module patterns that stay dense, e.g. 'model.layers.0.*'", factory=list)
     repair_epochs: int = option(8, "repair block: the most passes over the calibration text a block")

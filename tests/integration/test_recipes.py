@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from pico import pico_folder
 from test_cli import call, fails
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.artifact import read_manifest
+from sqft.formats.checkpoint import packed_layers
+from sqft.keys import MASKS
 from sqft.recipe import Recipe, load_recipe, run, with_adapter, with_options
 from sqft.sparsity.masks import load_masks
 from sqft.stages import RUN
@@ -166,3 +169,36 @@ def test_a_run_with_a_float_base_can_be_moved_and_goes_on(dense: Path, tmp_path:
     (tmp_path / "there" / "run" / "merge" / "model.safetensors").unlink()
     run("recipe.yaml", say=said.append)
     assert (tmp_path / "there" / "run" / "merge" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_rounds_on_merged_models_and_dense_int4(gsm8k: Path, tmp_path: Path) -> None:
+    """Two rounds after a first merge, sparse float and dense INT4: the same zeros, the same grid."""
+    pico_folder(tmp_path / "model")
+    sqft.sparsify(tmp_path / "model", sqft.SparsifyConfig(method="magnitude"), out=tmp_path / "sparse")
+
+    def turn(name: str, model: Path, output: Path) -> dict[str, dict]:
+        recipe = with_options(load_recipe(name), data_dir=str(gsm8k)).at(str(model), output)
+        train = replace(recipe["train"], max_steps=2, eval_limit=4, limit=16, batch_size=8, learning_rate=0.02)
+        recipe = recipe.using(train=train, evaluate=replace(recipe["evaluate"], limit=1))
+        if recipe["quantize"]:
+            small = {"samples": 4, "length": 32, "calibration": "builtin", "group_size": 32}
+            recipe = recipe.using(quantize=replace(recipe["quantize"], **small))
+        results = run(recipe)
+        assert results["merge"]["zeros_kept"] == 1.0 and results["merge"]["max_logit_difference"] < 1e-4
+        assert "evaluate/merge" in results
+        return results
+
+    turn("again", tmp_path / "sparse", tmp_path / "one")
+    results = turn("again", tmp_path / "one" / "merge", tmp_path / "two")
+    assert (tmp_path / "two/merge" / MASKS).read_bytes() == (tmp_path / "sparse" / MASKS).read_bytes()
+    assert results["merge"]["sparsity"] == 0.5
+    turn("int4", tmp_path / "model", tmp_path / "int4")
+    results = turn("again-int4", tmp_path / "int4" / "merge", tmp_path / "int4-two")
+    assert results["merge"]["pruned"] == 0  # a dense model stays dense
+    models = [sqft.load(tmp_path / name)[0] for name in ("int4/quantize", "int4/merge", "int4-two/merge")]
+    layers = [packed_layers(model) for model in models]
+    for name, layer in layers[0].items():
+        for other in (layers[1][name], layers[2][name]):
+            assert torch.equal(layer.scales, other.scales) and torch.equal(layer.qzeros, other.qzeros)
+    assert not all(torch.equal(layer.qweight, layers[2][name].qweight) for name, layer in layers[1].items())

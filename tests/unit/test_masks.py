@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from pico import pico_folder, pico_model, pico_tokenizer
+from safetensors.torch import save_file
 from torch import nn
 
 import sqft
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
+from sqft.errors import SqftError, UsageError
 from sqft.formats.checkpoint import packed_layers
+from sqft.keys import MASKS
 from sqft.models.discover import describe
 from sqft.sparsity.masks import collect_masks, ensure_masks, load_masks, mask_of
 
@@ -152,3 +156,56 @@ def test_load_puts_everything_on_the_device(tmp_path: Path) -> None:
     assert {layer.mask.device.type for layer in adapter_layers(adapted).values()} == {"meta"}
     with pytest.raises(sqft.UsageError, match="no device 'tpu'"):
         sqft.load(dense, device="tpu")
+
+
+@pytest.mark.parametrize("form", ["own", "bool", "weights", "suffix"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_masks_that_are_there_already_are_taken(family: str, form: str, tmp_path: Path) -> None:
+    pico_folder(tmp_path / "dense", family)
+    sqft.sparsify(tmp_path / "dense", sqft.SparsifyConfig(method="magnitude", pattern="2:4"), out=tmp_path / "other")
+    other = sqft.load(tmp_path / "other")[0]
+    masks = {weight.name: weight.parameter != 0 for weight in describe(other).weights()}
+    given = tmp_path / "given.safetensors"
+    if form == "own":
+        shutil.copy(tmp_path / "other" / MASKS, given)
+    elif form == "weights":
+        given = tmp_path / "stripped"
+        shutil.copytree(tmp_path / "other", given)
+        shutil.rmtree(given / "masks")
+    else:
+        values = {"bool": masks, "suffix": {f"{name}.weight_mask": mask.float() for name, mask in masks.items()}}
+        save_file({name: mask.contiguous() for name, mask in values[form].items()}, given)
+    told = sqft.sparsify(tmp_path / "dense", sqft.SparsifyConfig(mask=str(given)), out=tmp_path / "mine")
+    assert told["sparsity"] == 0.5
+    assert (tmp_path / "mine" / MASKS).read_bytes() == (tmp_path / "other" / MASKS).read_bytes()
+    for mine, theirs in zip(
+        describe(sqft.load(tmp_path / "mine")[0]).weights(), describe(other).weights(), strict=True
+    ):
+        assert torch.equal(mine.read(), theirs.read())
+
+
+def test_given_masks_leave_others_dense_and_are_repaired(tmp_path: Path, tokens) -> None:
+    model, given = pico_model(), tmp_path / "one.safetensors"
+    weight = next(iter(describe(model).weights()))
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    before = weight.read().clone()
+    save_file({weight.name: mask}, given)
+    told = sqft.sparsify(model, sqft.SparsifyConfig(mask=str(given), repair="layer"), tokens)
+    assert list(collect_masks(model)) == [weight.name] and torch.equal(mask_of(weight.module), mask)
+    after = weight.read()
+    assert not after[~mask].any() and not torch.equal(after[mask], before[mask])  # repaired
+    assert told["by_module"][weight.name] == pytest.approx(float((~mask).float().mean()), abs=1e-6)
+
+
+def test_masks_of_another_model_are_refused(tmp_path: Path, tokens) -> None:
+    model, file = pico_model(), tmp_path / "masks.safetensors"
+    name = describe(model).names()[0]
+    for tensors, told in (({"a.b": torch.ones(2)}, "has no mask of any"), ({name: torch.ones(3, 5)}, "is [3, 5]")):
+        save_file(tensors, file)
+        with pytest.raises(UsageError, match=re.escape(told)):
+            sqft.sparsify(model, sqft.SparsifyConfig(mask=str(file)), tokens)
+    with pytest.raises(UsageError, match="does not exist"):
+        sqft.sparsify(model, sqft.SparsifyConfig(mask=str(tmp_path / "nowhere")), tokens)
+    file.write_bytes(b"no tensors")
+    with pytest.raises(SqftError, match="corrupt"):
+        sqft.sparsify(model, sqft.SparsifyConfig(mask=str(file)), tokens)

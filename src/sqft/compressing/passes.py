@@ -32,6 +32,7 @@ from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.method import Quantized, Quantizer
 from sqft.registry import QUANTIZERS, SPARSIFIERS, Registry
+from sqft.sparsity.given import Given, given_masks
 from sqft.sparsity.masks import ZeroCounts, count_zeros
 from sqft.sparsity.method import Sparsifier
 from sqft.sparsity.pattern import Pattern
@@ -154,13 +155,15 @@ def _chosen_weights(architecture: Architecture, config: Any, verb: str) -> dict[
 
 
 class Prune(Pass):
-    """Zeroes weights by a pattern and remembers the masks. What an earlier mask pruned stays pruned."""
+    """Zeroes weights by a pattern or by given masks and remembers the masks. What was pruned before stays pruned."""
 
     stage, simplest = "sparsify", "magnitude"
 
     def __init__(self, config: SparsifyConfig) -> None:
         super().__init__(config, SPARSIFIERS, Sparsifier)
-        self.title = f"Sparsify ({config.method})"
+        if config.mask:  # there is nothing to choose, so nothing to know of the inputs
+            self.method, self.paired = self._simple, self.repairs
+        self.title = f"Sparsify ({config.mask or config.method})"
         self.sequential = self.paired
         self._counts: dict[str, tuple[int, int]] = {}
         self.work: Path | None = None  # where finished blocks are kept, to go on from
@@ -196,10 +199,12 @@ class Prune(Pass):
         }  # fmt: skip
 
 
-def patterns(architecture: Architecture, config: SparsifyConfig) -> dict[str, Pattern]:
+def patterns(architecture: Architecture, config: SparsifyConfig) -> Mapping[str, Pattern | Given]:
     """How much of each weight is kept, by full name; excluded ones are absent. Raises UsageError for a module pattern
-    that matches nothing, an N:M that does not divide, or a ratio that prunes nothing."""
+    that matches nothing, an N:M that does not divide, a ratio that prunes nothing, or masks that do not fit."""
     chosen = _chosen_weights(architecture, config, "prune")
+    if config.mask:
+        return given_masks(config.mask, chosen.values())
     pattern = Pattern.parse(config.pattern) if config.pattern else Pattern(config.sparsity)
     found = dict.fromkeys(chosen, pattern)
     for key, hits in match_modules(list(config.overrides), architecture.names(), "override").items():

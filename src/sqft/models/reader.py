@@ -26,8 +26,9 @@ class Reader(Protocol):
 
 
 class SafetensorsReader:
-    """``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists. Tensors are mapped, not read.
-    Raises SqftError naming the file unless every one is there, readable, and as long as its header says."""
+    """``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists; or the file that is named in
+    the place of a folder. Tensors are mapped, not read. Raises SqftError naming the file unless every one is there,
+    readable, and as long as its header says."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -86,6 +87,8 @@ def check_equal(one: Reader, other: Reader) -> int:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
     index = folder / INDEX
     if index.is_file():
         try:

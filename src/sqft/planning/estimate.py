@@ -124,7 +124,8 @@ def load(shape: Shape) -> Cost:
 def _compress(shape: Shape, config: SparsifyConfig | QuantizeConfig, passes: int) -> Cost:
     """The blocks see the calibration tokens, ``passes`` times. All tokens' hidden states are held, the inputs of a
     layer, and a block's weights once more with what is reckoned of them in float32."""
-    tokens = 0 if config.method in ("magnitude", "rtn") else config.samples * config.length
+    blind = config.method in ("magnitude", "rtn") or getattr(config, "mask", None)
+    tokens = 0 if blind and config.repair == "none" else config.samples * config.length
     seen = tokens * (shape.hidden + max(shape.inputs)) * shape.itemsize
     return Cost(products=passes * forward(shape, tokens, config.length, head=False),
                 memory=shape.bytes + seen + 24 * shape.weights / shape.layers)  # fmt: skip
