@@ -17,6 +17,7 @@ from typing import Any
 from common import RESULTS, check, update_results
 
 from sqft.artifact import read_manifest
+from sqft.recipe import DEMO_MODEL, resolve_model
 
 CALIBRATION = "--calibration arc_easy+{c4} --data-dir {data} --samples 32 --repair layer"
 TRAINING = "--task arc_easy --data-dir {data} --limit {limit} --epochs 1 --batch-size 4 --gradient-accumulation 4 --no-completion-only"
@@ -68,7 +69,7 @@ def markdown() -> str:
 def main() -> None:
     data = Path(__file__).resolve().parents[2] / "shared" / "data"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo-model")
+    parser.add_argument("--model", default=DEMO_MODEL)
     parser.add_argument("--data-dir", type=Path, default=data)
     parser.add_argument("--limit", type=int, default=640, help="use the first N training problems")
     parser.add_argument("--score-limit", type=int, default=1000, help="score the first N problems")
@@ -78,8 +79,9 @@ def main() -> None:
     if arguments.markdown:
         print(markdown())
         return
-    path = Path(arguments.model)
-    name, model = (path.stem, str(path.resolve())) if path.exists() else ("SmolLM2-135M", arguments.model)
+    demo = arguments.model == DEMO_MODEL
+    model = str(Path(resolve_model(arguments.model)).resolve())
+    name = "SmolLM2-135M" if demo else Path(model).stem
     root = (arguments.root / name).resolve()
     root.mkdir(parents=True, exist_ok=True)
     data = arguments.data_dir.resolve()
