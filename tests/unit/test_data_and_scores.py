@@ -182,7 +182,8 @@ def test_perplexity_is_the_mean_over_windows(tmp_path: Path) -> None:
     for batch in (1, 3):
         scores = perplexity(model, tokenizer, str(tmp_path / "t.txt"), length=32, batch_size=batch)
         assert math.isclose(scores["perplexity"], math.exp(expected), rel_tol=1e-5)
-        assert scores["windows"] == windows
+        assert scores["windows"] == windows > 1 and "perplexity_ci95" in scores
+    assert "perplexity_ci95" not in perplexity(model, tokenizer, str(tmp_path / "t.txt"), length=10**4)  # one window
 
 
 def test_generation_does_not_depend_on_the_batch() -> None:

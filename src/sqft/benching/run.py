@@ -74,7 +74,7 @@ def _perplexity(model: Path, config: BenchConfig, out: Path, say: Say) -> dict[s
         return {}
     asked = EvaluateConfig(text=config.text, max_tokens=config.max_tokens, batch_size=1)
     found = run_stage("evaluate", asked, str(model), out / "perplexity" / model.resolve().name, say)
-    return {key: found[key] for key in ("perplexity", "perplexity_ci95")}
+    return {key: found[key] for key in ("perplexity", "perplexity_ci95") if key in found}
 
 
 def _measure(model: Path, name: str, config: BenchConfig, python: str, out: Path, say: Say) -> dict[str, Any]:

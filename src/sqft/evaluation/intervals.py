@@ -19,7 +19,7 @@ def wilson(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
 
 
 def normal(values: list[float], z: float = Z95) -> tuple[float, float]:
-    """Normal interval (95 %) of the mean of independent values."""
+    """Normal interval (95 %) of the mean of independent values; of a single one, which tells none, the value."""
     n = len(values)
     mean = sum(values) / n
     if n < 2:

@@ -20,7 +20,7 @@ from sqft.models.types import Tokenizer
 @torch.no_grad()
 def perplexity(model: nn.Module, tokenizer: Tokenizer, source: str, length: int,
                max_tokens: int | None = None, batch_size: int = 1) -> dict[str, Any]:  # fmt: skip
-    """exp of the mean negative log-likelihood a token, with a 95 % interval from the windows' means.
+    """exp of the mean negative log-likelihood a token, with a 95 % interval from the windows' means, of two or more.
 
     The text is one stream of tokens cut into windows of ``length``; each token but a window's first is predicted from
     those before it in the window, which begins with the begin-of-text token if the tokenizer puts one before a text. A
@@ -38,11 +38,5 @@ def perplexity(model: nn.Module, tokenizer: Tokenizer, source: str, length: int,
         logits = model(input_ids=batch_NT, use_cache=False).logits
         for row, target in zip(logits, batch_NT, strict=True):  # by window: float32 logits of one only
             losses.append(float(F.cross_entropy(row[:-1].float(), target[1:])))
-    low, high = normal(losses)
-    mean = sum(losses) / len(losses)
-    return {
-        "perplexity": math.exp(mean),
-        "perplexity_ci95": [math.exp(low), math.exp(high)],
-        "tokens": windows.numel(),
-        "windows": len(losses),
-    }
+    found = {"perplexity": math.exp(sum(losses) / len(losses)), "tokens": windows.numel(), "windows": len(losses)}
+    return found | ({"perplexity_ci95": [math.exp(end) for end in normal(losses)]} if len(losses) > 1 else {})
