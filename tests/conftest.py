@@ -12,6 +12,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # pytest-xdist runs a process a core
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the CPU then
 
 
 @pytest.fixture(scope="session")

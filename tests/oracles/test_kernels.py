@@ -128,6 +128,7 @@ def check_masked_gradients(run: Any, device: str, dtype: torch.dtype) -> None:
 
 STARTS = [f"{learnt}{start}{units}" for learnt in ("", "learnt scales ") for start in ("", "float base ", "fractions ")
           for units in ("", "steps")]  # fmt: skip
+SOME_GRIDS = [(4, False), (4, True), (2, False)]
 GRIDS = [(bits, scrambled) for bits in (2, 3, 4, 8) for scrambled in (False, True)]
 
 
@@ -150,7 +151,7 @@ def check_quant_aware_weight(run: Any, device: str, dtype: torch.dtype) -> None:
 
 
 def check_quant_aware_gradients(run: Any, device: str, dtype: torch.dtype) -> None:
-    for bits, scrambled, kind in [(*grid, kind) for grid in ((4, False), (4, True), (2, False)) for kind in STARTS]:
+    for bits, scrambled, kind in [(*grid, kind) for grid in SOME_GRIDS for kind in STARTS]:
         p = Problem(device, dtype, bits, scrambled, "learnt" in kind)
         a, b, *new = p.doubles()
         adapter, group_I = p.start(kind), torch.arange(I) // 32 if p.grid.group_I is None else p.grid.group_I

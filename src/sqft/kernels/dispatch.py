@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,8 @@ def kernel(op: str, device_type: str) -> Callable[..., Any]:
     """The implementation of an operator for a type of device: its own if there is one, else the reference.
     Raises SqftError for a package's implementation that does not load."""
     name = f"{op}.{device_type}"
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:  # torch brings it, but not to every system
+        return KERNELS[op]
     return KERNELS[name if name in KERNELS else op]
 
 

@@ -151,7 +151,7 @@ def _pieces(packed: Packed, adapter: Adapter) -> Iterator[tuple[slice, Tensor, T
         yield chunk, t, mask, below, below + packed.largest, scales[..., chunk]
 
 
-def _empty_IO(adapter: Adapter, dtype: torch.dtype) -> Tensor:
+def empty_IO(adapter: Adapter, dtype: torch.dtype) -> Tensor:
     outputs, inputs = adapter.b_OR.shape[0], adapter.a_RI.shape[1]
     if adapter.base is None:
         return adapter.b_OR.new_empty(inputs, outputs, dtype=dtype)
@@ -160,7 +160,7 @@ def _empty_IO(adapter: Adapter, dtype: torch.dtype) -> Tensor:
 
 def quant_aware_weight(packed: Packed, adapter: Adapter, dtype: torch.dtype) -> Tensor:
     """``Q(W + s * M o (B A))`` [O, I] in ``dtype``, computed in float32."""
-    out_IO = _empty_IO(adapter, dtype)
+    out_IO = empty_IO(adapter, dtype)
     for chunk, t, _, low, high, scales in _pieces(packed, adapter):
         w = torch.clamp(t.round_(), low, high, out=t).mul_(scales)
         out_IO[:, chunk] = w.view(len(out_IO), -1)
@@ -179,7 +179,7 @@ def quant_aware_gradients(dy_TO: Tensor, x_TI: Tensor, packed: Packed,
     gradient that leads back inside, and no other.
     """
     a_RI, b_OR = adapter.a_RI.float(), adapter.b_OR.float()
-    w_IO = _empty_IO(adapter, x_TI.dtype)
+    w_IO = empty_IO(adapter, x_TI.dtype)
     da_IR, db_OR = torch.zeros_like(a_RI.mT), torch.empty_like(b_OR)
     ds_GO = None if adapter.new_scales is None else torch.zeros_like(adapter.new_scales)
     for chunk, t, mask, low, high, scales in _pieces(packed, adapter):

@@ -1,0 +1,113 @@
+"""The Triton kernels on a CPU: by Triton's interpreter against the float64 formulas that every kernel is compared with."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_kernels
+import torch
+from test_kernels import Problem
+
+from sqft.kernels import ops
+from sqft.registry import KERNELS
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux alone")
+OPERATORS = ["masked_weight", "masked_gradients", "dequantized", "quant_aware_weight", "quant_aware_gradients"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the interpreter: tests/conftest.py asks for it
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the nearest, as GPUs do and Triton's compiler asks for; its interpreter cuts bits off."""
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    usual = interpreter._convert_float
+
+    def convert(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return usual(values, source, target, mode)
+        return torch.from_numpy(values.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All operators by Triton's kernels, on this device."""
+    monkeypatch.setattr(ops, "kernel", lambda op, kind: KERNELS[f"{op}.cuda"] if op in OPERATORS else KERNELS[op])
+
+
+# The interpreter takes seconds for what a GPU does at once: fewer grids and starts there, all of them once.
+FEW = {torch.float32: ([(3, True)], test_kernels.STARTS), torch.bfloat16: ([(2, False), (8, True)], ["", "fractions "]),
+       torch.float16: ([(4, False)], ["float base ", "learnt scales steps"])}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FEW, ids=str)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_every_kernel_is_what_the_formula_says(
+    op: str, dtype: torch.dtype, with_triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE == "cpu":
+        for module in ("weights", "gradients"):
+            monkeypatch.setattr(f"sqft.kernels.triton.{module}.TILE", {"BO": 64, "BI": 128})
+    if DEVICE == "cpu" and op.startswith("quant_aware"):
+        monkeypatch.setattr(test_kernels, "GRIDS", FEW[dtype][0])
+        monkeypatch.setattr(test_kernels, "SOME_GRIDS", FEW[dtype][0])
+        monkeypatch.setattr(test_kernels, "STARTS", FEW[dtype][1])
+    getattr(test_kernels, f"check_{op}")(KERNELS[f"{op}.cuda"], DEVICE, dtype)
+
+
+@pytest.mark.parametrize("tile", [{"BO": 16, "BI": 64}, {"BO": 128, "BI": 32}])
+def test_bits_do_not_depend_on_the_tile(tile: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the weight that is built alone nor of the one that the gradients are taken at."""
+    weights, gradients = (importlib.import_module(f"sqft.kernels.triton.{name}") for name in ("weights", "gradients"))
+    p = Problem(DEVICE, torch.float32)
+    adapter = p.start("fractions")
+    usual: list[Any] = [weights.masked_weight(p.adapter, torch.float32),
+                        weights.quant_aware_weight(p.packed, adapter, torch.float32)]  # fmt: skip
+    usual.append(gradients.quant_aware_gradients(p.ddy, p.dx, p.packed, adapter)[3])
+    for module in (weights, gradients):
+        monkeypatch.setattr(module, "TILE", tile)
+    other = [weights.masked_weight(p.adapter, torch.float32),
+             weights.quant_aware_weight(p.packed, adapter, torch.float32),
+             gradients.quant_aware_gradients(p.ddy, p.dx, p.packed, adapter)[3]]  # fmt: skip
+    assert all(torch.equal(one, two) for one, two in zip(usual, other, strict=True))
+    assert torch.equal(usual[1], usual[2])
+
+
+@pytest.mark.parametrize("rank", [1, 17, 70])
+def test_any_rank(rank: int) -> None:
+    """Of an elastic slice too, and beyond what a program holds."""
+    p = Problem(DEVICE, torch.float32)
+    g = torch.Generator().manual_seed(rank)
+    a = torch.randn(rank + 3, p.w.shape[1], generator=g)[:rank].to(DEVICE)
+    b = torch.randn(p.w.shape[0], rank + 3, generator=g)[:, :rank].to(DEVICE)
+    adapter = p.adapter._replace(a_RI=a, b_OR=b)
+    for name, arguments in (("masked_weight", (adapter, torch.float32)), ("masked_gradients", (p.ddy, p.dx, adapter))):
+        ours, theirs = KERNELS[f"{name}.cuda"](*arguments), KERNELS[name](*arguments)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_gpus_that_are_not_here(capability: int, tmp_path: Path) -> None:
+    """Within a thread's registers; what spills goes through memory."""
+    script = Path(__file__).parents[1] / "support" / "compile_triton.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 9
+    for name, (registers, spilt) in found.items():
+        assert registers <= (150 if name.startswith(("build", "de-quantize")) else 255), (name, registers)
+        assert spilt <= (128 if name.startswith("contract") else 0), (name, spilt)

@@ -1,0 +1,59 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and prints their registers and spills as JSON:
+{"kernel, case": [registers, bytes]}. Run with TRITON_INTERPRET=0.
+
+    python tests/support/compile_triton.py 90
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sqft.kernels.triton import gradients, weights
+
+POINTERS = {
+    "q_ptr": "*i32", "z_ptr": "*i32", "group_ptr": "*i32", "scale_ptr": "*fp16", "own_ptr": "*fp32", "ratio_ptr": "*fp32",
+    "f_ptr": "*i8", "w_ptr": "*bf16", "mask_ptr": "*u8", "a_ptr": "*fp32", "b_ptr": "*fp32", "out_ptr": "*bf16",
+    "g_ptr": "*bf16", "da_ptr": "*fp32", "db_ptr": "*fp32", "s": "fp32", "scale": "fp32",
+}  # fmt: skip
+GRID = {"BITS": 4, "G_IDX": False, "RATIO": False, "FRACTIONS": False, "BASE": False, "STEPS": False}
+CONTRACT = {"PRECISION": "tf32", "BR": 32}
+CASES: list[tuple[str, Any, dict[str, Any]]] = [
+    ("build, float", weights.float_kernel, {"BASE": True}),
+    ("de-quantize, 4 bits", weights.integer_kernel, {"BITS": 4, "G_IDX": False}),
+    ("de-quantize, 3 bits", weights.integer_kernel, {"BITS": 3, "G_IDX": False}),
+    ("build, INT4", weights.grid_kernel, GRID),
+    ("build, INT4, fractions", weights.grid_kernel, GRID | {"FRACTIONS": True}),
+    ("contract, float", gradients.float_kernel, CONTRACT),
+    ("contract, float, rank 64", gradients.float_kernel, CONTRACT | {"BR": 64}),
+    ("contract, INT4", gradients.grid_kernel, GRID | CONTRACT),
+    ("contract, INT4, fractions", gradients.grid_kernel, GRID | CONTRACT | {"FRACTIONS": True}),
+]
+
+
+def resources(function: Any, constants: dict[str, Any], capability: int) -> tuple[int, int]:
+    """Registers a thread, and bytes of local memory, where spilt ones go."""
+    constants = {**weights.TILE, **constants}
+    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in function.arg_names}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=weights.OPTIONS)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.cubin").write_bytes(made.asm["cubin"])
+        command = [str(tool), "-res-usage", "kernel.cubin"]
+        told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", told)
+    assert found, told
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+print(json.dumps({name: resources(kernel, constants, int(sys.argv[1])) for name, kernel, constants in CASES}))
