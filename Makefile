@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install peers demo check lint types test asan bench clean
+.PHONY: install peers demo check lint types test asan gpu bench clean
 
 install: .venv/dev
 
@@ -66,6 +66,10 @@ asan: install  ## the C++ kernels' tests under the address sanitizer, where a co
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		SQFT_CPU_OPTIONS="-fsanitize=address -g -O1" $(BIN)/pytest -q tests/oracles/test_compact_linear.py -k "not without_kernels"; \
 	else echo "asan: no c++ with libasan here, the kernels' tests run without it"; fi
+
+gpu: install  ## on a machine with a GPU: what runs on it, against the reference; then step times, benchmarks/results/gpu.json
+	$(BIN)/pytest -q tests/oracles/test_kernels.py tests/oracles/test_triton.py tests/unit/test_device.py
+	$(BIN)/python benchmarks/bench_gpu.py
 
 bench: install peers  ## hours; resumable in part; writes benchmarks/results and prints the checks
 	$(BIN)/python benchmarks/bench_sparse_peft.py

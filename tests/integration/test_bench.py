@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -99,3 +100,17 @@ def test_wrong_usage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert message in capsys.readouterr().err
     with pytest.raises(UsageError, match="is not installed here: pip install vllm"):
         sqft.bench([folder], BenchConfig(runtimes=["vllm"]), out=tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_at_pico_size() -> None:
+    """On a CPU: it is all there when a GPU is. What it says of speed means nothing here."""
+    script = Path(__file__).parents[2] / "benchmarks" / "bench_gpu.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--pico"], capture_output=True, text=True, cwd=script.parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout[done.stdout.index('{\n "results"') :])
+    rows = found["results"]["steps"]["rows"]
+    assert [row["kind"] for row in rows[::2]] == ["LoRA", "SparsePEFT", "SQFT", "QA-SparsePEFT"]
+    assert len(found["checks"]) == 9 and found["checks"][-1]["holds"]  # merged bits
