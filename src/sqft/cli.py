@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import sqft
+from sqft.artifact import write_text
 from sqft.config import DATA_DIR, TASK, QuantizeConfig
 from sqft.console import Patient, describe, note, quiet
 from sqft.deployment import BenchConfig, GenerateConfig, ServeConfig
 from sqft.errors import UsageError, did_you_mean
 from sqft.flags import add_flags, read_flags
 from sqft.options import RenamedOption
+from sqft.outputs import clean
 from sqft.registry import KINDS
 from sqft.stages import ROWS, STAGES
 
@@ -129,6 +131,9 @@ def _add_tools(add: Add) -> None:
     sub = add("report", _report, "write an HTML page and Markdown of folders of runs: charts, tables, samples")
     sub.add_argument("folders", metavar="FOLDER", nargs="+", help="output of 'sqft run' or 'sqft compare', or any")
     sub.add_argument("--out", metavar="FILE.html", help="file to write (default: report.html in the first folder)")
+
+    sub = add("clean", _clean, "remove what processes that died left: unfinished results, checkpoints, locks")
+    _positional(sub, FOLDER="folder to look in, for outputs of any stage; what a process is writing stays")
 
     sub = add("ls", _ls, "list the stage folders under a folder, with their numbers")
     sub.add_argument("root", metavar="RUNS", nargs="?", default=".", help="folder to look in (default: here)")
@@ -243,7 +248,7 @@ def _say(text: str) -> None:
 
 
 def _tabulate(table: Any, output: Path, arguments: argparse.Namespace) -> None:
-    (output / "table.md").write_text(table.markdown(), encoding="utf-8")
+    write_text(output / "table.md", table.markdown())
     if not arguments.json:
         table.show()
 
@@ -304,10 +309,17 @@ def _ls(arguments: argparse.Namespace) -> Any:
     return table.rows
 
 
+def _clean(arguments: argparse.Namespace) -> Any:
+    rows = clean(arguments.folder)
+    for row in rows if not arguments.json else ():
+        print(f"{row['state']}: {row['path']}")
+    return rows
+
+
 def _show(command: str, result: Any) -> None:
     """Prints one stage's metrics, a line each."""
-    if command in ("run", "demo", "ls", "compare", "bench", "inspect"):
-        return  # they print a table
+    if command in ("run", "demo", "ls", "compare", "bench", "inspect", "clean"):
+        return  # they print it
     for name, value in result.items():
         if name == "tasks":  # of several: the accuracy of each
             for task, scores in value.items():
