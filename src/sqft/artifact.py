@@ -12,7 +12,6 @@ import dataclasses
 import errno
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import shutil
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.errors import SqftError, UsageError
-from sqft.keys import FORMAT, MANIFEST, contents_key, file_digest, folder_key, stage_key
+from sqft.keys import FORMAT, MANIFEST, contents_key, file_digest, folder_key, read_values, sealed_text, stage_key
 from sqft.options import recorded
 from sqft.outputs import WRITING, beside, check_place, locked, put, sweep, synchronize, work_folder
 
@@ -40,7 +39,7 @@ class Manifest:
 
     ``key`` identifies the result (``keys.stage_key``). ``parent`` is what it was made from, and of an adapter ``base``
     the model that it goes on, where that is another; both relative to the folder, so that runs can be moved.
-    ``files`` maps each file's relative name to its bytes and SHA-256.
+    ``files`` maps each file's relative name to its bytes and SHA-256; ``digest`` is the manifest's own.
     """
 
     stage: str
@@ -56,6 +55,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
     format: int = FORMAT
+    digest: str = ""
 
 
 class Writing:
@@ -117,7 +117,7 @@ def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "
         key: instead of the one that follows from all this.
 
     Raises UsageError, before any work, for an output that cannot be written, holds something, or holds the input,
-    SqftError for one that another process writes.
+    SqftError for one that another process writes, and for an input that is not what was written.
     """
     inputs = [source, base, *_folders(config)]
     with contextlib.nullcontext() if out is None else _output(out, overwrite, inputs) as path:
@@ -138,6 +138,8 @@ def _output(out: str | Path, overwrite: bool, inputs: list[str | Path]) -> Itera
 
 def _stage(name: str, config: Any, path: Path | None, source: str | Path, base: str | Path, given: Mapping[str, Any],
            key: str) -> Iterator[Writing]:  # fmt: skip
+    for folder in filter(None, (source, base, *_folders(config))):
+        check_input(folder)
     started = time.perf_counter()
     others = {k: recorded(v) if dataclasses.is_dataclass(v) else v for k, v in given.items()}
     manifest = Manifest(name, recorded(config) | others, seed=getattr(config, "seed", None), key=key)
@@ -150,6 +152,8 @@ def _stage(name: str, config: Any, path: Path | None, source: str | Path, base: 
     writing = Writing(manifest, path)
     try:
         yield writing
+        if manifest.parent_key and folder_key(source) != manifest.parent_key:
+            raise SqftError(f"{source} was changed while it was read: run the stage again; nothing was written")
         writing.metrics.setdefault("seconds", round(time.perf_counter() - started, 2))
         writing.finish()
     except OSError as error:
@@ -174,21 +178,12 @@ def is_main_process() -> bool:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads ``sqft.json``. Raises SqftError if it is missing, corrupt or of another format."""
+    """Reads ``sqft.json``. Raises SqftError if it is missing, corrupt, changed or of another format."""
     path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise SqftError(f"{folder} has no {MANIFEST}: it was not written by sqft")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = values.get("format", FORMAT)
-    except FileNotFoundError:
-        raise SqftError(f"{folder} has no {MANIFEST}: it was not written by sqft") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise SqftError(f"{path} is corrupt ({error}): run the stage again") from None
-    if isinstance(found, int) and found > FORMAT:
-        raise SqftError(f"{path} has format {found}, this sqft reads {FORMAT}: update sqft")
-    if found != FORMAT:
-        raise SqftError(f"{path} has format {found}, this sqft reads {FORMAT}: run the stage again")
-    try:
-        manifest = Manifest(**values)
+        manifest = Manifest(**read_values(Path(folder)))
         if (type(manifest.stage), type(manifest.metrics), type(manifest.config)) != (str, dict, dict):
             raise TypeError("stage, metrics or config is of a wrong type")
         return manifest
@@ -201,30 +196,56 @@ def is_stage(folder: str | Path) -> bool:
 
 
 def check_files(folder: str | Path) -> Manifest:
-    """The manifest, after checking that its files are there, the weights in full. Raises SqftError naming the file."""
-    folder = Path(folder)
+    """The manifest, after checking that all its files are what was written; a README may be edited. Raises SqftError
+    naming the first that is not."""
     manifest = read_manifest(folder)
-    for name, recorded_file in manifest.files.items():
-        file, size = folder / name, recorded_file["bytes"]
-        if not file.is_file():
-            raise SqftError(f"{folder} is incomplete: {name} is missing; run its stage ('{manifest.stage}') again")
-        if file.suffix == ".safetensors" and file.stat().st_size != size:  # a README or config may be edited
-            raise SqftError(
-                f"{file} has {file.stat().st_size} bytes instead of {size}: it is truncated or changed; "
-                f"run its stage ('{manifest.stage}') again"
-            )
+    for problem in damaged(Path(folder), manifest):
+        raise SqftError(f"{problem}; run its stage ('{manifest.stage}') again")
     return manifest
+
+
+def check_input(folder: str | Path) -> None:
+    """``check_files`` of a stage folder; nothing of any other."""
+    if is_stage(folder):
+        check_files(folder)
+
+
+def damaged(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the files that a manifest lists."""
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            yield f"{folder} is incomplete: {name} is missing"
+        elif file.suffix == ".md":
+            continue
+        elif (size := file.stat().st_size) != entry["bytes"]:
+            yield f"{file} has {size} bytes instead of {entry['bytes']}: it is truncated or changed"
+        elif file_digest(file) != entry["sha256"]:
+            yield f"{file} was changed since it was written"
+
+
+def accept(folder: str | Path) -> None:
+    """Writes into a stage folder's manifest what its files are now, and a key of these: for what was made from it, and
+    for ``run``, it is another result. Raises SqftError for a manifest that cannot be read."""
+    path = Path(folder)
+    manifest = read_manifest(path)
+    manifest.key = ""
+    write_text(path / MANIFEST, _completed(path, manifest, [path / name for name in manifest.files]))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Completes the manifest (versions, files, time, and a key of the contents if it has none) and writes it."""
+    files = [file for file in sorted(folder.rglob("*")) if file.name != MANIFEST]
+    (folder / MANIFEST).write_text(_completed(folder, manifest, files), encoding="utf-8")
+
+
+def _completed(folder: Path, manifest: Manifest, files: Iterable[Path]) -> str:
     manifest.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     manifest.versions = {"python": platform.python_version(), **_versions()}
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
     manifest.files = {file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-                      for file in files}  # fmt: skip
+                      for file in files if file.is_file()}  # fmt: skip
     manifest.key = manifest.key or contents_key({name: entry["sha256"] for name, entry in manifest.files.items()})
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return sealed_text(asdict(manifest))
 
 
 def _versions() -> dict[str, str]:

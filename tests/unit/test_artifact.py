@@ -13,7 +13,7 @@ import torch
 from pico import pico_model, pico_tokenizer
 
 import sqft
-from sqft import artifact, outputs
+from sqft import artifact, keys, outputs
 from sqft.config import EvaluateConfig, MergeConfig, SearchConfig, SparsifyConfig, TrainConfig
 from sqft.keys import folder_key, stage_key
 from sqft.models.discover import describe
@@ -153,6 +153,46 @@ def test_overwriting_never_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
         )
     write(out, "two")
     assert set(seen) == {"one", "two"}
+
+
+def test_every_byte_of_a_folder_counts(tmp_path: Path) -> None:
+    """Of each file and of the manifest, changed or cut; and what was read in this process before is read again."""
+    out = tmp_path / "out"
+    write(out, "text", config=SparsifyConfig(), names=("file", "a.json", "README.md"))
+    checked = 0
+    for file in (out / "file", out / "a.json", out / "sqft.json"):
+        whole = file.read_bytes()
+        artifact.check_files(out)
+        for place in range(len(whole)):
+            for damaged in (whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :], whole[:place]):
+                file.write_bytes(damaged)
+                os.utime(file, ns=(0, checked))
+                with pytest.raises(sqft.SqftError, match=f"{file.name} (was changed|is corrupt|has )"):
+                    artifact.check_files(out)
+                checked += 1
+        file.write_bytes(whole)
+    assert checked > 1000
+    (out / "README.md").write_text("mine")
+    artifact.check_files(out)
+
+
+def test_a_file_is_read_once_a_process(tmp_path: Path) -> None:
+    write(tmp_path / "out", "text")
+    artifact.check_files(tmp_path / "out")
+    before = keys._digest.cache_info()
+    artifact.check_files(tmp_path / "out")
+    after = keys._digest.cache_info()
+    assert after.misses == before.misses and after.hits == before.hits + 1
+
+
+def test_a_parent_that_changes_while_it_is_read_has_no_child(tmp_path: Path) -> None:
+    write(tmp_path / "one", "text")
+    with (
+        pytest.raises(sqft.SqftError, match="one was changed while it was read"),
+        artifact.stage("test", SparsifyConfig(), tmp_path / "two", tmp_path / "one"),
+    ):
+        write(tmp_path / "one", "another")
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 def test_a_newer_manifest_says_update_sqft(tmp_path: Path) -> None:

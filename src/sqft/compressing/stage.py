@@ -91,8 +91,6 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     if calibration is not None:
         given["calibration"] = "tokens:" + hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
     with artifact.stage(last.stage, last.config, out, model, given=given, overwrite=overwrite) as result:
-        if artifact.is_stage(model):
-            artifact.check_files(model)
         for each in passes:
             if isinstance(each, Prune):
                 each.work = result.work("repairing")
