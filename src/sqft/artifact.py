@@ -1,7 +1,8 @@
 """Stage folders: an ordinary Hugging Face folder plus ``sqft.json`` (stage, options, parent, versions, metrics, files).
 
-``stage`` is the one way to write one. The folder is written under a temporary name beside its final one and renamed
-when it is whole, so that an interruption, an error or a full disk leaves what was there before.
+``stage`` is the one way to write one. The folder is written under a temporary name beside its final one, which this
+process holds meanwhile (``outputs``), and takes its place when it is whole, so that an interruption, an error or a full
+disk leaves what was there before.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
-import json
+import itertools
 import os
 import platform
 import shutil
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from sqft.errors import SqftError, UsageError
-from sqft.keys import FORMAT, MANIFEST, contents_key, file_digest, folder_key, stage_key
+from sqft.keys import FORMAT, MANIFEST, contents_key, file_digest, folder_key, read_values, sealed_text, stage_key
 from sqft.options import recorded
+from sqft.outputs import WRITING, beside, check_place, locked, put, sweep, synchronize, work_folder
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _VERSIONED = ("sqft", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -37,7 +39,7 @@ class Manifest:
 
     ``key`` identifies the result (``keys.stage_key``). ``parent`` is what it was made from, and of an adapter ``base``
     the model that it goes on, where that is another; both relative to the folder, so that runs can be moved.
-    ``files`` maps each file's relative name to its bytes and SHA-256.
+    ``files`` maps each file's relative name to its bytes and SHA-256; ``digest`` is the manifest's own.
     """
 
     stage: str
@@ -53,6 +55,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
     format: int = FORMAT
+    digest: str = ""
 
 
 class Writing:
@@ -61,6 +64,7 @@ class Writing:
     def __init__(self, manifest: Manifest, out: Path | None) -> None:
         self.manifest, self.out = manifest, out
         self.metrics = manifest.metrics
+        self._main = is_main_process()
         self._temporary: Path | None = None
 
     @property
@@ -69,28 +73,33 @@ class Writing:
 
     @property
     def folder(self) -> Path:
-        """A temporary folder beside the final one, made when it is first asked for. Raises SqftError."""
+        """A temporary folder beside the final one (of another than the main process, anywhere), made when it is first
+        asked for."""
         assert self.out is not None, "nothing is written"
         if self._temporary is None:
-            parent = self.out.absolute().parent
-            try:
-                parent.mkdir(parents=True, exist_ok=True)
-                self._temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.writing-", dir=parent))
-            except OSError as error:
-                raise SqftError(f"cannot write to {self.out}: {error.strerror}") from None
+            self._temporary = beside(self.out, WRITING) if self._main else Path(tempfile.mkdtemp(prefix="sqft-"))
+            self._temporary.mkdir(exist_ok=not self._main)
         return self._temporary
+
+    def work(self, kind: str) -> Path:
+        """The folder for what an interruption must not lose, which is removed when the stage is done."""
+        assert self.out is not None, "nothing is kept"
+        return work_folder(self.out, kind, self.key)
 
     def finish(self) -> None:
         """Writes the manifest and puts the folder in its place; only the main process does."""
-        if self.out is not None and is_main_process():
+        if self.out is not None and self._main:
             write_manifest(self.folder, self.manifest)
-            os.chmod(self.folder, 0o755)
-            _synchronize(self.folder)
+            for path in [*self.folder.rglob("*"), self.folder]:  # what is reported done survives a power cut
+                synchronize(path)
             replace_folder(self.folder, self.out)
+            sweep(self.out)
 
     def discard(self) -> None:
-        if self._temporary is not None:
+        if self._temporary is not None and not self._main:
             shutil.rmtree(self._temporary, ignore_errors=True)
+        elif self.out is not None:
+            sweep(self.out, work=False)
 
 
 @contextlib.contextmanager
@@ -107,12 +116,32 @@ def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "
         given: what was passed besides: plain values or configs, part of the key and the manifest.
         key: instead of the one that follows from all this.
 
-    Raises UsageError, before any work, for an output that cannot be written, holds something, or holds the input.
+    Raises UsageError, before any work, for an output that cannot be written, holds something, or holds the input,
+    SqftError for one that another process writes, and for an input that is not what was written.
     """
     inputs = [source, base, *_folders(config)]
-    path = None if out is None else check_output(out, overwrite, inputs)
+    with contextlib.nullcontext() if out is None else _output(out, overwrite, inputs) as path:
+        yield from _stage(name, config, path, source, base, given or {}, key)
+
+
+@contextlib.contextmanager
+def _output(out: str | Path, overwrite: bool, inputs: list[str | Path]) -> Iterator[Path]:
+    """Holds an output, rid of what a dead process left beside it. It is checked before and again when it is held."""
+    path = check_output(out, overwrite, inputs)
+    if not is_main_process():
+        yield path
+        return
+    with locked(path):
+        sweep(path, work=False)
+        yield check_output(path, overwrite, inputs)
+
+
+def _stage(name: str, config: Any, path: Path | None, source: str | Path, base: str | Path, given: Mapping[str, Any],
+           key: str) -> Iterator[Writing]:  # fmt: skip
+    for folder in filter(None, (source, base, *_folders(config))):
+        check_input(folder)
     started = time.perf_counter()
-    others = {k: recorded(v) if dataclasses.is_dataclass(v) else v for k, v in (given or {}).items()}
+    others = {k: recorded(v) if dataclasses.is_dataclass(v) else v for k, v in given.items()}
     manifest = Manifest(name, recorded(config) | others, seed=getattr(config, "seed", None), key=key)
     if path is not None and source:
         manifest.parent, manifest.parent_key = relative_parent(source, path), folder_key(source)
@@ -123,6 +152,8 @@ def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "
     writing = Writing(manifest, path)
     try:
         yield writing
+        if manifest.parent_key and folder_key(source) != manifest.parent_key:
+            raise SqftError(f"{source} was changed while it was read: run the stage again; nothing was written")
         writing.metrics.setdefault("seconds", round(time.perf_counter() - started, 2))
         writing.finish()
     except OSError as error:
@@ -147,21 +178,12 @@ def is_main_process() -> bool:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Reads ``sqft.json``. Raises SqftError if it is missing, corrupt or of another format."""
+    """Reads ``sqft.json``. Raises SqftError if it is missing, corrupt, changed or of another format."""
     path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise SqftError(f"{folder} has no {MANIFEST}: it was not written by sqft")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        found = values.get("format", FORMAT)
-    except FileNotFoundError:
-        raise SqftError(f"{folder} has no {MANIFEST}: it was not written by sqft") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise SqftError(f"{path} is corrupt ({error}): run the stage again") from None
-    if isinstance(found, int) and found > FORMAT:
-        raise SqftError(f"{path} has format {found}, this sqft reads {FORMAT}: update sqft")
-    if found != FORMAT:
-        raise SqftError(f"{path} has format {found}, this sqft reads {FORMAT}: run the stage again")
-    try:
-        manifest = Manifest(**values)
+        manifest = Manifest(**read_values(Path(folder)))
         if (type(manifest.stage), type(manifest.metrics), type(manifest.config)) != (str, dict, dict):
             raise TypeError("stage, metrics or config is of a wrong type")
         return manifest
@@ -174,30 +196,56 @@ def is_stage(folder: str | Path) -> bool:
 
 
 def check_files(folder: str | Path) -> Manifest:
-    """The manifest, after checking that its files are there, the weights in full. Raises SqftError naming the file."""
-    folder = Path(folder)
+    """The manifest, after checking that all its files are what was written; a README may be edited. Raises SqftError
+    naming the first that is not."""
     manifest = read_manifest(folder)
-    for name, recorded_file in manifest.files.items():
-        file, size = folder / name, recorded_file["bytes"]
-        if not file.is_file():
-            raise SqftError(f"{folder} is incomplete: {name} is missing; run its stage ('{manifest.stage}') again")
-        if file.suffix == ".safetensors" and file.stat().st_size != size:  # a README or config may be edited
-            raise SqftError(
-                f"{file} has {file.stat().st_size} bytes instead of {size}: it is truncated or changed; "
-                f"run its stage ('{manifest.stage}') again"
-            )
+    for problem in damaged(Path(folder), manifest):
+        raise SqftError(f"{problem}; run its stage ('{manifest.stage}') again")
     return manifest
+
+
+def check_input(folder: str | Path) -> None:
+    """``check_files`` of a stage folder; nothing of any other."""
+    if is_stage(folder):
+        check_files(folder)
+
+
+def damaged(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the files that a manifest lists."""
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            yield f"{folder} is incomplete: {name} is missing"
+        elif file.suffix == ".md":
+            continue
+        elif (size := file.stat().st_size) != entry["bytes"]:
+            yield f"{file} has {size} bytes instead of {entry['bytes']}: it is truncated or changed"
+        elif file_digest(file) != entry["sha256"]:
+            yield f"{file} was changed since it was written"
+
+
+def accept(folder: str | Path) -> None:
+    """Writes into a stage folder's manifest what its files are now, and a key of these: for what was made from it, and
+    for ``run``, it is another result. Raises SqftError for a manifest that cannot be read."""
+    path = Path(folder)
+    manifest = read_manifest(path)
+    manifest.key = ""
+    write_text(path / MANIFEST, _completed(path, manifest, [path / name for name in manifest.files]))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Completes the manifest (versions, files, time, and a key of the contents if it has none) and writes it."""
+    files = [file for file in sorted(folder.rglob("*")) if file.name != MANIFEST]
+    (folder / MANIFEST).write_text(_completed(folder, manifest, files), encoding="utf-8")
+
+
+def _completed(folder: Path, manifest: Manifest, files: Iterable[Path]) -> str:
     manifest.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     manifest.versions = {"python": platform.python_version(), **_versions()}
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
     manifest.files = {file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-                      for file in files}  # fmt: skip
+                      for file in files if file.is_file()}  # fmt: skip
     manifest.key = manifest.key or contents_key({name: entry["sha256"] for name, entry in manifest.files.items()})
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return sealed_text(asdict(manifest))
 
 
 def _versions() -> dict[str, str]:
@@ -211,6 +259,8 @@ def _versions() -> dict[str, str]:
 def check_output(out: str | Path, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> Path:
     """Refuses an output that cannot be written, holds something, or holds an input, before any work is done."""
     path = Path(out)
+    path = path.resolve() if path.is_symlink() else path
+    check_place(path)
     if path.exists():
         if not path.is_dir():
             raise UsageError(f"{path} is a file: name a folder to write to")
@@ -222,45 +272,33 @@ def check_output(out: str | Path, overwrite: bool = False, inputs: Iterable[str 
         for source in inputs:
             if str(source) and Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
                 raise UsageError(f"{path} is, or holds, the input {source}: it is not overwritten; name another folder")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UsageError(f"cannot write to {path}: {parent} is not a writable folder")
     return path
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it. Raises SqftError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # its folder may be a file
+    temporary = beside(path, WRITING)
+    with locked(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            synchronize(temporary)
+            temporary.replace(path)
+        except OSError as error:
+            raise SqftError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from None
+        finally:
             temporary.unlink(missing_ok=True)
-        raise SqftError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from None
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Renames ``new`` to ``path``. Of what stood there only the files that its manifest lists are removed; with a
-    manifest that cannot be read it is kept whole, as PATH.unreadable-N."""
-    old, ours = None, _listed(path) if path.exists() else set()
-    if path.exists():
-        if ours is not None:
-            _take_along(path, new, ours)
-        kind = "unreadable" if ours is None else "old"
-        old = path.with_name(f"{'.' if ours is not None else ''}{path.name}.{kind}-{os.getpid()}")
-        path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        if old is not None:
-            old.rename(path)
-        raise
-    if old is not None and ours is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    """Puts ``new`` at ``path``. Of what stood there only the files that its manifest lists are removed; with a manifest
+    that cannot be read it is kept whole, as PATH.unreadable-N."""
+    ours = _listed(path) if path.exists() else set()
+    if ours is None:
+        numbers = itertools.count(1)
+        path.rename(next(kept for n in numbers if not (kept := path.with_name(f"{path.name}.unreadable-{n}")).exists()))
+    elif path.exists():
+        _take_along(path, new, ours)
+    put(new, path)
 
 
 def _listed(folder: Path) -> set[str] | None:
@@ -287,16 +325,6 @@ def _take_along(old: Path, new: Path, ours: set[str]) -> None:
             os.link(file, target, follow_symlinks=False)
         except OSError:  # a file system without links
             shutil.copy2(file, target, follow_symlinks=False)
-
-
-def _synchronize(folder: Path) -> None:
-    """Waits until a folder's files are on the disk: what is reported done survives a power cut."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def relative_parent(parent: str | Path, out: str | Path) -> str:

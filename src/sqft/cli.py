@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import sqft
+from sqft.artifact import write_text
 from sqft.config import DATA_DIR, TASK, QuantizeConfig
-from sqft.console import Patient, describe, note, quiet
+from sqft.console import Patient, describe, note, quiet, show
 from sqft.deployment import BenchConfig, GenerateConfig, ServeConfig
-from sqft.errors import UsageError, did_you_mean
+from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.flags import add_flags, read_flags
 from sqft.options import RenamedOption
+from sqft.outputs import clean
 from sqft.registry import KINDS
 from sqft.stages import ROWS, STAGES
 
@@ -129,6 +131,14 @@ def _add_tools(add: Add) -> None:
     sub = add("report", _report, "write an HTML page and Markdown of folders of runs: charts, tables, samples")
     sub.add_argument("folders", metavar="FOLDER", nargs="+", help="output of 'sqft run' or 'sqft compare', or any")
     sub.add_argument("--out", metavar="FILE.html", help="file to write (default: report.html in the first folder)")
+
+    sub = add("clean", _clean, "remove what processes that died left: unfinished results, checkpoints, locks")
+    _positional(sub, FOLDER="folder to look in, for outputs of any stage; what a process is writing stays")
+
+    sub = add("verify", _verify, "whether a stage's folder is what was written, and what is wrong with it if not")
+    _positional(sub, FOLDER="folder of any stage")
+    sub.add_argument("--deep", action="store_true", help="also all that it was made from")
+    sub.add_argument("--accept", action="store_true", help="take the files as they are now: another result from now on")
 
     sub = add("ls", _ls, "list the stage folders under a folder, with their numbers")
     sub.add_argument("root", metavar="RUNS", nargs="?", default=".", help="folder to look in (default: here)")
@@ -243,7 +253,7 @@ def _say(text: str) -> None:
 
 
 def _tabulate(table: Any, output: Path, arguments: argparse.Namespace) -> None:
-    (output / "table.md").write_text(table.markdown(), encoding="utf-8")
+    write_text(output / "table.md", table.markdown())
     if not arguments.json:
         table.show()
 
@@ -304,21 +314,27 @@ def _ls(arguments: argparse.Namespace) -> Any:
     return table.rows
 
 
-def _show(command: str, result: Any) -> None:
-    """Prints one stage's metrics, a line each."""
-    if command in ("run", "demo", "ls", "compare", "bench", "inspect"):
-        return  # they print a table
-    for name, value in result.items():
-        if name == "tasks":  # of several: the accuracy of each
-            for task, scores in value.items():
-                print(f"{'  ' + task:24} {scores['accuracy']:.6g}")
-        if isinstance(value, dict):
-            continue
-        large = isinstance(value, int) and value > 10**15  # the size of a search space, say
-        text = f"{value:.6g}" if isinstance(value, float) or large else str(value)
-        if isinstance(value, list):
-            text = " - ".join(f"{v:.6g}" for v in value)
-        print(f"{name.replace('_', ' '):24} {text}")
+def _verify(arguments: argparse.Namespace) -> Any:
+    from sqft.artifact import accept
+    from sqft.checking import verify_folder
+
+    if arguments.accept:
+        accept(arguments.folder)
+    rows = verify_folder(arguments.folder, arguments.deep)
+    for row in rows if not arguments.json else ():
+        print(f"{row['folder']} ({row['stage']}): {row['checked']}: {'wrong' if row['problems'] else 'as written'}")
+    if problems := [problem for row in rows for problem in row["problems"]]:
+        if arguments.json:
+            print(json.dumps(rows, indent=2))
+        raise SqftError("\n  ".join([f"{len(problems)} of {arguments.folder} is not as it should be:", *problems]))
+    return rows
+
+
+def _clean(arguments: argparse.Namespace) -> Any:
+    rows = clean(arguments.folder)
+    for row in rows if not arguments.json else ():
+        print(f"{row['state']}: {row['path']}")
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -366,7 +382,7 @@ def _main(given: list[str]) -> int:
 def _print(parsed: argparse.Namespace, result: Any) -> None:
     """The result, to standard output; a reader of it that has gone (head, say) has what it wanted."""
     try:
-        print(json.dumps(result, indent=2)) if parsed.json else _show(parsed.command, result)
+        print(json.dumps(result, indent=2)) if parsed.json else show(parsed.command, result)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,6 +19,7 @@ from sqft.deployment import MeasureConfig
 from sqft.errors import UsageError, did_you_mean
 from sqft.evaluation.intervals import paired
 from sqft.options import from_dict, to_dict
+from sqft.outputs import locked
 from sqft.recipe import Recipe, check_data, load_recipe, resolve_model, run_stage
 from sqft.registry import KINDS
 from sqft.reporting.collect import RESULT
@@ -87,6 +88,11 @@ def compare(recipe: Recipe | str | Path, *, model: str | None = None, output: st
     recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).at(model, output)
     methods, sparsities = check(recipe)
     check_data(recipe)
+    with locked(Path(recipe.output) / "run", recipe.output):
+        return _compare(recipe, methods, sparsities, say)
+
+
+def _compare(recipe: Recipe, methods: list[str], sparsities: list[float], say: Say) -> dict[str, Any]:
     out = Path(recipe.output)
     rows: list[dict[str, Any]] = []
     for sparsity in sparsities:

@@ -65,3 +65,20 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "out of memory: use a smaller --batch-size, or a smaller model"
     return f"{type(error).__name__}: {error} (unexpected; -v shows where)"
+
+
+def show(command: str, result: Any) -> None:
+    """Prints one stage's metrics, a line each."""
+    if command in ("run", "demo", "ls", "compare", "bench", "inspect", "clean", "verify"):
+        return  # they print it
+    for name, value in result.items():
+        if name == "tasks":  # of several: the accuracy of each
+            for task, scores in value.items():
+                print(f"{'  ' + task:24} {scores['accuracy']:.6g}")
+        if isinstance(value, dict):
+            continue
+        large = isinstance(value, int) and value > 10**15  # the size of a search space, say
+        text = f"{value:.6g}" if isinstance(value, float) or large else str(value)
+        if isinstance(value, list):
+            text = " - ".join(f"{v:.6g}" for v in value)
+        print(f"{name.replace('_', ' '):24} {text}")

@@ -49,8 +49,7 @@ def load(source: str | Path, *, dtype: str = "auto", device: str = "cpu", mask: 
             mask = "zeros"
         base, tokenizer = load(base_source, dtype=dtype, device=device, mask=mask)
         return load_adapter(base, source, trainable).eval(), tokenizer
-    if artifact.is_stage(source):
-        artifact.check_files(source)
+    artifact.check_input(source)
     model, masks = _load_model(source, dtype)
     model.to(target)
     attach_masks(model, masks)

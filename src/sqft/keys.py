@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from sqft.errors import SqftError, UsageError
 MANIFEST = "sqft.json"
 MASKS = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
 FRACTIONS = Path("fractions") / "fractions.safetensors"  # as the masks
-FORMAT = 2
+FORMAT = 3
 TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 YAML_SUFFIXES = (".yaml", ".yml")
-_MODEL_SUFFIXES = (".json", ".safetensors", ".gguf", ".model", ".txt")
+_MODEL_SUFFIXES = (".json", ".jinja", ".safetensors", ".gguf", ".model", ".txt")
 
 
 def stage_key(stage: str, config: Any, parent_key: str, given: Mapping[str, Any] | None = None) -> str:
@@ -100,10 +101,7 @@ def folder_key(folder: str | Path) -> str:
     """A stage folder's key; for any other model folder or file, the hash of its contents; for a hub name, the name."""
     path = Path(folder)
     if (path / MANIFEST).is_file():
-        try:
-            return str(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["key"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SqftError(f"{path / MANIFEST} is corrupt ({error}): run the stage again") from None
+        return read_values(path)["key"]
     if not path.exists():
         return hashlib.sha256(str(folder).encode()).hexdigest()
     beside = (path / file for file in (MASKS, FRACTIONS))
@@ -117,8 +115,43 @@ def contents_key(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
+def read_values(folder: Path) -> dict[str, Any]:
+    """What ``sqft.json`` holds. Raises SqftError if it is corrupt, of another format, or not, byte for byte, what was
+    written."""
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes().decode()
+        values = json.loads(text)
+        found = values.get("format", FORMAT)
+        if isinstance(found, int) and found > FORMAT:
+            raise SqftError(f"{path} has format {found}, this sqft reads {FORMAT}: update sqft")
+        if found != FORMAT:
+            raise SqftError(f"{path} has format {found}, this sqft reads {FORMAT}: run the stage again")
+        if not isinstance(values.get("key"), str) or sealed_text(values) != text:
+            raise ValueError("it was changed since it was written")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise SqftError(f"{path} is corrupt ({error}): run the stage again") from None
+    return values
+
+
+def sealed_text(values: Mapping[str, Any]) -> str:
+    """A manifest's text; its ``digest`` is that of the text without it."""
+    whole = json.dumps({**values, "digest": ""}, indent=2, ensure_ascii=False)
+    digest = hashlib.sha256(whole.encode()).hexdigest()
+    return json.dumps({**values, "digest": digest}, indent=2, ensure_ascii=False) + "\n"
+
+
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's contents. Raises SqftError."""
+    """SHA-256 of a file's contents; a file that has not changed is read once a process. Raises SqftError."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise SqftError(f"cannot read {path}: {error.strerror}") from None
+    return _digest(path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=10_000)
+def _digest(path: Path, *unchanged: int) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as stream:

@@ -15,6 +15,7 @@ from sqft.config import CompareConfig, MergeConfig, QuantizeConfig, TrainConfig,
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.keys import folder_key, stage_key
 from sqft.options import from_dict, load_yaml
+from sqft.outputs import locked, sweep
 from sqft.registry import KINDS
 from sqft.stages import RUN, STAGES
 from sqft.tasks.lookup import get_task
@@ -176,11 +177,12 @@ def run(recipe: Recipe | str | Path, *, model: str | None = None, output: str | 
 
     A stage is skipped if its folder is whole and was made from the same inputs with the same options; an interrupted
     one is run again, and training goes on from its last checkpoint. ``model`` and ``output`` replace the recipe's.
-    Returns the metrics by stage.
+    Returns the metrics by stage. Raises SqftError if another process runs a recipe into ``output``.
     """
     recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).at(model, output)
     check_data(recipe)
-    return {step.name: run_stage(step.stage, step.config, step.source, step.folder, say) for step in steps(recipe)}
+    with locked(Path(recipe.output) / "run", recipe.output):
+        return {step.name: run_stage(step.stage, step.config, step.source, step.folder, say) for step in steps(recipe)}
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,8 @@ def run_stage(name: str, config: Any, source: str, folder: Path, say: Say) -> di
     manifest = finished(folder, stage_key(name, config, folder_key(source)), say)
     if manifest is not None:
         say(f"{folder}: unchanged, skipped")
+        with locked(folder):  # it may have died when all was done but this
+            sweep(folder)
         return manifest.metrics
     say(f"{folder}: {name} {source}")
     return STAGES[name].function(source, config, out=folder, overwrite=True)

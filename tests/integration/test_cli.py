@@ -14,7 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from pico import pico_folder
+from safetensors.torch import load_file, save_file
+from support.manifest import edit
 
 import sqft.cli
 from sqft.recipe import load_recipe, shipped_recipes
@@ -110,6 +113,50 @@ def test_recipe_runs_skips_and_redoes(dense: Path, tmp_path: Path, capsys) -> No
     (tmp_path / "run" / "merge" / "model.safetensors").write_bytes(b"short")
     _, _, err = call(capsys, "run", recipe)
     assert "truncated" in err and err.count("unchanged, skipped") == 5
+    # A single byte, with its size and time as they were: of weights, of a file that is not read here, of the manifest.
+    for file in ("merge/model.safetensors", "sparsify/masks/masks.safetensors", "merge/generation_config.json",
+                 "train/adapter_config.json", "merge/sqft.json"):  # fmt: skip
+        flip(tmp_path / "run" / file)
+        _, _, err = call(capsys, "run", recipe)
+        assert "chang" in err or "corrupt" in err, (file, err)
+        assert "doing so" in err and "skipped" in err
+        assert call(capsys, "run", recipe)[2].count("unchanged, skipped") == 6
+
+
+def flip(file: Path) -> None:
+    """Changes a byte in the middle."""
+    found, data = file.stat(), bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+
+
+def test_verify_says_what_is_wrong_and_how_to_repair_it(dense: Path, tmp_path: Path, capsys) -> None:
+    sparse, adapter = tmp_path / "sparse", tmp_path / "adapter"
+    assert call(capsys, "sparsify", dense, sparse, *FAST)[0] == 0
+    assert call(capsys, "train", sparse, adapter, *TRAIN)[0] == 0
+    code, out, _ = call(capsys, "verify", adapter, "--deep")
+    assert code == 0 and out.count("as written") == 2 and "pruned ones are zero" in out and "its probe" in out
+    (adapter / "README.md").write_text("mine")  # a README may be edited
+    assert call(capsys, "verify", adapter, "--json")[0] == 0
+    config = json.loads((sparse / "config.json").read_text())
+    flip(sparse / "config.json")
+    assert "config.json was changed since it was written" in fails(capsys, 1, "evaluate", sparse, "--text", "builtin")
+    assert "config.json was changed" in fails(capsys, 1, "train", sparse, tmp_path / "other", *TRAIN)
+    assert "config.json was changed" in fails(capsys, 1, "merge", adapter, tmp_path / "merged")
+    code, out, err = call(capsys, "verify", adapter, "--deep", "--json")
+    assert code == 1 and "sqft verify" in err and "--accept" in err and json.loads(out)[1]["problems"]
+    (sparse / "config.json").write_text(json.dumps(config | {"note": "mine"}))
+    assert call(capsys, "verify", sparse, "--accept")[0] == 0
+    assert "it has changed since" in fails(capsys, 1, "merge", adapter, tmp_path / "merged")  # another base from now on
+    assert "it has changed since" in call(capsys, "verify", adapter, "--deep")[2]
+    shutil.rmtree(adapter)
+    assert "was not written by sqft" in fails(capsys, 2, "verify", dense)
+    weights = load_file(sparse / "model.safetensors")
+    name = next(name for name in weights if "q_proj.weight" in name)
+    save_file({**weights, name: torch.ones_like(weights[name])}, sparse / "model.safetensors", {"format": "pt"})
+    code, _, err = call(capsys, "verify", sparse, "--accept")
+    assert code == 1 and f"pruned weights of {name.removesuffix('.weight')} are not zero" in err
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -199,8 +246,7 @@ def test_adapter_and_base_have_to_belong_together(trained: Path, sparse: Path, t
 
     shutil.copytree(sparse, tmp_path / "sparse")
     shutil.copytree(trained, tmp_path / "adapter")
-    manifest = tmp_path / "adapter" / "sqft.json"
-    manifest.write_text(manifest.read_text().replace(json.loads(manifest.read_text())["parent"], "../sparse"))
+    edit(tmp_path / "adapter", parent="../sparse")
     assert call(capsys, "merge", tmp_path / "adapter", tmp_path / "fits")[0] == 0
     api.sparsify(sparse, api.SparsifyConfig(sparsity=0.7), tokens, out=tmp_path / "sparse", overwrite=True)
     assert "it has changed since" in fails(capsys, 1, "merge", tmp_path / "adapter", tmp_path / "out")

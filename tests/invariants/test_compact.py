@@ -12,6 +12,7 @@ from pico import pico_model, pico_tokenizer
 from safetensors.torch import load_file, save_file
 
 import sqft
+from sqft.artifact import accept
 from sqft.cli import main
 from sqft.errors import SqftError, UsageError
 from sqft.formats.compact import CompactReader
@@ -149,6 +150,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     config = json.loads((packed / "config.json").read_text())
     config["version"] = 2
     (packed / "config.json").write_text(json.dumps(config))
+    accept(packed)
     with pytest.raises(SqftError, match="version 2, this sqft reads 1: update sqft"):
         sqft.load(packed)
     config["version"] = 1

@@ -10,9 +10,11 @@ import pytest
 import torch
 from pico import FAMILIES, pico_folder, pico_model, pico_tokenizer
 from safetensors.torch import load_file, save_file
+from support.manifest import edit
 from transformers import AutoModelForCausalLM
 
 import sqft
+from sqft import artifact
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.evaluation.scoring import unpacked
 from sqft.models.discover import describe
@@ -238,13 +240,16 @@ def test_merging_notices_that_the_adapter_is_not_the_trained_one(trained: Path, 
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = next(name for name in weights if "lora_B" in name)
     save_file({**weights, name: -weights[name]}, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
-    manifest = json.loads((tmp_path / "adapter" / "sqft.json").read_text())
-    manifest["parent"] = str(trained / manifest["parent"])
-    (tmp_path / "adapter" / "sqft.json").write_text(json.dumps(manifest))
+    parent = json.loads((tmp_path / "adapter" / "sqft.json").read_text())["parent"]
+    edit(tmp_path / "adapter", parent=str(trained / parent))
+    with pytest.raises(sqft.SqftError, match="adapter_model.safetensors was changed since it was written"):
+        sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")
+    artifact.accept(tmp_path / "adapter")
     with pytest.raises(sqft.VerificationError, match="does not compute what it did when it was trained"):
         sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     (tmp_path / "adapter" / "probe.json").write_text("{")
+    artifact.accept(tmp_path / "adapter")
     with pytest.raises(sqft.SqftError, match=r"probe\.json is corrupt"):
         sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")
 

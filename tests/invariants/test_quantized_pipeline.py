@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sqft
+from sqft import artifact
 from sqft.adapters.kinds import layer_kind
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.formats.checkpoint import packed_layers
@@ -205,6 +206,7 @@ def test_the_un_quantized_weight_as_base(sparse: Path, packed: Path, tokens, exa
     sqft.sparsify(sparse, sqft.SparsifyConfig(sparsity=0.7), tokens, out=tmp_path / "other")
     adapter = tmp_path / "adapter" / "adapter_config.json"
     adapter.write_text(json.dumps({**json.loads(adapter.read_text()), "float_base": "../other"}))
+    artifact.accept(tmp_path / "adapter")
     with pytest.raises(sqft.SqftError, match="has changed since"):
         sqft.load(tmp_path / "adapter")
 

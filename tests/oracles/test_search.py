@@ -21,9 +21,10 @@ import sqft
 from sqft.elastic.heuristics import heuristic
 from sqft.options import without_password
 from sqft.searching import stage as search_module
+from sqft.searching.owners import Owners
 from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.strategies import ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study, owner
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, open_study
 
 
 def trials(study) -> list[tuple]:
@@ -73,6 +74,7 @@ def test_a_small_space_is_tried_once_and_then_the_search_ends(tmp_path: Path) ->
 
 def process(body: str) -> subprocess.Popen:
     head = f"import os, signal, sys, time; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+    head += "from pathlib import Path\nfrom sqft.searching.owners import Owners\n"
     head += "from sqft.searching.study import open_study\nfrom synthetic import *\n"
     return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(body)])
 
@@ -89,23 +91,51 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(url: str, strategy: str, 
             if len(calls) == 12:
                 os.kill(os.getpid(), signal.SIGKILL)
             return score(ranks)
-        searcher(open_study({url!r}, "killed"), {strategy!r}, 30, dying).run()
+        owners = Owners({url!r}, Path({str(tmp_path)!r}))
+        searcher(open_study({url!r}, "killed"), {strategy!r}, 30, dying, owners=owners).run()
     """
     assert process(body).wait() == -9
-    study = open_study(url, "killed")
-    left = left_over(study)
-    assert len(left) == 1
-    searcher(study, strategy, 30).run(left)
+    study, owners = open_study(url, "killed"), Owners(url, tmp_path)
+    left = owners.take_over(study)
+    assert len(left) == 1 and Owners(url, tmp_path).take_over(study) == []
+    searcher(study, strategy, 30, owners=owners).run(left)
     straight = open_study(url, "straight")
     searcher(straight, strategy, 30).run()
     assert trials(study) == trials(straight) and len(evaluated(study)) == 30
 
 
-def test_a_trial_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
-    study = open_study(f"journal:{tmp_path / 'log'}", "s")
-    study.ask().set_user_attr("owner", owner())
-    study.ask().set_user_attr("owner", "another-machine:1")
-    assert left_over(study) == []
+def test_a_trial_is_its_owners_while_that_lives(tmp_path: Path) -> None:
+    """Whatever its number or its machine: the system lets go of a dead one's lock."""
+    url = f"journal:{tmp_path / 'log'}"
+    study, mine, other = open_study(url, "s"), Owners(url, tmp_path), Owners(url, tmp_path)
+    mine.begin(study), other.begin(study), study.ask()  # and one that was killed before it said whose it is
+    assert mine.take_over(study) == [2] and other.take_over(study) == []
+    os.close(other._held)  # what the system does of a process that dies
+    other._held = None
+    assert mine.take_over(study) == [1] and mine.take_over(study) == []
+    other.leave(), mine.leave()
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_what_other_machines_left_in_a_database_is_not_known_to_be_dead(tmp_path: Path) -> None:
+    study, owners = open_study(), Owners("postgresql://host/db", tmp_path)
+    study.ask().set_user_attr("owner", "another")
+    assert owners.take_over(study) == [] and [path.name for path in tmp_path.iterdir()] == ["owners"]
+
+
+def test_a_torn_last_line_of_a_journal_is_dropped(tmp_path: Path) -> None:
+    """Wherever it was torn, however long it is; the trials before it are there, and it goes on."""
+    file = tmp_path / "log"
+    study = open_study(f"journal:{file}", "s")
+    study.ask().set_user_attr("long", "x" * 9000)
+    whole = file.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for cut in (last + 1, last + 4000, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        again = open_study(f"journal:{file}", "s")
+        assert [trial.user_attrs for trial in again.get_trials()] == [{}]
+        assert again.ask().number == 1 and len(open_study(f"journal:{file}", "s").get_trials()) == 2
+        assert file.read_bytes().startswith(whole[:last]) and b"xx" not in file.read_bytes()
 
 
 @pytest.mark.slow
@@ -120,7 +150,9 @@ def test_two_processes_share_a_search_without_repeating_each_other(url: str, str
                 log.write(f"{{os.getpid()}} {{SPACE.encode(ranks)}}\\n")
             time.sleep(0.05)
             return score(ranks)
-        searcher(open_study({url!r}, "shared"), {strategy!r}, 40, slow).run()
+        owners = Owners({url!r}, Path({str(tmp_path)!r}))
+        searcher(open_study({url!r}, "shared"), {strategy!r}, 40, slow, owners=owners).run()
+        owners.leave()
     """
     both = [process(body) for _ in range(2)]
     assert [p.wait(timeout=120) for p in both] == [0, 0]
@@ -200,23 +232,20 @@ def test_heuristics() -> None:
         heuristic("medain", space)
 
 
-def test_an_interrupt_waits_for_the_entry_that_is_being_written(tmp_path: Path, monkeypatch) -> None:
-    """In the middle of one, Optuna's lock raises another error, or stays locked for half a minute."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_the_entry_that_is_being_written(number: int, tmp_path: Path, monkeypatch) -> None:
     study = open_study(f"journal:{tmp_path / 'journal.log'}", "s")
-    unlink = os.unlink
-
-    def interrupted(path: str) -> None:
-        unlink(path)  # of the lock
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(os, "unlink", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        study.ask()
-    monkeypatch.undo()
+    fsync = os.fsync
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as on the command line
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: (signal.raise_signal(number), fsync(handle)))
+        with pytest.raises(KeyboardInterrupt):
+            study.ask()
     assert [path.name for path in tmp_path.iterdir()] == ["journal.log"]  # and no lock
     again = open_study(f"journal:{tmp_path / 'journal.log'}", "s")
     assert len(again.get_trials()) == 1 and again.ask().number == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGTERM, before) is signal.default_int_handler
 
 
 def test_storage_that_cannot_be_opened_says_so(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def test_a_model_folders_python_never_runs(packed: bool, tmp_path: Path, monkeyp
     tokenizer = json.loads((evil / "tokenizer_config.json").read_text())
     tokenizer |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
     (evil / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    if packed:
+        artifact.accept(evil)
     with pytest.raises(SqftError, match="brings Python code of its own"):
         sqft.load(evil)
     with pytest.raises(SqftError, match="brings Python code of its own"):

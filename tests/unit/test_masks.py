@@ -17,7 +17,7 @@ import sqft
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
 from sqft.errors import SqftError, UsageError
 from sqft.formats.checkpoint import packed_layers
-from sqft.keys import MASKS
+from sqft.keys import MANIFEST, MASKS
 from sqft.models.discover import describe
 from sqft.sparsity.masks import collect_masks, ensure_masks, load_masks, mask_of
 
@@ -172,6 +172,7 @@ def test_masks_that_are_there_already_are_taken(family: str, form: str, tmp_path
         given = tmp_path / "stripped"
         shutil.copytree(tmp_path / "other", given)
         shutil.rmtree(given / "masks")
+        (given / MANIFEST).unlink()  # as another tool's
     else:
         values = {"bool": masks, "suffix": {f"{name}.weight_mask": mask.float() for name, mask in masks.items()}}
         save_file({name: mask.contiguous() for name, mask in values[form].items()}, given)

@@ -11,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from support.manifest import edit
 
 import sqft
 from sqft import artifact, cli
@@ -157,10 +158,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     trials = [{"number": i, "ranks": {}, "score": i, "cost": i, "kind": evil} for i in range(3)]
     (found / "search.json").write_text(json.dumps({"points": trials}))
     evaluation(root / "evaluate", f"../{name}", 0.5, [(evil, True), ("x", False)], task=evil)
-    manifest = json.loads((root / "a" / "sqft.json").read_text())
-    (root / "a" / "sqft.json").write_text(
-        json.dumps({**manifest, "versions": {evil: evil}, "seed": evil, "created": [evil]})
-    )
+    edit(root / "a", versions={evil: evil}, seed=evil, created=[evil])
     rows = [
         {"name": evil, "method": evil, "precision": evil, "accuracy": 0.1 * i, "size": i, "folder": evil}
         for i in (1, 2)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.manifest import edit
 
 import sqft
 from sqft import artifact, drawing
@@ -97,9 +96,8 @@ def test_weights_and_sizes_of_real_folders(
 ) -> None:
     for name, folder in (("sparse", sparse), ("packed", packed), ("adapter", trained)):
         shutil.copytree(folder, tmp_path / name)
-        manifest = artifact.read_manifest(tmp_path / name)
         parent = str(dense) if name == "sparse" else "../sparse"
-        (tmp_path / name / "sqft.json").write_text(json.dumps(vars(replace(manifest, parent=parent))))
+        edit(tmp_path / name, parent=parent)
     section = read_section(tmp_path, "x")
     sizes = {s.name: section.serving_bytes(s) for s in section.stages}
     assert sizes["sparse"] == (sparse / "model.safetensors").stat().st_size  # without masks

@@ -116,6 +116,7 @@ def _set_float_bases(modules: Mapping[str, Any], config: SqftConfig) -> None:
     source = str(config.float_base)
     if source.startswith(".") and not Path(source).exists():
         raise SqftError(f"the float base of the adapter is gone: its config names {source}")
+    artifact.check_input(source)
     key = artifact.folder_key(source)
     if config.float_base_key and config.float_base_key != key:
         raise SqftError(f"{source} is not the float base that the adapter was trained on: it has changed since")
@@ -159,6 +160,7 @@ def start_from(model: PeftModel, folder: str | Path) -> None:
     """Gives a model's fresh adapter another's weights: A and B, and whatever else that trained. Raises UsageError if
     they differ in modules, rank or scaling, saying in what; SqftError for a corrupt file."""
     name = active_adapter(model)
+    artifact.check_input(folder)
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UsageError(f"{folder} is not an adapter folder: give one that 'sqft train' wrote to start from")
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # pyright: ignore[reportArgumentType]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sqft.artifact import write_text
 from sqft.benching import worker
 from sqft.config import EvaluateConfig
 from sqft.deployment import BenchConfig, ExportConfig
@@ -60,7 +61,7 @@ def bench(models: Sequence[str | Path], config: BenchConfig | None = None, *, py
                     case["share_of_bandwidth"] = row["bytes"] * case["decode_per_second"] / speed
             rows.append(row)
             found = {"bandwidth": speed, "rows": rows}
-            (Path(out) / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            write_text(Path(out) / "bench.json", json.dumps(found, indent=1) + "\n")
     return rows
 
 

@@ -7,7 +7,6 @@ again after an interruption.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
@@ -132,14 +131,3 @@ def _put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         store(owner := module.get_submodule(path), leaf, tensor.to(getattr(owner, leaf).device))
-
-
-def work_folder(out: Path, key: str) -> Path:
-    """Where a stage of this key keeps its finished blocks until it is done."""
-    return out.absolute().with_name(f".{out.name}.repairing-{key[:12]}")
-
-
-def remove_work(out: Path) -> None:
-    """Removes the work folders of an output that is done."""
-    for stale in out.absolute().parent.glob(f".{out.name}.repairing-*"):
-        shutil.rmtree(stale, ignore_errors=True)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sqft import artifact
 from sqft.compressing.passes import Pass, Prune, Quantize
-from sqft.compressing.rebuild import remove_work, work_folder
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import UsageError
 from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantization_config, write_quantize_config
@@ -92,16 +91,13 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     if calibration is not None:
         given["calibration"] = "tokens:" + hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
     with artifact.stage(last.stage, last.config, out, model, given=given, overwrite=overwrite) as result:
-        if artifact.is_stage(model):
-            artifact.check_files(model)
         for each in passes:
             if isinstance(each, Prune):
-                each.work = work_folder(Path(out), result.key)
+                each.work = result.work("repairing")
         live, tokenizer = load_dense(model, last.config.dtype), load_tokenizer(model)
         attach_masks(live, load_masks(model))
         _write(_walk(live, passes, calibration, tokenizer), live, last, tokenizer, result.folder)
         result.metrics.update(last.metrics(live))
-    remove_work(Path(out))
     return result.metrics
 
 

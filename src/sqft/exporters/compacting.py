@@ -51,6 +51,4 @@ def _model(folder: str | Path) -> SafetensorsReader:
         raise UsageError(f"{folder} is not a folder: only a model on this disk is packed")
     if (Path(folder) / "adapter_config.json").is_file():
         raise UsageError(f"{folder} is an adapter: merge it first (sqft merge)")
-    if artifact.is_stage(folder):
-        artifact.check_files(folder)
     return SafetensorsReader(folder)

@@ -47,8 +47,6 @@ def export(folder: str | Path, config: ExportConfig | None = None, *, out: str |
             raise SqftError(f"{folder} is an adapter: merge it first (sqft merge), and export the merged model")
         if is_compact(folder):
             raise SqftError(f"{folder} is compact, which only sqft reads: unpack it first (sqft unpack)")
-        if artifact.is_stage(folder):
-            artifact.check_files(folder)
         reader = SafetensorsReader(folder)
         if any(".experts." in name and name.endswith(("qweight", "weight_packed")) for name in reader.layout):
             raise SqftError(f"{folder} has experts in INT, gate and up as one, which no other tool reads yet: export "

@@ -12,11 +12,12 @@ from sqft.flags import changed_options
 from sqft.keys import folder_key, sources, stage_key
 from sqft.measuring.size import human
 from sqft.models.dense import locate
+from sqft.outputs import work_folder
 from sqft.planning.walk import Walk
 from sqft.recipe import Recipe, Step, finished, resolve_model, steps
 from sqft.reporting.tables import Column, Table, duration
 from sqft.searching import stage as searching
-from sqft.training import loop
+from sqft.training.callbacks import last_checkpoint
 
 
 def dry_run(recipe: Recipe, *, model: str | None = None, output: str | None = None) -> dict[str, Any]:
@@ -71,10 +72,10 @@ def _state(step: Step, keys: dict[str, str]) -> tuple[str, str]:
     said: list[str] = []
     if finished(step.folder, key, said.append) is not None:
         return "skip", "unchanged"
-    begun = loop.last_checkpoint(loop.work_folder(step.folder, key)) if step.stage == "train" else None
+    begun = last_checkpoint(work_folder(step.folder, "training", key)) if step.stage == "train" else None
     if begun is not None:
         return "resume", f"from step {begun.name.rsplit('-', 1)[1]}"
-    if step.stage == "search" and searching.work_folder(step.folder, step.config, parent).is_dir():
+    if step.stage == "search" and searching.trials_folder(step.folder, step.config, parent).is_dir():
         return "resume", "with what was tried"
     return "run", said[0] if said else "other options or inputs than before" if artifact.is_stage(step.folder) else ""
 

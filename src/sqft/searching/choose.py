@@ -49,6 +49,7 @@ def extract(adapter: str | Path, choice: str | ExtractConfig, out: str | Path, *
     folder = Path(adapter)
     if not is_adapter(folder):
         raise UsageError(f"{folder} is not an adapter folder: give what 'sqft train' or 'sqft search' wrote")
+    artifact.check_input(folder)
     ranks: Ranks | None = None
     if config.choice.split()[:1] and config.choice.split()[0] in PICKS:
         ranks = pick(read_points(folder), config.choice).ranks

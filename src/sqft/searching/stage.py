@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import sys
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from sqft.folders import base_of, is_adapter, load
 from sqft.models.infer import allow, allowed
 from sqft.models.types import Tokenizer
 from sqft.options import recorded
+from sqft.outputs import work_folder
 from sqft.searching.choose import TRIALS, write_sub_adapter
 from sqft.searching.evaluator import Evaluator, Scorer
+from sqft.searching.owners import Owners
 from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.plots import plots
 from sqft.searching.strategies import SEARCHES, ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, left_over, open_study
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, open_study
 
 
 def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | None = None, *,
@@ -71,7 +73,7 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
 
 
 def _searcher(study: Study, model: Any, tokenizer: Tokenizer | None, config: SearchConfig,
-              records: Records, scorer: Scorer | None = None) -> Search:  # fmt: skip
+              records: Records, scorer: Scorer | None = None, owners: Owners | None = None) -> Search:  # fmt: skip
     space = Elastic(model).space
     judge = Evaluator(model, tokenizer, config, space, scorer)
     names = (config.start, "maximal", "minimal") if config.strategy in SEARCHES else (config.strategy,)
@@ -82,16 +84,16 @@ def _searcher(study: Study, model: Any, tokenizer: Tokenizer | None, config: Sea
             anchors.append(ranks)
     evaluations = config.evaluations if config.strategy in SEARCHES else 1
     return Search(study, space, config.strategy, anchors, evaluations, config.seed, judge.score, judge.cost,
-                  judge.screen if config.screen else None, config.screen_keep)  # fmt: skip
+                  judge.screen if config.screen else None, config.screen_keep, owners)  # fmt: skip
 
 
 def _study_name(config: SearchConfig, key: str) -> str:
     return artifact.stage_key("search", replace(config, pick="best"), key)[:16]  # pick only looks at what was tried
 
 
-def work_folder(out: Path, config: SearchConfig, key: str) -> Path:
+def trials_folder(out: Path, config: SearchConfig, key: str) -> Path:
     """Where a search of the adapter of this key keeps its trials until it is done."""
-    return out.absolute().with_name(f".{out.name}.searching-{_study_name(config, key)}")
+    return work_folder(out, "searching", _study_name(config, key))
 
 
 def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bool) -> dict[str, Any]:
@@ -100,33 +102,32 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
         if not base:
             raise UsageError(f"{adapter} is not an adapter folder: give the folder that 'sqft train' wrote")
         name = _study_name(config, made.manifest.parent_key)
-        work = work_folder(out, config, made.manifest.parent_key)
+        work = trials_folder(out, config, made.manifest.parent_key)
         url = config.storage or f"journal:{work / 'journal.log'}"
         model, tokenizer = load(adapter, device=config.device)
         records = read_rank_records(adapter)
-        searcher = _searcher(open_study(url, name), model, tokenizer, config, records)
-        left = left_over(searcher.study)
+        study, owners = open_study(url, name), Owners(url, work)
+        searcher = _searcher(study, model, tokenizer, config, records, owners=owners)
+        left = owners.take_over(study)
         if config.workers > 1 and searcher.evaluations > 1:
-            _share(adapter, replace(config, storage=url), name, left)
+            _share(adapter, replace(config, storage=url), name, left, work)
         else:
             searcher.run(left)
+        owners.leave()
         points = _points(searcher, config, records)
         chosen = pick(points, config.pick)
         made.metrics.update(_summary(searcher, points, chosen, config), **searcher.space.cost(chosen.ranks))
         _write_trials(made.folder, searcher.study, points, chosen, made.metrics, config)
         write_sub_adapter(model, tokenizer, chosen.ranks, made.folder)
-    for stale in out.absolute().parent.glob(f".{out.name}.searching-*"):
-        shutil.rmtree(stale, ignore_errors=True)
     return made.metrics
 
 
-def _share(adapter: Path, config: SearchConfig, name: str, left: list[int]) -> None:
+def _share(adapter: Path, config: SearchConfig, name: str, left: list[int], work: Path) -> None:
     """Runs the search in several processes. Raises SqftError if one of them fails."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // config.workers)
-    shares = [
-        (adapter, config, name, left if i == 0 else [], i == 0, threads, allowed()) for i in range(config.workers)
-    ]
+    shares = [(adapter, config, name, left if i == 0 else [], i == 0, threads, allowed(), work)
+              for i in range(config.workers)]  # fmt: skip
     workers = [context.Process(target=_work, args=share) for share in shares]
     for worker in workers:
         worker.start()
@@ -141,8 +142,9 @@ def _share(adapter: Path, config: SearchConfig, name: str, left: list[int]) -> N
 
 
 def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first: bool, threads: int,
-          infer: bool) -> None:  # fmt: skip
-    """One process's share of a folder's search."""
+          infer: bool, work: Path) -> None:  # fmt: skip
+    """One process's share of a folder's search; it ends when the process that began it does."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     allow(infer)
     transformers.utils.logging.disable_progress_bar()
@@ -150,12 +152,21 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
         assert config.storage is not None
         model, tokenizer = load(adapter, device=config.device)
         study, records = open_study(config.storage, name), read_rank_records(adapter)
-        _searcher(study, model, tokenizer, config, records).run(left, quiet=not first)
+        owners = Owners(config.storage, work)
+        _searcher(study, model, tokenizer, config, records, owners=owners).run(left, quiet=not first)
+        owners.leave()
     except SqftError as error:
         print(f"sqft: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:  # the parent says so
         sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _points(searcher: Search, config: SearchConfig, records: Records) -> list[Evaluated]:

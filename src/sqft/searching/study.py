@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -24,37 +25,60 @@ from sqft.adapters.groups import Ranks
 from sqft.elastic.handle import SearchSpace
 from sqft.errors import UsageError, first_line
 from sqft.options import without_password
+from sqft.searching.owners import Owners
 from sqft.searching.strategies import PATIENCE, Exhausted, is_whole, ranks_of, sampler
 
 # What a trial notes besides its ranks and values.
-OWNER, PURPOSE, SECONDS, FIRST = "owner", "purpose", "seconds", "score on the first problems"
+PURPOSE, SECONDS, FIRST = "purpose", "seconds", "score on the first problems"
 EVALUATED, SCREENED, REPEATED = "evaluated", "screened out", "repeated"
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SECONDS_TO_DRAW = 5.0  # a process that takes longer to draw its ranks is taken for dead
 
 
 class Journal(JournalFileBackend):
-    """Optuna's, but Ctrl-C waits until an entry is written: in the middle, Optuna's lock would raise another error or
-    stay locked."""
+    """Optuna's, with another way of adding entries. The lock is one that dies with its owner (Optuna's is a link that
+    the next one waits half a minute for). What a killed process, or a full disk, left of a last line goes; in the
+    middle of a line Ctrl-C waits."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        with uninterrupted():
-            super().append_logs(logs)
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        with uninterrupted(), open(self._file_path, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            file.truncate(_whole_lines(file))
+            file.seek(0, os.SEEK_END)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _whole_lines(file: BinaryIO) -> int:
+    """Bytes up to the end of the last whole line."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds an interrupt (SIGINT) back until the end of the block. Only the main thread receives interrupts."""
+    """Holds interrupts back until the end of the block. Only the main thread receives them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    before = {each: signal.signal(each, lambda number, frame: held.append(number)) for each in _INTERRUPTS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if held:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(held[0])
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -87,7 +111,7 @@ class Search:
     ``evaluations`` different configurations are tried by all processes together.
 
     With ``screen``, a cheap score, only configurations among the best ``keep`` of those screened before them are scored
-    in full (successive halving with one rung).
+    in full (successive halving with one rung). ``owners``: of a storage that processes share.
     """
 
     study: Study
@@ -100,6 +124,7 @@ class Search:
     cost: Callable[[Ranks], float]
     screen: Callable[[Ranks], float] | None = None
     keep: float = 0.5
+    owners: Owners | None = None
 
     def run(self, left: Sequence[int] = (), quiet: bool = False) -> None:
         """Tries configurations until the budget is spent or nothing new is found. ``left``: trials to finish first."""
@@ -127,10 +152,9 @@ class Search:
     def _ask(self) -> Trial:
         number = len(self.study.get_trials(deepcopy=False))
         self.study.sampler = self._sampler(number)
-        trial = self.study.ask()
+        trial = self.owners.begin(self.study) if self.owners else self.study.ask()
         if trial.number != number:  # another process came first: draw again, as the number asks for
             trial = self._resume(trial.number)
-        trial.set_user_attr(OWNER, owner())
         return trial
 
     def _sampler(self, number: int) -> Any:
@@ -181,27 +205,3 @@ class Search:
             if not drawing or time.monotonic() - waited > SECONDS_TO_DRAW:
                 return iter([t for t in trials if is_whole(t, self.space)])
             time.sleep(0.02)
-
-
-def owner() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-def left_over(study: Study) -> list[int]:
-    """Trials that a process of this machine began and did not live to finish."""
-    numbers = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, _, pid = trial.user_attrs.get(OWNER, "").rpartition(":")
-        if not host or (host == socket.gethostname() and not _alive(int(pid))):
-            numbers.append(trial.number)
-    return numbers
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

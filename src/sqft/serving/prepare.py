@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sqft.artifact import check_input
 from sqft.folders import load
 from sqft.formats.checkpoint import load_weights, unpack_layer
 from sqft.formats.compact import CompactReader, is_compact
@@ -29,6 +30,7 @@ def load_prepared(source: str | Path, dtype: str = "auto", device: str = "cpu") 
         model, tokenizer = load(source, dtype=dtype, device=device)
         prepare(model)
         return model, tokenizer
+    check_input(source)
     reader = CompactReader(source)
     found = {module: _compact_layer(reader, module) for module in reader.modules}
     ready = {module: layer for module, layer in found.items() if layer is not None}

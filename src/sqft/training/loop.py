@@ -129,7 +129,7 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
         if config.start_from:
             start_from(model, config.start_from)
         config = whole.precision_of(model, config) if kind.whole else config
-        work = work_folder(out, made.key)
+        work = made.work("training")
         with _opened(model, kind):
             trainer = make_trainer(model, tokenizer, config, data, work)
             made.metrics.update(_run(trainer, model, last_checkpoint(work), config) | data.notes)
@@ -141,14 +141,7 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
         if config.tensorboard:
             shutil.copytree(work / "logs", made.folder, dirs_exist_ok=True)
         _write_logs(trainer, made.folder)
-    for stale in out.absolute().parent.glob(f".{out.name}.training-*"):
-        shutil.rmtree(stale, ignore_errors=True)
     return made.metrics
-
-
-def work_folder(out: Path, key: str) -> Path:
-    """Where a training of this key keeps its checkpoints until it is done."""
-    return out.absolute().with_name(f".{out.name}.training-{key[:12]}")
 
 
 def check_kind(base: nn.Module, kind: Kind, source: str) -> None:
