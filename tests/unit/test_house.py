@@ -13,8 +13,9 @@ FILES = {path: path.relative_to(SOURCE.parent).with_suffix("").as_posix().replac
 CODE = (".py", ".pyi", ".cpp", ".h", ".yaml", ".html", ".css")
 # Of code in src/sqft: 12,681 after the second plan, 14,700 with what makes adapted models better, 16,800 with what serves them,
 # 18,400 with exporters, a server and a bench, 18,900 with 54 more model types, experts and inspect; 19,200 with locks,
-# what is left of dead processes, and who owns a trial, 19,400 with hashes that are checked and sqft verify.
-LINES = 19_400
+# what is left of dead processes, and who owns a trial, 19,500 with hashes that are checked, sqft verify, and checkpoints
+# that say that they are whole.
+LINES = 19_500
 
 
 def count(folder: Path) -> int:
