@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import sqft
-from sqft.artifact import write_text
+from sqft.artifact import accept, write_text
 from sqft.config import DATA_DIR, TASK, QuantizeConfig
-from sqft.console import Patient, describe, note, quiet, show
+from sqft.console import Patient, describe, ended_like_ctrl_c, note, quiet, show
 from sqft.deployment import BenchConfig, GenerateConfig, ServeConfig
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.flags import add_flags, read_flags
@@ -315,7 +315,6 @@ def _ls(arguments: argparse.Namespace) -> Any:
 
 
 def _verify(arguments: argparse.Namespace) -> Any:
-    from sqft.artifact import accept
     from sqft.checking import verify_folder
 
     if arguments.accept:
@@ -342,7 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     before, sys.stderr, warnings.showwarning = (sys.stderr, warnings.showwarning), Patient(sys.stderr), note
     try:
-        return _main(given)
+        with ended_like_ctrl_c():
+            return _main(given)
     finally:
         sys.stderr, warnings.showwarning = before
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from sqft.errors import SqftError
@@ -30,6 +33,22 @@ class Patient:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the work as Ctrl-C does, unless they are ignored (nohup) or somebody else's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    mine = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def note(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:

@@ -119,8 +119,11 @@ def write_files(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
         state = {"state_dict": dict(stored_state(model))} if away else {}
         model.save_pretrained(folder, **state)
     tokenizer.save_pretrained(folder)
-    if (folder / ADAPTER_CONFIG).is_file():  # both are the base's
-        return
+    if (folder / ADAPTER_CONFIG).is_file():
+        from sqft.adapters.peft_bridge import in_order
+
+        in_order(folder)
+        return  # masks and fractions are the base's
     if masks := stored_masks(model):
         save_masks(masks, folder)
     if fractions := stored_fractions(model):

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -21,10 +22,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sqft.errors import SqftError, UsageError
+from sqft.keys import file_digest
 
 LOCK, WRITING, OLD = "sqft-lock", "sqft-writing", "sqft-old"
 _WORK = r"(?:training|searching|repairing)-[0-9a-f]+"
 _LEFT = re.compile(rf"\.(.+)\.({LOCK}|{WRITING}|{OLD}|{_WORK})", re.DOTALL)
+SEAL, UNFINISHED = "sqft-whole.json", "it was not finished"
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 
 
@@ -152,6 +155,27 @@ def _left(out: Path) -> list[Path]:
     names = os.listdir(parent) if parent.is_dir() else []
     kinds = re.compile(f"{WRITING}|{OLD}|{_WORK}")
     return sorted(parent / n for n in names if n.startswith(start) and kinds.fullmatch(n, len(start)))
+
+
+def seal(folder: Path) -> None:
+    """Says, last and by a rename, that a folder that an interrupted stage may go on from is whole, and what it has."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.endswith(SEAL))
+    temporary = folder / f".{SEAL}"
+    temporary.write_text(json.dumps({file.relative_to(folder).as_posix(): file_digest(file) for file in files}))
+    temporary.replace(folder / SEAL)
+
+
+def broken(folder: Path) -> str:
+    """What keeps a folder from being what was sealed: nothing, ``UNFINISHED``, or what is wrong with it."""
+    try:
+        digests = json.loads((folder / SEAL).read_text())
+        wrong = [name for name, digest in digests.items()
+                 if not (folder / name).is_file() or file_digest(folder / name) != digest]  # fmt: skip
+    except FileNotFoundError:
+        return UNFINISHED
+    except (OSError, ValueError, AttributeError):
+        return f"{SEAL} cannot be read"
+    return f"{wrong[0]} has changed" if wrong else ""
 
 
 def clean(folder: str | Path) -> list[dict[str, str]]:

@@ -355,18 +355,19 @@ def test_ctrl_c_in_each_stage(
     assert not [p for p in tmp_path.iterdir() if "writing" in p.name]
 
 
-def test_a_real_signal_stops_training_and_the_same_command_resumes(sparse: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_real_signal_stops_training_and_the_same_command_resumes(number: int, sparse: Path, tmp_path: Path) -> None:
     command = ["train", sparse, tmp_path / "out", "--task", "arithmetic", "--limit", 64, "--eval-limit", 4,
                "--batch-size", 4, "--r", 4, "--save-steps", 5, "--max-steps", 400]  # fmt: skip
     process = child(*command)
     for _ in range(600):
-        if list(tmp_path.glob(".out.training-*/checkpoint-*/trainer_state.json")):
+        if list(tmp_path.glob(".out.training-*/checkpoint-*/sqft-whole.json")):
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "interrupted" in err and "Traceback" not in err, err
-    assert not (tmp_path / "out").exists()
+    assert [path.name[:14] for path in tmp_path.iterdir()] == [".out.training-"]
     _, err = child(*command, "-v").communicate(timeout=300)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file(), err
     log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]

@@ -262,7 +262,7 @@ def test_a_cache_is_computed_once_and_resumed(sparse: Path, teacher: Path, uneve
         patch.setattr(ProgressBar, "on_step_end", interrupt)
         sqft.train(sparse, config, uneven, out=tmp_path / "resumed")
     (work,) = tmp_path.glob(".resumed.training-*")
-    stored = load_file(work / "teacher.safetensors")
+    stored = load_file(work / "teacher" / "said.safetensors")
     assert len(looks) == 6 and stored["values"].dtype == torch.float16 and stored["values"].shape[1] == 16
     assert stored["starts"].shape == (25,) and int(stored["starts"][-1]) == len(stored["indices"])
     resumed = sqft.train(sparse, config, uneven, out=tmp_path / "resumed")

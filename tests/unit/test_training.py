@@ -13,8 +13,9 @@ from pico import pico_model, pico_tokenizer
 from safetensors.torch import load_file
 
 import sqft
+from sqft.outputs import SEAL
 from sqft.training import loop
-from sqft.training.callbacks import ProgressBar
+from sqft.training.callbacks import ProgressBar, last_checkpoint
 from sqft.training.data import tokenize_all
 
 OPTIONS = {"batch_size": 4, "r": 4, "lora_alpha": 8, "learning_rate": 0.02}
@@ -165,6 +166,36 @@ def test_a_resumed_run_reports_what_a_straight_one_does(
     assert log_of(tmp_path / "straight") == log_of(tmp_path / "resumed")
     losses = [entry["loss"] for entry in log_of(tmp_path / "straight") if "loss" in entry]
     assert min(losses) <= straight["loss"] <= max(losses)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "unfinished", "seal", "all"])
+def test_a_resumed_run_takes_the_newest_whole_checkpoint(damage: str, sparse: Path, examples, tmp_path: Path, monkeypatch,
+                                                         capsys) -> None:  # fmt: skip
+    """Never one that is damaged or was not finished, and of a damaged one it is said."""
+    config = sqft.TrainConfig(max_steps=7, save_steps=2, **OPTIONS)
+    straight = sqft.train(sparse, config, examples, out=tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_write_logs", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            sqft.train(sparse, config, examples, out=tmp_path / "resumed")
+    (work,) = tmp_path.glob(".resumed.training-*")
+    older, newest = sorted(work.glob("checkpoint-*"))
+    assert (last_checkpoint(work), older.name, newest.name) == (newest, "checkpoint-6", "checkpoint-7")
+    for file in (newest / "optimizer.pt", *([older / "adapter_model.safetensors"] if damage == "all" else [])):
+        data = bytearray(file.read_bytes())
+        if damage in ("flip", "all"):
+            data[-1] ^= 1
+        file.write_bytes(data[:-1] if damage == "cut" else data)
+    if damage in ("unfinished", "seal"):
+        (newest / SEAL).write_text("{") if damage == "seal" else (newest / SEAL).unlink()
+    capsys.readouterr()
+    assert last_checkpoint(work) == (None if damage == "all" else older)
+    said = capsys.readouterr().err
+    assert said.count("is damaged") == {"unfinished": 0, "all": 2}.get(damage, 1), said
+    resumed = sqft.train(sparse, config, examples, out=tmp_path / "resumed")
+    assert {k: straight[k] for k in ("loss", "steps")} == {k: resumed[k] for k in ("loss", "steps")}
+    for file in ("adapter_model.safetensors", "adapter_config.json", "training_log.jsonl"):
+        assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
 
 
 def interrupt(*args, **kwargs) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,15 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
     if trainable:
         train_rounded(loaded)
     return loaded
+
+
+def in_order(folder: Path) -> None:
+    """Sorts the names in a saved adapter's config, which PEFT holds in sets: two runs write the same bytes."""
+    file = folder / "adapter_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    ordered = {key: sorted(value) if key in ("target_modules", "exclude_modules") and isinstance(value, list) else value
+               for key, value in values.items()}  # fmt: skip
+    file.write_text(json.dumps(ordered, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def start_from(model: PeftModel, folder: str | Path) -> None:

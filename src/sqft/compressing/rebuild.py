@@ -20,6 +20,7 @@ from sqft.errors import SqftError
 from sqft.models.discover import Block
 from sqft.models.tensors import save_tensors
 from sqft.models.weights import store
+from sqft.outputs import broken, seal
 from sqft.sparsity.reconstruct import reconstruct
 
 MASK, NUMBERS = "mask:", "numbers"  # names in a kept block's file, beside those of its parameters
@@ -35,7 +36,7 @@ class BlockRepair:
         self._restored: set[str] = set()
 
     def known(self, block: Block) -> bool:
-        return self._work is not None and self._file(block).is_file()
+        return self._work is not None and not broken(self._file(block).parent)
 
     def restored(self, block: Block) -> bool:
         """Whether ``restore`` was called with it."""
@@ -101,7 +102,7 @@ class BlockRepair:
 
     def _file(self, block: Block) -> Path:
         assert self._work is not None
-        return self._work / f"{block.name}.safetensors"
+        return self._work / block.name / "block.safetensors"
 
     def _keep(self, block: Block, tensors: dict[str, Tensor]) -> None:
         kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -110,8 +111,8 @@ class BlockRepair:
         kept[NUMBERS] = torch.tensor(self._numbers[block.name], dtype=torch.float64)
         file = self._file(block)
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(kept, temporary := file.with_suffix(".writing"))
-        temporary.replace(file)
+        save_tensors(kept, file)
+        seal(file.parent)
 
 
 def _masks(block: Block, chosen: Container[str]) -> Iterator[tuple[str, Tensor]]:

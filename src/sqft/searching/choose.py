@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from sqft import artifact
 from sqft.adapters.groups import Ranks
 from sqft.adapters.lora import active_rank, scale_of
+from sqft.adapters.peft_bridge import in_order
 from sqft.config import ExtractConfig
 from sqft.elastic.handle import Elastic
 from sqft.elastic.heuristics import resolve_ranks
@@ -79,6 +80,7 @@ def write_sub_adapter(model: Any, tokenizer: Any, ranks: Ranks, folder: Path) ->
     config.alpha_pattern = {p: alpha_for(scale_of(layer, name), config.rank_pattern[p]) for p, layer in layers.items()}
     config.inference_mode = True
     config.save_pretrained(str(folder))
+    in_order(folder)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_probe(model, tokenizer, folder)
     tokenizer.save_pretrained(folder)

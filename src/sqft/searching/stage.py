@@ -30,11 +30,11 @@ from sqft.options import recorded
 from sqft.outputs import work_folder
 from sqft.searching.choose import TRIALS, write_sub_adapter
 from sqft.searching.evaluator import Evaluator, Scorer
-from sqft.searching.owners import Owners
+from sqft.searching.owners import OWNER, Owners
 from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.plots import plots
 from sqft.searching.strategies import SEARCHES, ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, Search, open_study
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, SECONDS, Search, open_study
 
 
 def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | None = None, *,
@@ -194,7 +194,9 @@ def _summary(searcher: Search, points: list[Evaluated], chosen: Evaluated, confi
 
 def _write_trials(folder: Path, study: Study, points: list[Evaluated], chosen: Evaluated, metrics: dict[str, Any],
                   config: SearchConfig) -> None:  # fmt: skip
-    trials = [{"number": t.number, "ranks": ranks_of(t), "values": t.values, **t.user_attrs}
+    noted = {t.number: {k: v for k, v in t.user_attrs.items() if k not in (OWNER, SECONDS)}  # the same in every run
+             for t in study.get_trials(deepcopy=False)}  # fmt: skip
+    trials = [{"number": t.number, "ranks": ranks_of(t), "values": t.values, **noted[t.number]}
               for t in study.get_trials(deepcopy=False)]  # fmt: skip
     result = {**metrics, "chosen": asdict(chosen), "points": [asdict(p) for p in points], "trials": trials,
               "front": [p.number for p in pareto_front(points)], "config": recorded(config)}  # fmt: skip

@@ -3,8 +3,8 @@ may not go on."""
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sqft.errors import SqftError
+from sqft.outputs import UNFINISHED, broken, seal
 
 
 class ProgressBar(TrainerCallback):
@@ -40,7 +41,8 @@ class ProgressBar(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of training, those before an interruption included: every checkpoint keeps them."""
+    """Seconds of training, those before an interruption included: every checkpoint keeps them. It is the last callback,
+    and says of a checkpoint that it is whole."""
 
     FILE = "seconds.txt"
 
@@ -56,6 +58,8 @@ class Stopwatch(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         (folder / self.FILE).write_text(f"{self.seconds:.2f}")
+        if state.is_world_process_zero:
+            seal(folder)
 
 
 class Attention(TrainerCallback):
@@ -81,14 +85,13 @@ class Finished(Exception):
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest whole checkpoint: one whose last-written file, the trainer's state, can be read."""
+    """The newest whole checkpoint. Says so if a newer one was whole, and is damaged."""
     found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
     for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return path
+        if not (problem := broken(path)):
+            return path
+        if problem != UNFINISHED:
+            print(f"sqft: {path} is damaged ({problem}): it is passed over", file=sys.stderr)
     return None
 
 

@@ -43,6 +43,7 @@ from sqft.training.distill import TERMS, Distill
 from sqft.training.initial import from_gradient
 from sqft.training.teachers import distillation_of
 
+_TIMES = ("_runtime", "_per_second")  # not the same in two runs
 SCALES_SLOWER = 0.1  # the learning rate of scales beside the factors': as NNCF's quantization-aware training
 
 
@@ -312,7 +313,8 @@ def mean_loss(log: Sequence[dict[str, Any]], name: str = "loss") -> float:
 def _write_logs(trainer: Trainer, folder: Path) -> None:
     """Adds the trainer's log, one JSON object a line, and record of ranks to the folder."""
     entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]  # not of a whole run
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    kept = ({k: v for k, v in sorted(entry.items()) if not k.endswith(_TIMES)} for entry in entries)
+    lines = "".join(json.dumps(entry) + "\n" for entry in kept)
     (folder / "training_log.jsonl").write_text(lines)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RankScheduler):

@@ -19,6 +19,7 @@ from sqft.config import TrainConfig
 from sqft.errors import UsageError
 from sqft.folders import load
 from sqft.models.types import Tokenizer
+from sqft.outputs import broken, seal
 from sqft.training.data import Row, collate, padding
 from sqft.training.distillation import CHUNK_ELEMENTS, Target, divergence, divergence_of_most_probable, most_probable
 from sqft.training.parts import Parts, Seen
@@ -85,8 +86,8 @@ class CachedTeacher:
     @classmethod
     def of(cls, teacher: Teacher, rows: Sequence[Row], k: int, temperature: float, file: Path, *, fill: int,
            batch_size: int, autocast: Autocast) -> CachedTeacher:  # fmt: skip
-        """Lets the teacher look at every row once, unless ``file`` is there; the file appears when it is whole."""
-        if not file.is_file():
+        """Lets the teacher look at every row once, unless ``file`` is there; its folder is sealed when it is whole."""
+        if broken(file.parent):
             said: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
             order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
             for start in tqdm(range(0, len(rows), batch_size), desc="Teacher", unit="batch", disable=None):
@@ -97,9 +98,8 @@ class CachedTeacher:
             lengths = torch.tensor([0, *(len(values) for values, _ in said)])
             values, indices = (torch.cat(parts).contiguous() for parts in zip(*said, strict=True))
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(f"{file.name}.writing")
-            save_file({"values": values, "indices": indices, "starts": lengths.cumsum(0)}, unfinished)
-            unfinished.replace(file)
+            save_file({"values": values, "indices": indices, "starts": lengths.cumsum(0)}, file)
+            seal(file.parent)
         return cls(load_file(file))
 
     def to(self, device: torch.device) -> None:
@@ -187,7 +187,7 @@ def distillation_of(config: TrainConfig, model: Any, tokenizer: Tokenizer, rows:
     if config.distill_cache:
         rows = [{**row, "index": [i]} for i, row in enumerate(rows)]
         teacher = CachedTeacher.of(
-            teacher, rows, config.distill_cache, config.distill_temperature, work / "teacher.safetensors",
+            teacher, rows, config.distill_cache, config.distill_temperature, work / "teacher" / "said.safetensors",
             fill=padding(tokenizer), batch_size=config.batch_size, autocast=autocast_of(config.precision, device),
         )  # fmt: skip
     weights = {"distill_loss": config.distill_loss, "distill_logits": config.distill_logits, "distill_blocks": blocks}
