@@ -65,9 +65,10 @@ def _fits(pattern: str, weight: Any) -> bool:
 
 
 def _kept(architecture: Architecture) -> Iterator[str]:
-    """What of the blocks no stage touches: linear layers that the table keeps, and parameters of two or more dimensions
-    that are no linear layer's."""
+    """What of the blocks no stage touches: linear layers that the table keeps, parameters of two or more dimensions
+    that are no linear layer's, and whole blocks that text does not run."""
     chosen = set(architecture.names())
+    yield from architecture.whole
     for block in architecture.blocks:
         for name, module in block.module.named_modules():
             full = f"{block.name}.{name}"
