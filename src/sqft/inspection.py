@@ -83,9 +83,7 @@ def _stages(live: Any, architecture: Architecture, shape: estimate.Shape, adapte
     """About what each takes here: as ``--dry-run`` estimates it."""
     speed = estimate.measure(live.dtype)
     steps, batch, length = TRAINED
-    sizes = [weight.shape for weight in architecture.weights() if weight.name in adapted]
-    config = TrainConfig(max_steps=steps, batch_size=batch)
-    tuned = shape._replace(adapted=sum(map(math.prod, sizes)), factors=config.r * sum(map(sum, sizes)))
+    tuned = estimate.adapted(shape, live, architecture, adapted, TrainConfig().r)
     tokens = steps * batch * length
     training = estimate.Cost(products=3 * estimate.forward(shape, tokens, length), memory=(
         shape.bytes + estimate.ADAM * tuned.factors + estimate.LOGITS * batch * length * shape.vocabulary))  # fmt: skip
