@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -47,7 +48,13 @@ _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 
 _LATENT = {"num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 16,
            "qk_rope_head_dim": 16, "v_head_dim": 16}  # fmt: skip
 _SEES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+_LATER = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+          "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 64, "sliding_window": 16}  # fmt: skip
 _ROTARY, _HEADS, _SLIDING = {"rotary_dim": 4}, {"head_dim": 16}, {"sliding_window": 16}
+_GEMMA3N = {**_GROUPED, **_HEADS, **_LATER, "intermediate_size": [128, 128, 64, 128], "laurel_rank": 8,
+            "altup_num_inputs": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}  # fmt: skip
+_GEMMA4 = {**_GROUPED, **_HEADS, **_LATER, "global_head_dim": 32, "attention_k_eq_v": True,
+           "num_global_key_value_heads": 1, "use_double_wide_mlp": True}  # fmt: skip
 MORE: dict[str, dict[str, object]] = {  # which go through all stages
     **dict.fromkeys(("gpt_neox", "persimmon", "biogpt", "falcon"), _WIDE),
     **dict.fromkeys(("stablelm", "starcoder2", "cohere", "olmo", "olmo2", "granite", "arcee", "apertus", "phi"), _GROUPED),
@@ -64,8 +71,9 @@ MORE: dict[str, dict[str, object]] = {  # which go through all stages
     "bamba": {**_GROUPED, **_STATE, "attn_layer_indices": [1]},
     "mamba2": {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1,
                "expand": 2, **_TOKENS},
-    "nemotron_h": {**_GROUPED, **_HEADS, "num_hidden_layers": 3, "hybrid_override_pattern": "M*-", "mamba_num_heads": 8,
-                   "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
+    "nemotron_h": {**_GROUPED, **_HEADS, "num_hidden_layers": 4, "hybrid_override_pattern": "M*-E", "mamba_num_heads": 8,
+                   "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "n_routed_experts": 4,
+                   "moe_intermediate_size": 64, "moe_latent_size": 64, "moe_shared_expert_intermediate_size": 64},
     **{name: {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2} for name in ("mixtral", "phimoe", "granitemoe")},
     "olmoe": {**_GROUPED, **_EXPERTS}, "qwen2_moe": {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {**_GROUPED, **_HEADS, **_EXPERTS, "mlp_only_layers": [0]},
@@ -89,7 +97,30 @@ MORE: dict[str, dict[str, object]] = {  # which go through all stages
     "llava": {"text_config": {**_GROUPED, **_HEADS, "model_type": "llama"}, "image_token_index": 5,
               "vision_config": {**_SEES, "patch_size": 14, "model_type": "clip_vision_model", "projection_dim": 32}},
     "lfm2": {**_GROUPED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mllama": {"text_config": {**_GROUPED, "num_hidden_layers": 3, "cross_attention_layers": [1],
+                               "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+               "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                                 "num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 64,
+                                 "image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0]},
+               "image_token_index": 5},
+    "gemma3n_text": _GEMMA3N,
+    "gemma3n": {"text_config": _GEMMA3N, "image_token_id": 5, "audio_token_id": 6,
+                "vision_config": {"architecture": "test_efficientnet", "hidden_size": 32, "vocab_size": 4,
+                                  "vocab_offset": VOCABULARY},
+                "audio_config": {"hidden_size": 32, "vocab_size": 4, "vocab_offset": VOCABULARY + 4, "input_feat_size": 16,
+                                 "conf_num_hidden_layers": 1, "conf_num_attention_heads": 2,
+                                 "sscp_conv_channel_size": [4, 4]}},
+    "gemma4_text": {**_GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+                    "moe_intermediate_size": 64},
+    "gemma4": {"text_config": _GEMMA4, "image_token_id": 5, "video_token_id": 6, "audio_token_id": 7,
+               "vision_config": {**_SEES, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4,
+                                 "position_embedding_size": 64, "pooling_kernel_size": 2}},
 }  # fmt: skip
+
+
+def here(family: str) -> bool:
+    """Whether a model of the family can be made: transformers takes what Gemma 3n sees with from timm."""
+    return family != "gemma3n" or find_spec("timm") is not None
 
 
 def pico_model(

@@ -65,9 +65,10 @@ def _fits(pattern: str, weight: Any) -> bool:
 
 
 def _kept(architecture: Architecture) -> Iterator[str]:
-    """What of the blocks no stage touches: linear layers that the table keeps, and parameters of two or more dimensions
-    that are no linear layer's."""
+    """What of the blocks no stage touches: linear layers that the table keeps, parameters of two or more dimensions
+    that are no linear layer's, and whole blocks that text does not run."""
     chosen = set(architecture.names())
+    yield from architecture.whole
     for block in architecture.blocks:
         for name, module in block.module.named_modules():
             full = f"{block.name}.{name}"
@@ -82,9 +83,7 @@ def _stages(live: Any, architecture: Architecture, shape: estimate.Shape, adapte
     """About what each takes here: as ``--dry-run`` estimates it."""
     speed = estimate.measure(live.dtype)
     steps, batch, length = TRAINED
-    sizes = [weight.shape for weight in architecture.weights() if weight.name in adapted]
-    config = TrainConfig(max_steps=steps, batch_size=batch)
-    tuned = shape._replace(adapted=sum(map(math.prod, sizes)), factors=config.r * sum(map(sum, sizes)))
+    tuned = estimate.adapted(shape, live, architecture, adapted, TrainConfig().r)
     tokens = steps * batch * length
     training = estimate.Cost(products=3 * estimate.forward(shape, tokens, length), memory=(
         shape.bytes + estimate.ADAM * tuned.factors + estimate.LOGITS * batch * length * shape.vocabulary))  # fmt: skip

@@ -76,7 +76,8 @@ _FAMILIES = {  # rows of models/tables.py that several types share
     "DEEPSEEK": ("deepseek_v2", "deepseek_v3"),
     **{name.upper(): (name,) for name in (
         "phi", "phi3", "opt", "xglm", "biogpt", "gpt_neox", "persimmon", "gptj", "codegen", "gpt_neo", "mpt",
-        "starcoder2", "falcon_h1", "bamba", "mamba2", "nemotron_h", "lfm2", "granitemoe", "qwen3_next", "jamba")},
+        "starcoder2", "falcon_h1", "bamba", "mamba2", "nemotron_h", "lfm2", "granitemoe", "qwen3_next", "jamba",
+        "mllama", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text")},
 }  # fmt: skip
 FAMILIES = Registry("model family", "sqft.families", {  # by config.model_type
     name: f"sqft.models.tables:{row}" for row, names in _FAMILIES.items() for name in names

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from pico import FAMILIES, pico_folder, pico_model, pico_tokenizer
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
 
 import sqft
@@ -340,6 +341,18 @@ def test_heads_of_all_families(family: str) -> None:
     exact = divergence(torch.zeros_like(gradient), seen.logits.flatten(0, 1)[at])
     torch.testing.assert_close((kl, gradient), exact, rtol=1e-4, atol=1e-6)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_blocks_of_several_streams_are_compared_token_by_token() -> None:
+    """AltUp's, one beside the other."""
+    model, ids = pico_model("gemma3n_text"), torch.arange(6).view(2, 3)
+    parts = Parts(model)
+    states: list[Tensor] = []
+    parts.blocks[0].register_forward_hook(lambda module, arguments, out: states.append(out))
+    with torch.no_grad(), parts.observed(blocks=True) as seen:
+        model(ids)
+    assert states[0].shape == (2, 2, 3, 64) and seen.blocks[0].shape == (2, 3, 128)
+    assert torch.equal(seen.blocks[0][1, 2], torch.cat([states[0][0, 1, 2], states[0][1, 1, 2]]))
 
 
 def test_teachers_that_do_not_fit(sparse: Path, dense: Path, uneven: list[sqft.Example], tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import AutoConfig
 import sqft
 from sqft.measuring.size import weight_bytes
 from sqft.models.dense import skeleton
+from sqft.models.discover import describe
 from sqft.planning import estimate
 from sqft.planning.estimate import Cost, Shape, Speed, batches, forward, shape_of
 
@@ -173,7 +176,9 @@ def test_a_masked_adapter_costs_one_product_more_and_with_dropout_three(tmp_path
     """The table of docs/sparse-peft.md, in products over the adapted weights."""
     AutoConfig.for_model("llama", hidden_size=1024, intermediate_size=4096).save_pretrained(tmp_path)
     shape = shape_of(skeleton(tmp_path))
-    shape = shape._replace(adapted=shape.weights, hidden=0, vocabulary=0)  # no head, no attention
+    shape = shape._replace(
+        adapted=shape.weights, adapted_active=shape.active, hidden=0, vocabulary=0
+    )  # no head, no attention
 
     def products(pipeline: str, **options: object) -> float:
         config = sqft.TrainConfig(adapter=pipeline, max_steps=1, batch_size=4, r=1, **options)  # type: ignore
@@ -185,6 +190,41 @@ def test_a_masked_adapter_costs_one_product_more_and_with_dropout_three(tmp_path
         found = (products("lora", **options), products("sparse-peft", **options),
                  products("sparse-peft", lora_dropout=0.1, **options))  # fmt: skip
         assert found == pytest.approx(costs, abs=0.05)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "jamba", "nemotron_h",
+                                    "gemma4_text", "llama4_text"])  # fmt: skip
+def test_of_experts_those_count_that_a_token_reaches(family: str) -> None:
+    """As counted in a forward; Llama 4's compute all tokens."""
+    model, counted = pico_model(family), []
+    shape, architecture = shape_of(model), describe(model)
+    experts = [weight for weight in architecture.weights() if ".experts." in weight.name]
+    for weight in experts:
+        count = partial(
+            lambda size, module, x: counted.append(size * x[0].numel() // x[0].shape[-1]), math.prod(weight.shape)
+        )
+        weight.module.register_forward_pre_hook(count)
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    others = shape.weights - sum(math.prod(weight.shape) for weight in experts)
+    assert sum(counted) == tokens.numel() * (shape.active - others)
+    assert (shape.active < shape.weights) == (family != "llama4_text")
+
+
+@pytest.mark.parametrize("adapter", ["lora", "sparse-peft", "sparse-full"])
+def test_more_experts_do_not_make_training_longer(adapter: str, monkeypatch) -> None:
+    """If as many as before compute a token."""
+    found = []
+    for count in (4, 16):
+        model = pico_model("mixtral", num_local_experts=count)
+        architecture = describe(model)
+        shape = estimate.adapted(shape_of(model), model, architecture, architecture.names(), 4)
+        config = sqft.TrainConfig(adapter=adapter, max_steps=1, batch_size=2)
+        found.append((cost_of_training(monkeypatch, shape, config, examples=2, tokens=48), shape))
+    (few, small), (many, large) = found
+    assert many.products == pytest.approx(few.products) and many.memory > few.memory
+    assert large.adapted == large.weights > 2 * small.weights and large.adapted_active == pytest.approx(small.active)
 
 
 def test_batches_count_padding() -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import FAMILIES, MORE, pico_folder, pico_model
-from support.families import go_through, tokens, zeros
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from pico import FAMILIES, MORE, here, pico_folder, pico_model
+from support.families import check_untouched, go_through, tokens, zeros
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 import sqft
 from sqft import registry
+from sqft.calibration.walker import walk
 from sqft.models import infer as module_of_infer
-from sqft.models.discover import _describe_block, describe
+from sqft.models.discover import Block, _describe_block, describe
 from sqft.models.experts import unstack
 from sqft.models.infer import infer
 from sqft.models.tables import Family
@@ -22,8 +23,14 @@ from sqft.models.tables import Family
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def params(*families: str) -> list:
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(not here(name), reason=f"{name} needs timm")) for name in families
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", MORE)
+@pytest.mark.parametrize("family", params(*MORE))
 def test_all_stages(family: str, tmp_path: Path, examples: list) -> None:
     """``go_through`` asserts at every stage; here, that it looked at all of the blocks."""
     found = go_through(family, tmp_path, tokens(), examples)
@@ -71,7 +78,7 @@ def test_what_peft_does_not_adapt_is_left_out_and_asking_for_it_is_an_error(exam
         sqft.attach(pico_model("mamba2"), sqft.SqftConfig(r=2, sparse_adapter=False, target_modules=["out_proj"]))
 
 
-EXPERTS = ("mixtral", "gpt_oss", "llama4_text", "deepseek_v3")
+EXPERTS = ("mixtral", "gpt_oss", "llama4_text", "deepseek_v3", "nemotron_h", "gemma4_text")
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -91,9 +98,15 @@ def test_experts_as_modules_compute_and_are_stored_as_before(family: str, tmp_pa
         assert torch.allclose(model(prompt).logits, logits, atol=1e-6)
 
 
-def test_transformers_loads_what_is_written_of_experts(tmp_path: Path, examples: list) -> None:
+@pytest.mark.parametrize("family, path, shape", [
+    ("qwen3_moe", "model.layers.1.mlp.experts.gate_up_proj", (4, 128, 64)),
+    ("nemotron_h", "model.layers.3.mixer.experts.up_proj", (4, 64, 64)),
+])  # fmt: skip
+def test_transformers_loads_what_is_written_of_experts(
+    family: str, path: str, shape: tuple, tmp_path: Path, examples: list
+) -> None:
     """And finds in its stacked parameters the zeros that the masks say, and the merged weights."""
-    pico_folder(tmp_path / "dense", "qwen3_moe")
+    pico_folder(tmp_path / "dense", family)
     sqft.sparsify(tmp_path / "dense", sqft.SparsifyConfig(method="magnitude"), out=tmp_path / "sparse")
     config = sqft.TrainConfig(max_steps=2, batch_size=4, r=2, learning_rate=0.02, target_modules=["*.experts.*_proj"])
     sqft.train(tmp_path / "sparse", config, examples, out=tmp_path / "adapter")
@@ -106,9 +119,8 @@ def test_transformers_loads_what_is_written_of_experts(tmp_path: Path, examples:
     prompt = torch.arange(24)[None]
     with torch.no_grad():
         assert torch.allclose(stock(prompt).logits, ours(prompt).logits, atol=1e-5)
-    path = "model.layers.1.mlp.experts.gate_up_proj"
     one, other = (model.get_parameter(path) for model in (before, stock))
-    assert one.shape == (4, 128, 64) and torch.equal(one == 0, other == 0) and not torch.equal(one, other)
+    assert one.shape == shape and torch.equal(one == 0, other == 0) and not torch.equal(one, other)
     assert abs(float((one == 0).float().mean()) - 0.5) < 0.01
 
 
@@ -163,14 +175,81 @@ def test_a_type_that_is_not_known_can_be_inferred_and_goes_through_all_stages(
     assert go_through(family, tmp_path, tokens(), examples)["row"] == "inferred"
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE])
+@pytest.mark.parametrize("family", params(*FAMILIES, *MORE))
 def test_inferring_finds_what_the_table_says(family: str) -> None:
-    """But for what makes a state, which no name tells."""
+    """But for what makes a state or mixes streams, and blocks that text does not run, which no name tells."""
     model = pico_model(family)
-    known = set(describe(model).names())
+    known, whole = set(describe(model).names()), describe(model).whole
     row = infer(model)
-    found = set(_inferred(model, row))
-    assert known <= found and all(name.endswith(("in_proj_ba", "x_proj", "dt_proj")) for name in found - known)
+    found = {name for name in _inferred(model, row) if not name.startswith(whole)}
+    untold = ("in_proj_ba", "x_proj", "dt_proj", "modality_router", "_coefs", "linear_left", "linear_right")
+    assert known <= found and all(name.endswith(untold) for name in found - known)
+
+
+class Inputs:
+    """A statistic that keeps what it is given."""
+
+    def __init__(self, name: str = "") -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def update(self, x: torch.Tensor) -> None:
+        self.seen.append(x.clone())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", "mllama", "nemotron_h"])
+def test_the_walk_gives_every_layer_the_input_that_it_has_in_the_changed_model(family: str) -> None:
+    """Where blocks take keys and values of earlier ones, or are passed over, too."""
+    model = pico_model(family)
+    architecture, found = describe(model), {}
+
+    def change(block: Block, statistics: dict) -> None:
+        for name, statistic in statistics.items():
+            found[name] = torch.cat(statistic.seen)
+            block.weights[name].write(block.weights[name].read() * 1.3)
+
+    blocks = walk(architecture, tokens(), 2, Inputs, change, "", torch.device("cpu"), sequential=True)
+    assert len(list(blocks)) == len(architecture.blocks)
+    expected = {weight.name: Inputs() for weight in architecture.weights()}
+    for weight in architecture.weights():
+        weight.module.register_forward_pre_hook(lambda _, x, to=expected[weight.name]: to.update(x[0]))
+    for batch in tokens().split(2):
+        model(batch)
+    assert found.keys() == {name for name, inputs in expected.items() if inputs.seen}
+    for name, x in found.items():
+        torch.testing.assert_close(x, torch.cat(expected[name].seen), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_attend_to_an_image_stay_and_see_it(tmp_path: Path, examples: list) -> None:
+    """They, the vision tower and the projector are what they were; the merged model sees as transformers' does."""
+    pico_folder(tmp_path / "dense", "mllama")
+    sqft.sparsify(tmp_path / "dense", sqft.SparsifyConfig(pattern="2:4"), tokens(), out=tmp_path / "sparse")
+    config = sqft.TrainConfig(max_steps=2, batch_size=4, r=2, learning_rate=0.02, target_modules=["all"])
+    sqft.train(tmp_path / "sparse", config, examples, out=tmp_path / "adapter")
+    sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")
+    merged, dense = sqft.load(tmp_path / "merged")[0].eval(), sqft.load(tmp_path / "dense")[0]
+    check_untouched(dense, merged)
+    whole = describe(merged).whole
+    assert whole == ("model.language_model.layers.1",) and not any(
+        name.startswith(whole) for name in describe(merged).names()
+    )
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    torch.manual_seed(0)
+    image = {"pixel_values": torch.randn(1, 1, 4, 3, 28, 28), "aspect_ratio_ids": torch.tensor([[1]]),
+             "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
+             "cross_attention_mask": torch.tensor([1, 0, 0, 0]).expand(1, 24, 1, 4)}  # fmt: skip
+    prompt = torch.arange(10, 34)[None]
+    with torch.no_grad():
+        seen, blind = merged(prompt, **image).logits, merged(prompt).logits
+        assert torch.equal(seen, stock(prompt, **image).logits) and not torch.allclose(seen, blind, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["gptaq", "repair"])
+def test_experts_are_not_paired_with_the_unchanged_model(method: str) -> None:
+    """Its tokens go to other experts: refused before any work."""
+    options = {"method": "gptaq"} if method == "gptaq" else {"repair": "layer"}
+    with pytest.raises(sqft.errors.UsageError, match="has experts"):
+        sqft.quantize(pico_model("mixtral"), sqft.QuantizeConfig(group_size=32, **options), tokens())
 
 
 def _inferred(model: torch.nn.Module, row: Family) -> list[str]:

@@ -12,7 +12,9 @@ from sqft.evaluation.choices import choose, encode_pair, likelihoods
 from sqft.tasks.base import Example
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, "gemma3n_text", "gemma4_text", "mllama", "nemotron_h", "lfm2", "falcon_h1"]
+)
 def test_log_likelihoods_equal_a_forward_of_each_row(family: str) -> None:
     """Contexts of other lengths than their neighbours', longer than a sliding window too; one and more options."""
     model, draw = pico_model(family), random.Random(0)

@@ -14,7 +14,8 @@ import sqft
 from sqft.models.discover import CONVOLUTIONS, describe
 from sqft.models.weights import is_linear
 
-KEPT = ("shared_expert_gate", "dt_proj", "x_proj", "in_proj_ba")  # gates, and what makes a state
+KEPT = ("shared_expert_gate", "dt_proj", "x_proj", "in_proj_ba", "router.proj", "modality_router", "prediction_coefs",
+        "correction_coefs", "linear_left", "linear_right")  # gates, what makes a state, AltUp, LAuReL  # fmt: skip
 WIDE = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -41,6 +42,14 @@ def matrices(model: Any) -> Iterator[Tensor]:
 def zeros(model: Any) -> float:
     found = list(matrices(model))
     return sum(int((w == 0).sum()) for w in found) / sum(w.numel() for w in found)
+
+
+def check_untouched(dense: Any, merged: Any) -> None:
+    """All that is no weight of the blocks, what a model sees with included, is what it was, bit for bit."""
+    changed = {f"{name}.weight" for name in describe(merged).names()}
+    before, after = (dict((*model.named_parameters(), *model.named_buffers())) for model in (dense, merged))
+    kept = [name for name in before if name not in changed]
+    assert len(kept) > 2 and all(torch.equal(before[name], after[name]) for name in kept)
 
 
 def go_through(family: str, folder: Path, tokens: Tensor, examples: list[sqft.Example]) -> dict[str, Any]:
@@ -73,14 +82,16 @@ def go_through(family: str, folder: Path, tokens: Tensor, examples: list[sqft.Ex
     for adapter, merged in (("found", "merged"), ("int4-qa-sparse-peft", "merged-int4")):
         metrics = sqft.merge(folder / adapter, out=folder / merged)
         assert metrics["zeros_kept"] == 1.0 and metrics["max_logit_difference"] < 1e-4
-    assert zeros(sqft.load(folder / "merged")[0]) == told["sparsity"]
+    live = sqft.load(folder / "merged")[0]
+    assert zeros(live) == told["sparsity"]
+    check_untouched(sqft.load(folder / "dense")[0], live)
     for merged in ("merged", "merged-int4"):
         assert sqft.generate(folder / merged, "hello", sqft.GenerateConfig(max_new_tokens=4))["tokens"] >= 1
     blocks = describe(sparse)
     kinds = {type(w.module).__name__ for w in blocks.weights()}
     return {"row": blocks.family.name, "blocks": blocks.family.blocks, "layers": sorted(kinds - {"Linear"}),
             "weights": [len(block.weights) for block in blocks.blocks], "differ": bool(blocks.family.either),
-            "sparsity": told["sparsity"], "convolutions": any(isinstance(m, nn.Conv1d) for m in sparse.modules()),
+            "sparsity": told["sparsity"], "convolutions": any(isinstance(m, nn.Conv1d) for block in blocks.blocks for m in block.module.modules()),
             "experts": any(".experts." in name for name in blocks.names()), "sees": hasattr(sparse.config, "vision_config"),
             "parameters": sum(w.numel() for w in matrices(sparse))}  # fmt: skip
 

@@ -26,7 +26,7 @@ def test_a_model_of_70_b_parameters_without_weights(tmp_path: Path, capsys: pyte
     assert "model.layers.*.mlp.down_proj" in printed and "Group sizes that fit: 32, 64, 128, a row" in printed
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "jamba", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "jamba", "gpt2", "mllama", "gemma3n_text"])
 def test_what_it_says_is_what_the_stages_do(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pico_folder(tmp_path / "m", family)
     assert main(["inspect", str(tmp_path / "m"), "--json"]) == 0
@@ -45,7 +45,8 @@ def test_what_it_says_is_what_the_stages_do(family: str, tmp_path: Path, capsys:
         else:
             with pytest.raises(sqft.errors.UsageError):
                 sqft.sparsify(pico_model(family), config)
-    kept = {"qwen3_moe": "mlp.gate.weight", "jamba": "mamba.dt_proj.weight"}.get(family)
+    kept = {"qwen3_moe": "mlp.gate.weight", "jamba": "mamba.dt_proj.weight", "mllama": "language_model.layers.1",
+            "gemma3n_text": "laurel.linear_left.weight"}.get(family)  # fmt: skip
     assert not found["kept"] if kept is None else any(name.endswith(kept) for name in found["kept"])
     assert all(stage["seconds"] > 0 and stage["memory_bytes"] > 0 for stage in found["stages"])
 

@@ -87,6 +87,10 @@ class Pass(ABC):
         model. Nothing for a method without calibration."""
         if self.method.needs is None and not self.paired:
             return
+        if self.paired and any(".experts." in name for name in architecture.names()):
+            what = f"repair {self.config.repair}" if self.repairs else self.config.method
+            raise UsageError(f"the model has experts, and {what} compares each layer's inputs with the un-changed "
+                             "model's, of which other tokens go to them: leave it out")  # fmt: skip
         if tokens is None:
             if tokenizer is None:
                 raise UsageError("calibration text needs a tokenizer: pass tokenizer=..., or token ids as calibration")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sqft.errors import UsageError
@@ -74,7 +74,10 @@ def likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: 
     are what greedy decoding gives.
 
     Rows that share the tokens before those n share their forward pass: a question is read once for all its options.
+    What a model with convolutions remembers is a state, which is not given to several rows: it reads each as a whole.
     """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    score = _score_whole if any(isinstance(m, nn.Conv1d) for m in core.get_decoder().modules()) else _score
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, (tokens, n) in enumerate(pairs):
         groups.setdefault(tuple(tokens[:-n]), []).append(i)
@@ -87,7 +90,7 @@ def likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: 
                 batch.append(ordered.pop())
                 size += len(batch[-1][1])
             members = [i for _, group in batch for i in group]
-            values = _score([prefix for prefix, _ in batch], [[pairs[i] for i in group] for _, group in batch], model)
+            values = score([prefix for prefix, _ in batch], [[pairs[i] for i in group] for _, group in batch], model)
             for i, value in zip(members, values, strict=True):
                 scores[i] = value
             bar.update(size)
@@ -116,6 +119,22 @@ def _score(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], i
         values += (picked * kept).double().sum(1)
         greedy &= ((logits.argmax(-1) == targets) | (kept == 0)).all(1)
     return list(zip(values.tolist(), greedy.tolist(), strict=True))
+
+
+def _score_whole(prefixes: list[tuple[int, ...]], groups: list[list[tuple[list[int], int]]],
+                 model: Any) -> list[tuple[float, bool]]:  # fmt: skip
+    """The same by a forward of every row, padded on the right, where nothing that counts sees it."""
+    rows = [row for group in groups for row in group]
+    tokens = padded([whole for whole, _ in rows], 0).to(input_device(model))
+    kept = tokens.shape[1] - min(len(whole) - n for whole, n in rows) + 1
+    logits = model(input_ids=tokens, use_cache=False, logits_to_keep=kept).logits[:, :-1].float().log_softmax(-1)
+    found = []
+    for (whole, n), logits_TV in zip(rows, logits, strict=True):
+        start = len(whole) - n - (tokens.shape[1] - kept) - 1
+        of_row, targets = logits_TV[start : start + n], torch.tensor(whole[-n:], device=tokens.device)
+        greedy = bool((of_row.argmax(-1) == targets).all())
+        found.append((float(of_row.gather(-1, targets[:, None]).double().sum()), greedy))
+    return found
 
 
 def _forward(model: Any, tokens: Tensor, mask: Tensor, cache: Any) -> Any:

@@ -31,11 +31,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model keeps what sqft works on. ``backbone`` runs embeddings and blocks, without the head."""
+    """Where a model keeps what sqft works on. ``backbone`` runs embeddings and blocks, without the head; ``whole`` are
+    the paths of blocks that text does not run, and that stay as they are."""
 
     family: Family
     backbone: nn.Module
     blocks: tuple[Block, ...]
+    whole: tuple[str, ...] = ()
 
     def weights(self) -> Iterator[Weight]:
         """The linear weights of all blocks, in execution order."""
@@ -75,11 +77,13 @@ def describe(model: nn.Module) -> Architecture:
             f"{type(model).__name__} has no '{family.blocks}': load it as a causal language model"
         ) from None
     assert isinstance(modules, nn.ModuleList)
-    blocks = tuple(_describe_block(family, f"{family.blocks}.{i}", module) for i, module in enumerate(modules))
+    paths = {f"{family.blocks}.{i}": module for i, module in enumerate(modules)}
+    whole = [path for path, module in paths.items() if hasattr(module, family.cross_attention or " ")]
+    blocks = tuple(_describe_block(family, path, module) for path, module in paths.items() if path not in whole)
     backbone = getattr(model, str(model.base_model_prefix), None)
     if not isinstance(backbone, nn.Module):
         backbone = model.get_submodule(family.blocks.rpartition(".")[0])
-    return Architecture(family, backbone, blocks)
+    return Architecture(family, backbone, blocks, tuple(whole))
 
 
 def _describe_block(family: Family, path: str, module: nn.Module) -> Block:

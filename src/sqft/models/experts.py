@@ -9,7 +9,8 @@ Shape letters: E experts, T tokens, O output features, I input features, K exper
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,23 +18,26 @@ from torch import Tensor, nn
 
 from sqft.models.weights import put_module
 
-LEAVES = ("gate_up_proj", "down_proj")
+LEAVES = ("gate_up_proj", "down_proj"), ("up_proj", "down_proj")  # gated, and not (Nemotron-H)
+A_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")  # configurations' names of K
 
 
 class Experts(nn.Module):
-    """Stands for transformers' experts: ``0.gate_up_proj``, ``0.down_proj``, ``1.gate_up_proj`` and so on.
+    """Stands for transformers' experts: ``0.gate_up_proj``, ``0.down_proj``, ``1.gate_up_proj`` and so on, by the names
+    that ``leaves`` has.
 
     ``rules`` is what it stands for, without parameters: how gate and up become one.
     """
 
-    def __init__(self, stacked: Any) -> None:
+    def __init__(self, stacked: Any, leaves: tuple[str, str]) -> None:
         super().__init__()
-        first = stacked.gate_up_proj
+        self.leaves = leaves
+        first = getattr(stacked, leaves[0])
         self.count = first.shape[0]
         self.transposed = bool(getattr(stacked, "is_transposed", first.shape[2] > first.shape[1]))
         for index in range(self.count):
             expert = nn.Module()
-            for leaf in LEAVES:
+            for leaf in leaves:
                 expert.add_module(leaf, _linear(stacked, leaf, index, self.transposed))
             self.add_module(str(index), expert)
         for name in list(stacked._parameters):
@@ -42,11 +46,18 @@ class Experts(nn.Module):
         self.register_state_dict_post_hook(_stack)
         self.register_load_state_dict_pre_hook(_split)
 
+    @property
+    def routes(self) -> bool:
+        """Whether an expert computes its own tokens only, not all of them (Llama 4)."""
+        return len(inspect.signature(type(self.rules).forward).parameters) > 2  # itself, x, the index
+
     def linears(self, leaf: str) -> list[Any]:
         return [self.get_submodule(f"{index}.{leaf}") for index in range(self.count)]
 
     def _expert(self, index: int, x_TI: Tensor) -> Tensor:
         expert: Any = self.get_submodule(str(index))
+        if self.leaves[0] == "up_proj":
+            return expert.down_proj(self.rules.act_fn(expert.up_proj(x_TI)))
         both = expert.gate_up_proj(x_TI)
         if hasattr(self.rules, "_apply_gate"):
             return expert.down_proj(self.rules._apply_gate(both))
@@ -85,10 +96,22 @@ def _linear(stacked: Any, leaf: str, index: int, transposed: bool) -> nn.Linear:
 def unstack(model: nn.Module) -> nn.Module:
     """Exchanges every layer's experts in place; the model computes what it did, but for the order of sums."""
     for name, module in list(model.named_modules()):
-        if all(getattr(module._parameters.get(leaf), "ndim", 0) == 3 for leaf in LEAVES):
-            experts = Experts(module)
-            put_module(model, name, experts.train(module.training))
+        for leaves in LEAVES:
+            if all(getattr(module._parameters.get(leaf), "ndim", 0) == 3 for leaf in leaves):
+                put_module(model, name, Experts(module, leaves).train(module.training))
     return model
+
+
+def shares_of_tokens(model: Any, names: Iterable[str]) -> dict[str, float]:
+    """Of each weight the share of the tokens that reach it: of an expert's K / E, on average, unless the layer gives
+    all tokens to all experts (Llama 4); of all others 1."""
+    config, shares = model.config.get_text_config(), {}
+    taken = next((value for name in A_TOKEN if (value := getattr(config, name, None))), None)
+    for name in names:
+        path, expert, _ = name.partition(".experts.")
+        experts = model.get_submodule(f"{path}.experts") if expert and taken else None
+        shares[name] = taken / experts.count if isinstance(experts, Experts) and experts.routes else 1.0
+    return shares
 
 
 def planned(model: nn.Module, tensors: Mapping[str, Tensor], packed: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -106,9 +129,9 @@ def planned(model: nn.Module, tensors: Mapping[str, Tensor], packed: Mapping[str
 def _stack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """A state dict's experts as transformers has them, if all are plain linear layers."""
     assert isinstance(module, Experts)
-    for leaf in LEAVES:
+    for leaf in module.leaves:
         keys = {"weight": leaf, "bias": f"{leaf}_bias"}
-        if not all(type(linear) is nn.Linear for each in LEAVES for linear in module.linears(each)):
+        if not all(type(linear) is nn.Linear for each in module.leaves for linear in module.linears(each)):
             return
         for part, name in keys.items():
             slices = [state.pop(key) for i in range(module.count) if (key := f"{prefix}{i}.{leaf}.{part}") in state]
@@ -131,7 +154,7 @@ def _together(slices: list[Tensor]) -> Tensor:
 def _split(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Inverse of ``_stack``."""
     assert isinstance(module, Experts)
-    for leaf in LEAVES:
+    for leaf in module.leaves:
         for part, name in (("weight", leaf), ("bias", f"{leaf}_bias")):
             if (whole := state.pop(prefix + name, None)) is not None:
                 for i, each in enumerate(whole.mT if part == "weight" and module.transposed else whole):

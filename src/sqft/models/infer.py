@@ -47,7 +47,7 @@ def infer(model: nn.Module) -> Family:
         {name: m for name, m in block.named_modules() if is_linear(m)} for block in model.get_submodule(best).children()
     ]
     where = _where(blocks)
-    kept = tuple(name for name in where if name.rpartition(".")[2] in ROUTES)
+    kept = tuple(name for name in where if not set(ROUTES).isdisjoint(name.split(".")))
     whole = tuple(range(len(blocks)))
     parts: dict[tuple[int, ...], list[str]] = {}
     for name, places in where.items():

@@ -18,7 +18,8 @@ class Family:
 
     ``targets`` are the names of the modules that adapters go to by default: the paper's q, k, v, up and down, or what
     holds them where a family fuses them. ``fused`` maps a usual name to the module that holds it here. ``banned`` are
-    modules that PEFT does not adapt.
+    modules that PEFT does not adapt. ``cross_attention`` is the module by which some blocks attend to an image: text
+    does not run these blocks, and they stay whole.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Family:
     either: tuple[tuple[str, ...], ...] = ()
     banned: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    cross_attention: str = ""
 
 
 ATTENTION_INPUTS: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")  # they share a rank, where ranks are elastic
@@ -46,6 +48,7 @@ _FC_NAMES = {"up_proj": "fc1", "down_proj": "fc2"}
 
 LLAMA = Family("llama", "model.layers", _ATTENTION + _GATED, _USUAL)
 VISION = replace(LLAMA, name="vision-language", blocks="model.language_model.layers")  # not what it sees with
+MLLAMA = replace(VISION, name="mllama", cross_attention="cross_attn")
 UNGATED = Family("ungated", "model.layers", _ATTENTION + _GATED[1:], _USUAL)
 STARCODER2 = Family(
     "starcoder2", "model.layers", _ATTENTION + _in("mlp", "c_fc", "c_proj"), (*ATTENTION_INPUTS, "c_fc", "c_proj"),
@@ -120,7 +123,8 @@ MAMBA2 = Family(
 NEMOTRON_H = Family(
     "nemotron_h", "model.layers", (), ("in_proj", *_USUAL), banned=("mixer.out_proj",),
     either=(_in("mixer", "in_proj", "out_proj"), _in("mixer", *ATTENTION_INPUTS, "o_proj"),
-            _in("mixer", "up_proj", "down_proj")),
+            _in("mixer", "up_proj", "down_proj"), _in("mixer", "fc1_latent_proj", "fc2_latent_proj"),
+            _in("mixer.experts.*", "up_proj", "down_proj"), _in("mixer.shared_experts", "up_proj", "down_proj")),
 )  # fmt: skip
 LFM2 = Family(
     "lfm2", "model.layers", _in("feed_forward", "w1", "w3", "w2"), ("in_proj", *ATTENTION_INPUTS, "w3", "w2"),
@@ -158,3 +162,20 @@ JAMBA = Family(
     either=(_MAMBA, _ATTENTION, _FORWARD, _in("feed_forward.experts.*", "gate_up_proj", "down_proj")),
     kept=("mamba.x_proj", "mamba.dt_proj", "feed_forward.router"),
 )  # fmt: skip
+
+# Later blocks take keys and values of earlier ones; every block takes a vector of its own for each token. What mixes
+# AltUp's streams routes; LAuReL's factors, a quarter of a percent of a block, have a rank (64) below a usual group.
+GEMMA3N_TEXT = Family(
+    "gemma3n", "model.layers",
+    _in("self_attn", "q_proj", "o_proj") + _GATED + ("per_layer_input_gate", "per_layer_projection"), _USUAL,
+    either=(_in("self_attn", "k_proj", "v_proj"),),
+    kept=(*_in("altup", "modality_router", "prediction_coefs", "correction_coefs"),
+          *_in("laurel", "linear_left", "linear_right")),
+)  # fmt: skip
+GEMMA4_TEXT = Family(  # in blocks of full attention values may be the keys; beside the MLP, experts
+    "gemma4", "model.layers", _in("self_attn", "q_proj", "o_proj") + _GATED, _EXPERT_TARGETS,
+    either=(_in("self_attn", "k_proj"), _in("self_attn", "v_proj"), _in("experts.*", "gate_up_proj", "down_proj"),
+            ("per_layer_input_gate", "per_layer_projection")),
+    kept=("router.proj",),
+)  # fmt: skip
+GEMMA3N, GEMMA4 = (replace(row, blocks=VISION.blocks) for row in (GEMMA3N_TEXT, GEMMA4_TEXT))

@@ -8,7 +8,7 @@ A stage's function has its name and takes (the model, its options).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from torch.utils.benchmark import Timer
 from sqft.calibration.statistics import is_paired
 from sqft.config import EvaluateConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
 from sqft.kernels.dispatch import pick_device, product
-from sqft.models.discover import describe
+from sqft.models.discover import Architecture, describe
+from sqft.models.experts import shares_of_tokens
 from sqft.planning.workload import Lengths, of_problems, of_text, of_training
 from sqft.registry import KINDS, QUANTIZERS
 
@@ -38,30 +39,45 @@ LOGITS = 20  # bytes a logit while training: five copies in float32
 
 class Shape(NamedTuple):
     """A model as a stage meets it. ``bytes`` are those of all parameters as they are stored, ``itemsize`` those of one
-    as a float. ``weights`` counts those of the blocks' linear layers, ``inputs`` the features that each of these reads,
-    ``adapted`` the weights that have an adapter, ``factors`` the adapter's own at its largest rank."""
+    as a float. ``weights`` counts those of the blocks' linear layers, ``active`` those that a token is multiplied with,
+    ``inputs`` the features that each layer reads and the share of the tokens that reach it. ``adapted`` counts the
+    weights that have an adapter, ``adapted_active`` those of them that a token is multiplied with, ``factors`` the
+    adapter's own at its largest rank."""
 
     parameters: int
     bytes: float
     itemsize: int
     weights: int
-    inputs: list[int]
+    active: float
+    inputs: list[tuple[int, float]]
     layers: int
     hidden: int
     vocabulary: int
     packed: bool = False
     gguf: bool = False
     adapted: int = 0
+    adapted_active: float = 0
     factors: int = 0
 
 
 def shape_of(model: Any) -> Shape:
     """The sizes of a float model, live or a skeleton."""
-    config, architecture = model.config.get_text_config(), describe(model)
-    sizes, itemsize = [weight.shape for weight in architecture.weights()], model.dtype.itemsize
-    parameters, weights = sum(p.numel() for p in model.parameters()), sum(map(math.prod, sizes))
-    return Shape(parameters, parameters * itemsize, itemsize, weights, [inputs for _, inputs in sizes],
-                 len(architecture.blocks), config.hidden_size, config.vocab_size)  # fmt: skip
+    config, architecture, itemsize = model.config.get_text_config(), describe(model), model.dtype.itemsize
+    parameters, shares = sum(p.numel() for p in model.parameters()), shares_of_tokens(model, architecture.names())
+    sizes = {weight.name: weight.shape for weight in architecture.weights()}
+    return Shape(parameters, parameters * itemsize, itemsize, sum(map(math.prod, sizes.values())),
+                 sum(shares[name] * math.prod(size) for name, size in sizes.items()),
+                 [(inputs, shares[name]) for name, (_, inputs) in sizes.items()], len(architecture.blocks),
+                 config.hidden_size, config.vocab_size)  # fmt: skip
+
+
+def adapted(shape: Shape, model: Any, architecture: Architecture, names: Collection[str], rank: int) -> Shape:
+    """With an adapter of a rank on each of these weights."""
+    shares = shares_of_tokens(model, names)
+    sizes = {weight.name: weight.shape for weight in architecture.weights() if weight.name in shares}
+    return shape._replace(
+        adapted=sum(map(math.prod, sizes.values())), factors=rank * sum(map(sum, sizes.values())),
+        adapted_active=sum(shares[name] * math.prod(size) for name, size in sizes.items()))  # fmt: skip
 
 
 class Speed(NamedTuple):
@@ -112,7 +128,7 @@ class Cost:
 
 def forward(shape: Shape, tokens: float, length: float, head: bool = True) -> float:
     """FLOPs of a forward pass over sequences of ``length`` tokens each."""
-    weights = shape.weights + (shape.vocabulary * shape.hidden if head else 0)
+    weights = shape.active + (shape.vocabulary * shape.hidden if head else 0)
     return 2 * tokens * (weights + 2 * length * shape.hidden * shape.layers)
 
 
@@ -126,7 +142,7 @@ def _compress(shape: Shape, config: SparsifyConfig | QuantizeConfig, passes: int
     layer, and a block's weights once more with what is reckoned of them in float32."""
     blind = config.method in ("magnitude", "rtn") or getattr(config, "mask", None)
     tokens = 0 if blind and config.repair == "none" else config.samples * config.length
-    seen = tokens * (shape.hidden + max(shape.inputs)) * shape.itemsize
+    seen = tokens * (shape.hidden + max(shape.inputs)[0]) * shape.itemsize
     return Cost(products=passes * forward(shape, tokens, config.length, head=False),
                 memory=shape.bytes + seen + 24 * shape.weights / shape.layers)  # fmt: skip
 
@@ -149,8 +165,9 @@ def quantize(shape: Shape, config: QuantizeConfig) -> Cost:
     if config.method == "rtn":
         return cost
     products = 3 if paired else 1  # of the inputs: of a symmetric one half is computed
-    hessians = sum(products * config.samples * config.length * i**2 + FACTORIZE * i**3 for i in shape.inputs)
-    return cost + Cost(float32=hessians, fixed=COLUMN * sum(shape.inputs))
+    tokens = products * config.samples * config.length
+    hessians = sum(tokens * share * i**2 + FACTORIZE * i**3 for i, share in shape.inputs)
+    return cost + Cost(float32=hessians, fixed=COLUMN * sum(inputs for inputs, _ in shape.inputs))
 
 
 def batches(lengths: Lengths, config: TrainConfig) -> tuple[float, float, float]:
@@ -173,12 +190,12 @@ def train(shape: Shape, config: TrainConfig) -> Cost:
     built = UNPACK * shape.weights * shape.packed
     kind = KINDS[config.adapter]
     if kind.masked:  # the gradient of the whole weight; with dropout the adapter has its own products
-        products += 2 * tokens * shape.adapted * (1 + passes * (config.lora_dropout > 0))
+        products += 2 * tokens * shape.adapted_active * (1 + passes * (config.lora_dropout > 0))
         built = 0 if kind.whole else BUILD[shape.packed] * shape.adapted
     times = 3 if config.distill_ranks else 1  # sub-adapters a step
     looks = bool(config.distill) / (config.epochs if config.distill_cache else 1)  # of a teacher of the model's size
     products = times * products + looks * forward(shape, tokens, longest)
-    saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * max(shape.inputs)
+    saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * max(shape.inputs)[0]
     a_token = shape.layers * saved * shape.itemsize + LOGITS * shape.vocabulary
     held = shape.itemsize * (shape.adapted * bool(config.base) + shape.parameters * bool(config.distill))
     held += (ADAM - shape.itemsize) * shape.adapted if kind.whole else 0

@@ -4,7 +4,6 @@ are the same errors as in the run itself, only earlier. Nothing is loaded, every
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from sqft.adapters.groups import make_groups
@@ -12,7 +11,7 @@ from sqft.compressing.passes import patterns, quantized_bytes, quantized_layers
 from sqft.formats.checkpoint import is_packed_folder
 from sqft.models.dense import DTYPES, locate, skeleton
 from sqft.models.discover import describe, resolve_targets
-from sqft.planning.estimate import Shape, load, measure, shape_of
+from sqft.planning.estimate import Shape, adapted, load, measure, shape_of
 from sqft.planning.workload import NotHere
 from sqft.recipe import Step
 from sqft.registry import KINDS
@@ -64,10 +63,9 @@ class Walk:
             if not self.packed:
                 check_kind(self.model, KINDS[config.adapter], step.source)
             if KINDS[config.adapter].whole:
-                return shape._replace(adapted=shape.weights)
+                return shape._replace(adapted=shape.weights, adapted_active=shape.active)
             names = resolve_targets(self.architecture, config.target_modules)
             choices = config.search_space or [0 if KINDS[config.adapter].scales_only else config.r]
             make_groups(names, config.rank_groups, choices)
-            sizes = [weight.shape for weight in self.architecture.weights() if weight.name in names]
-            return shape._replace(adapted=sum(map(math.prod, sizes)), factors=max(choices) * sum(map(sum, sizes)))
+            return adapted(shape, self.model, self.architecture, names, max(choices))
         return shape

@@ -17,7 +17,8 @@ from sqft.registry import FAMILIES
 
 @dataclass
 class Seen:
-    """Of one forward: each block's output [N, T, H], what the head gets [N, T, H], the logits if they were made."""
+    """Of one forward: each block's output [N, T, H] (S H, where it has S streams), what the head gets [N, T, H], the
+    logits if they were made."""
 
     blocks: list[Tensor] = field(default_factory=list)
     hidden: Tensor | None = None
@@ -73,7 +74,10 @@ class Parts:
         seen = Seen()
 
         def block(module: Any, arguments: Any, out: Any) -> None:
-            seen.blocks.append(out[0] if isinstance(out, tuple) else out)
+            states = out[0] if isinstance(out, tuple) else out
+            if states.dim() == 4:  # of AltUp several streams [S, N, T, H]
+                states = states.permute(1, 2, 0, 3).flatten(2)
+            seen.blocks.append(states)
 
         def backbone(module: Any, arguments: Any, out: Any) -> None:
             seen.hidden = out[0]
