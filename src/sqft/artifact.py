@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from typing import Any
 from sqft.errors import SqftError, UsageError
 from sqft.keys import FORMAT, MANIFEST, contents_key, file_digest, folder_key, stage_key
 from sqft.options import recorded
+from sqft.processes import alone, is_main_process
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _VERSIONED = ("sqft", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -70,7 +70,7 @@ class Writing:
     @property
     def folder(self) -> Path:
         """A temporary folder beside the final one, made when it is first asked for. Raises SqftError."""
-        assert self.out is not None, "nothing is written"
+        assert self.out is not None and is_main_process(), "nothing is written"
         if self._temporary is None:
             parent = self.out.absolute().parent
             try:
@@ -80,13 +80,14 @@ class Writing:
                 raise SqftError(f"cannot write to {self.out}: {error.strerror}") from None
         return self._temporary
 
-    def finish(self) -> None:
-        """Writes the manifest and puts the folder in its place; only the main process does."""
-        if self.out is not None and is_main_process():
+    def finish(self) -> dict[str, Any]:
+        """Writes the manifest and puts the folder in its place. Returns the metrics."""
+        if self.out is not None:
             write_manifest(self.folder, self.manifest)
             os.chmod(self.folder, 0o755)
             _synchronize(self.folder)
             replace_folder(self.folder, self.out)
+        return self.metrics
 
     def discard(self) -> None:
         if self._temporary is not None:
@@ -97,7 +98,8 @@ class Writing:
 def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "", *, base: str | Path = "",
           given: Mapping[str, Any] | None = None, key: str = "",
           overwrite: bool = False) -> Iterator[Writing]:  # fmt: skip
-    """Everything around a stage's work: output check, clock, temporary folder, key, parent, manifest, rename.
+    """Everything around a stage's work: output check, clock, temporary folder, key, parent, manifest, rename. Of
+    several processes only the main one may write to the folder, and all leave with its metrics.
 
     Args:
         config: the stage's options (a config dataclass), or None: then the result is identified by its contents.
@@ -124,7 +126,7 @@ def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "
     try:
         yield writing
         writing.metrics.setdefault("seconds", round(time.perf_counter() - started, 2))
-        writing.finish()
+        writing.metrics.update(alone(writing.finish))
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -137,13 +139,6 @@ def _folders(config: Any) -> list[str]:
     """The folders that a config's options name."""
     specs = dataclasses.fields(config) if config is not None else ()
     return [getattr(config, spec.name) or "" for spec in specs if spec.metadata.get("kind") == "folder"]
-
-
-def is_main_process() -> bool:
-    """Whether this process writes: the only one, or the first of a distributed run."""
-    torch = sys.modules.get("torch")  # a process that has not imported it is alone
-    distributed = getattr(torch, "distributed", None)
-    return not (distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -231,7 +226,10 @@ def check_output(out: str | Path, overwrite: bool = False, inputs: Iterable[str 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it. Raises SqftError if it cannot be written."""
+    """Writes a file under a temporary name and renames it; only the main process does. Raises SqftError if it cannot be
+    written."""
+    if not is_main_process():
+        return
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import sqft
+from sqft import processes
+from sqft.artifact import write_text
 from sqft.config import DATA_DIR, TASK, QuantizeConfig
 from sqft.console import Patient, describe, note, quiet
 from sqft.deployment import BenchConfig, GenerateConfig, ServeConfig
@@ -154,10 +157,10 @@ def _positional(sub: argparse.ArgumentParser, **names: str) -> None:
 def _stage(arguments: argparse.Namespace) -> dict[str, Any]:
     row = STAGES[arguments.command]
     config = read_flags(arguments, row.config)
+    given = {"out": arguments.out, "overwrite": arguments.overwrite}
     if arguments.then is not None:
-        return sqft.quantize(arguments.source, arguments.then, first=config, out=arguments.out,
-                             overwrite=arguments.overwrite)  # fmt: skip
-    return row.function(arguments.source, config, out=arguments.out, overwrite=arguments.overwrite)
+        row, config, given = STAGES["quantize"], arguments.then, {**given, "first": config}
+    return row.perform(lambda: row.function(arguments.source, config, **given), _say)
 
 
 def _split_then(arguments: Sequence[str]) -> tuple[list[str], QuantizeConfig | None]:
@@ -243,7 +246,7 @@ def _say(text: str) -> None:
 
 
 def _tabulate(table: Any, output: Path, arguments: argparse.Namespace) -> None:
-    (output / "table.md").write_text(table.markdown(), encoding="utf-8")
+    write_text(output / "table.md", table.markdown())
     if not arguments.json:
         table.show()
 
@@ -332,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(given: list[str]) -> int:
-    verbose = False
+    verbose, told = False, sys.stderr
     try:
         if given[:1] == ["lm-eval"]:  # its flags are its own
             from sqft.evaluation.harness import lm_eval_command
@@ -354,13 +357,19 @@ def _main(given: list[str]) -> int:
             from sqft.models.infer import allow
 
             allow()
-        _print(parsed, parsed.function(parsed))
+        with processes.joined() if parsed.command != "ls" else contextlib.nullcontext():
+            together = parsed.function in (_stage, _run, _compare)
+            _print(parsed, parsed.function(parsed) if together else processes.alone(lambda: parsed.function(parsed)))
         return 0
+    except processes.Elsewhere as error:
+        return error.code
     except (Exception, KeyboardInterrupt) as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"sqft: {describe(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        code = 2 if isinstance(error, UsageError) else 1
+        if processes.is_first_to_fail(code):
+            if verbose:
+                traceback.print_exc(file=told)
+            print(f"sqft: {describe(error)}", file=told)
+        return code
 
 
 def _print(parsed: argparse.Namespace, result: Any) -> None:

@@ -19,6 +19,7 @@ from sqft.config import TrainConfig
 from sqft.errors import UsageError
 from sqft.folders import load
 from sqft.models.types import Tokenizer
+from sqft.processes import alone
 from sqft.training.data import Row, collate, padding
 from sqft.training.distillation import CHUNK_ELEMENTS, Target, divergence, divergence_of_most_probable, most_probable
 from sqft.training.parts import Parts, Seen
@@ -28,11 +29,10 @@ Autocast = Callable[..., AbstractContextManager[Any]]
 
 
 def real(inputs: Mapping[str, Any]) -> Tensor:
-    """bool [N, T]: what is not padding."""
+    """bool [N, T]: what is not padding, and no row of a single token, which fills up a batch."""
     mask = inputs.get("attention_mask")
-    return (
-        mask.bool() if mask is not None and mask.dim() == 2 else torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-    )
+    whole = mask.bool() if mask is not None and mask.dim() == 2 else inputs["input_ids"] == inputs["input_ids"]
+    return whole & (whole.sum(1, keepdim=True) > 1)
 
 
 def predicting(inputs: Mapping[str, Any], completion: bool = False) -> Tensor:
@@ -86,7 +86,10 @@ class CachedTeacher:
     def of(cls, teacher: Teacher, rows: Sequence[Row], k: int, temperature: float, file: Path, *, fill: int,
            batch_size: int, autocast: Autocast) -> CachedTeacher:  # fmt: skip
         """Lets the teacher look at every row once, unless ``file`` is there; the file appears when it is whole."""
-        if not file.is_file():
+
+        def write() -> None:
+            if file.is_file():
+                return
             said: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
             order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
             for start in tqdm(range(0, len(rows), batch_size), desc="Teacher", unit="batch", disable=None):
@@ -100,6 +103,8 @@ class CachedTeacher:
             unfinished = file.with_name(f"{file.name}.writing")
             save_file({"values": values, "indices": indices, "starts": lengths.cumsum(0)}, unfinished)
             unfinished.replace(file)
+
+        alone(write)
         return cls(load_file(file))
 
     def to(self, device: torch.device) -> None:
