@@ -15,8 +15,6 @@ import itertools
 import os
 import platform
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,6 +26,7 @@ from sqft.errors import SqftError, UsageError
 from sqft.keys import FORMAT, MANIFEST, contents_key, file_digest, folder_key, read_values, sealed_text, stage_key
 from sqft.options import recorded
 from sqft.outputs import WRITING, beside, check_place, locked, put, sweep, synchronize, work_folder
+from sqft.processes import alone, is_main_process
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _VERSIONED = ("sqft", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -64,7 +63,6 @@ class Writing:
     def __init__(self, manifest: Manifest, out: Path | None) -> None:
         self.manifest, self.out = manifest, out
         self.metrics = manifest.metrics
-        self._main = is_main_process()
         self._temporary: Path | None = None
 
     @property
@@ -73,12 +71,11 @@ class Writing:
 
     @property
     def folder(self) -> Path:
-        """A temporary folder beside the final one (of another than the main process, anywhere), made when it is first
-        asked for."""
-        assert self.out is not None, "nothing is written"
+        """A temporary folder beside the final one, made when it is first asked for; only the main process writes."""
+        assert self.out is not None and is_main_process(), "nothing is written"
         if self._temporary is None:
-            self._temporary = beside(self.out, WRITING) if self._main else Path(tempfile.mkdtemp(prefix="sqft-"))
-            self._temporary.mkdir(exist_ok=not self._main)
+            self._temporary = beside(self.out, WRITING)
+            self._temporary.mkdir()
         return self._temporary
 
     def work(self, kind: str) -> Path:
@@ -86,19 +83,18 @@ class Writing:
         assert self.out is not None, "nothing is kept"
         return work_folder(self.out, kind, self.key)
 
-    def finish(self) -> None:
-        """Writes the manifest and puts the folder in its place; only the main process does."""
-        if self.out is not None and self._main:
+    def finish(self) -> dict[str, Any]:
+        """Writes the manifest and puts the folder in its place. Returns the metrics."""
+        if self.out is not None:
             write_manifest(self.folder, self.manifest)
             for path in [*self.folder.rglob("*"), self.folder]:  # what is reported done survives a power cut
                 synchronize(path)
             replace_folder(self.folder, self.out)
             sweep(self.out)
+        return self.metrics
 
     def discard(self) -> None:
-        if self._temporary is not None and not self._main:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        elif self.out is not None:
+        if self.out is not None and is_main_process():
             sweep(self.out, work=False)
 
 
@@ -106,7 +102,8 @@ class Writing:
 def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "", *, base: str | Path = "",
           given: Mapping[str, Any] | None = None, key: str = "",
           overwrite: bool = False) -> Iterator[Writing]:  # fmt: skip
-    """Everything around a stage's work: output check, clock, temporary folder, key, parent, manifest, rename.
+    """Everything around a stage's work: output check, clock, temporary folder, key, parent, manifest, rename. Of
+    several processes only the main one may write to the folder, and all leave with its metrics.
 
     Args:
         config: the stage's options (a config dataclass), or None: then the result is identified by its contents.
@@ -128,11 +125,9 @@ def stage(name: str, config: Any, out: str | Path | None, source: str | Path = "
 def _output(out: str | Path, overwrite: bool, inputs: list[str | Path]) -> Iterator[Path]:
     """Holds an output, rid of what a dead process left beside it. It is checked before and again when it is held."""
     path = check_output(out, overwrite, inputs)
-    if not is_main_process():
-        yield path
-        return
     with locked(path):
-        sweep(path, work=False)
+        if is_main_process():
+            sweep(path, work=False)
         yield check_output(path, overwrite, inputs)
 
 
@@ -155,7 +150,7 @@ def _stage(name: str, config: Any, path: Path | None, source: str | Path, base: 
         if manifest.parent_key and folder_key(source) != manifest.parent_key:
             raise SqftError(f"{source} was changed while it was read: run the stage again; nothing was written")
         writing.metrics.setdefault("seconds", round(time.perf_counter() - started, 2))
-        writing.finish()
+        writing.metrics.update(alone(writing.finish))
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
@@ -168,13 +163,6 @@ def _folders(config: Any) -> list[str]:
     """The folders that a config's options name."""
     specs = dataclasses.fields(config) if config is not None else ()
     return [getattr(config, spec.name) or "" for spec in specs if spec.metadata.get("kind") == "folder"]
-
-
-def is_main_process() -> bool:
-    """Whether this process writes: the only one, or the first of a distributed run."""
-    torch = sys.modules.get("torch")  # a process that has not imported it is alone
-    distributed = getattr(torch, "distributed", None)
-    return not (distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -276,7 +264,10 @@ def check_output(out: str | Path, overwrite: bool = False, inputs: Iterable[str 
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it. Raises SqftError if it cannot be written."""
+    """Writes a file under a temporary name and renames it; only the main process does. Raises SqftError if it cannot be
+    written."""
+    if not is_main_process():
+        return
     temporary = beside(path, WRITING)
     with locked(path):
         try:

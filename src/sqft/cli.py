@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import sys
 import traceback
 import warnings
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import sqft
+from sqft import processes
 from sqft.artifact import accept, write_text
 from sqft.config import DATA_DIR, TASK, QuantizeConfig
-from sqft.console import Patient, describe, ended_like_ctrl_c, note, quiet, show
+from sqft.console import Patient, answer, describe, ended_like_ctrl_c, note, quiet
 from sqft.deployment import BenchConfig, GenerateConfig, ServeConfig
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.flags import add_flags, read_flags
@@ -164,10 +165,10 @@ def _positional(sub: argparse.ArgumentParser, **names: str) -> None:
 def _stage(arguments: argparse.Namespace) -> dict[str, Any]:
     row = STAGES[arguments.command]
     config = read_flags(arguments, row.config)
+    given = {"out": arguments.out, "overwrite": arguments.overwrite}
     if arguments.then is not None:
-        return sqft.quantize(arguments.source, arguments.then, first=config, out=arguments.out,
-                             overwrite=arguments.overwrite)  # fmt: skip
-    return row.function(arguments.source, config, out=arguments.out, overwrite=arguments.overwrite)
+        row, config, given = STAGES["quantize"], arguments.then, {**given, "first": config}
+    return row.perform(lambda: row.function(arguments.source, config, **given), _say)
 
 
 def _split_then(arguments: Sequence[str]) -> tuple[list[str], QuantizeConfig | None]:
@@ -348,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(given: list[str]) -> int:
-    verbose = False
+    verbose, told = False, sys.stderr
     try:
         if given[:1] == ["lm-eval"]:  # its flags are its own
             from sqft.evaluation.harness import lm_eval_command
@@ -370,22 +371,20 @@ def _main(given: list[str]) -> int:
             from sqft.models.infer import allow
 
             allow()
-        _print(parsed, parsed.function(parsed))
+        with processes.joined() if parsed.command != "ls" else contextlib.nullcontext():
+            together = parsed.function in (_stage, _run, _compare)
+            result = parsed.function(parsed) if together else processes.alone(lambda: parsed.function(parsed))
+            answer(parsed.command, result, parsed.json)
         return 0
+    except processes.Elsewhere as error:
+        return error.code
     except (Exception, KeyboardInterrupt) as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"sqft: {describe(error)}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-
-
-def _print(parsed: argparse.Namespace, result: Any) -> None:
-    """The result, to standard output; a reader of it that has gone (head, say) has what it wanted."""
-    try:
-        print(json.dumps(result, indent=2)) if parsed.json else show(parsed.command, result)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 2 if isinstance(error, UsageError) else 1
+        if processes.is_first_to_fail(code):
+            if verbose:
+                traceback.print_exc(file=told)
+            print(f"sqft: {describe(error)}", file=told)
+        return code
 
 
 def _unknown(parser: argparse.ArgumentParser, command: str, given: str) -> str:

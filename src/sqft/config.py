@@ -163,8 +163,10 @@ class TrainConfig(OnDevice):
     weight_decay: float = option(0.0, "of AdamW")
     epochs: float = option(3.0, "passes over the data")
     max_steps: int = option(-1, "stop after N optimiser steps; -1: after the epochs")
-    batch_size: int = option(16, "sequences a step and device")
+    batch_size: int = option(16, "sequences a step, of all processes together")
     gradient_accumulation: int = option(1, "steps whose gradients are summed")
+    parallel: str = option("ddp", "of several processes: each holds the model, or a share of every weight (FSDP2)",
+                           ("ddp", "fsdp"), kind="machine")  # fmt: skip
     gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
     max_length: int = option(512, "longer sequences are cut")
     completion_only: bool = option(True, "no loss on the prompt")
@@ -217,6 +219,9 @@ class TrainConfig(OnDevice):
             raise UsageError(f"search_space is {self.search_space}: ranks are greater than 0")
         if self.task and self.data:
             raise UsageError("task and data exclude each other: give one of them")
+        if self.parallel == "fsdp" and (kind.whole or self.distill or self.distill_ranks or self.init == "gradient"):
+            raise UsageError("parallel fsdp trains adapters by labels: distillation, init gradient and adapter "
+                             "sparse-full need ddp")  # fmt: skip
         check_distillation(self)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -86,7 +88,16 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} (unexpected; -v shows where)"
 
 
-def show(command: str, result: Any) -> None:
+def answer(command: str, result: Any, as_json: bool) -> None:
+    """The result, to standard output; a reader of it that has gone (head, say) has what it wanted."""
+    try:
+        print(json.dumps(result, indent=2)) if as_json else _show(command, result)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show(command: str, result: Any) -> None:
     """Prints one stage's metrics, a line each."""
     if command in ("run", "demo", "ls", "compare", "bench", "inspect", "clean", "verify"):
         return  # they print it

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from sqft.errors import SqftError, UsageError
 from sqft.keys import file_digest
+from sqft.processes import is_main_process
 
 LOCK, WRITING, OLD = "sqft-lock", "sqft-writing", "sqft-old"
 _WORK = r"(?:training|searching|repairing)-[0-9a-f]+"
@@ -43,8 +44,11 @@ def work_folder(out: Path, kind: str, key: str) -> Path:
 
 @contextlib.contextmanager
 def locked(out: Path, name: str | Path = "") -> Iterator[None]:
-    """Holds an output, called ``name`` in messages, for this process alone. Raises SqftError if another one has it, or
-    if nothing can be written there."""
+    """Holds an output, called ``name`` in messages, for this process alone, and those that work with it: of these the
+    main one does. Raises SqftError if another one has it, or if nothing can be written there."""
+    if not is_main_process():
+        yield
+        return
     file = beside(out, LOCK)
     fresh = [folder for folder in file.parents if not folder.exists()]
     handle = None

@@ -78,10 +78,14 @@ def tolerance(values: Tensor, dtype: torch.dtype) -> float:
     return (1e-3 if dtype == torch.float32 else 5e-2) * float(values.abs().max())
 
 
-def write_probe(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the largest logit at each of the sample's positions."""
-    largest = logits(model, sample_tokens(model, tokenizer)).float().amax(-1)
-    (folder / PROBE).write_text(json.dumps({"largest_logits": largest.tolist()}))
+def probe(model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The largest logit at each of the sample's positions, as ``PROBE`` holds it."""
+    return {"largest_logits": logits(model, sample_tokens(model, tokenizer)).float().amax(-1).tolist()}
+
+
+def write_probe(probed: dict[str, Any], folder: Path) -> None:
+    """Writes what ``probe`` gave."""
+    (folder / PROBE).write_text(json.dumps(probed))
 
 
 def check_probe(before: Tensor, folder: Path) -> None:

@@ -16,6 +16,7 @@ from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.keys import folder_key, stage_key
 from sqft.options import from_dict, load_yaml
 from sqft.outputs import locked, sweep
+from sqft.processes import alone
 from sqft.registry import KINDS
 from sqft.stages import RUN, STAGES
 from sqft.tasks.lookup import get_task
@@ -235,14 +236,20 @@ def _of_task(recipe: Recipe, calibration: str | None) -> str | None:
 
 def run_stage(name: str, config: Any, source: str, folder: Path, say: Say) -> dict[str, Any]:
     """Runs one stage from ``source`` into ``folder``, unless it is there unchanged; returns its metrics."""
-    manifest = finished(folder, stage_key(name, config, folder_key(source)), say)
-    if manifest is not None:
+
+    def known() -> Any:
+        manifest = finished(folder, stage_key(name, config, folder_key(source)), say)
+        if manifest is not None:
+            with locked(folder):  # it may have died when all was done but this
+                sweep(folder)
+        return manifest and manifest.metrics
+
+    if (metrics := alone(known)) is not None:
         say(f"{folder}: unchanged, skipped")
-        with locked(folder):  # it may have died when all was done but this
-            sweep(folder)
-        return manifest.metrics
+        return metrics
     say(f"{folder}: {name} {source}")
-    return STAGES[name].function(source, config, out=folder, overwrite=True)
+    row = STAGES[name]
+    return row.perform(lambda: row.function(source, config, out=folder, overwrite=True), say)
 
 
 def finished(folder: Path, key: str, say: Say) -> artifact.Manifest | None:

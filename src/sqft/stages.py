@@ -9,6 +9,7 @@ from typing import Any
 
 from sqft import config, deployment
 from sqft.errors import UsageError, did_you_mean
+from sqft.processes import alone, count
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Stage:
     ``verb`` and ``estimate`` are "module:function": the public function ``verb(source, config, out=, overwrite=)``, and
     what a dry run asks for its time and memory. ``makes``: "model", "adapter", or "numbers" about its input.
     ``argument`` is the input's name on the command line, ``takes`` and ``writes`` say what it and OUT hold.
-    ``of_run``: it makes part of a run, in the order of the rows.
+    ``of_run``: it makes part of a run, in the order of the rows. ``together``: several processes divide its work.
     """
 
     name: str
@@ -31,10 +32,18 @@ class Stage:
     writes: str = "folder to write"
     estimate: str = ""
     of_run: bool = True
+    together: bool = False
 
     @property
     def function(self) -> Callable[..., Any]:
         return _load(self.verb)
+
+    def perform(self, work: Callable[[], Any], say: Callable[[str], None]) -> Any:
+        """What ``work`` gives, done by all processes together, or by the main one while the others wait."""
+        if self.together or count() == 1:
+            return work()
+        say(f"{self.name}: on one process, {count() - 1} wait")
+        return alone(work)
 
     def estimator(self) -> Callable[..., Any]:
         return _load(self.estimate)
@@ -54,7 +63,8 @@ ROWS = (
           "quantize a model's linear weights; pruned weights stay exactly zero", "model", _MODEL,
           estimate="sqft.planning.estimate:quantize"),
     Stage("train", config.TrainConfig, "sqft.training.loop:train", "fine-tune adapters on a sparse model, or itself",
-          "adapter", "folder of a sparse model, float or quantized", estimate="sqft.planning.estimate:train"),
+          "adapter", "folder of a sparse model, float or quantized", estimate="sqft.planning.estimate:train",
+          together=True),
     Stage("search", config.SearchConfig, "sqft.searching.stage:search",
           "find the best sub-adapter of an elastic adapter (NLS) by a validation split", "adapter",
           "folder that 'sqft train --search-space 32,24,16' wrote", "ADAPTER",

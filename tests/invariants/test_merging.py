@@ -94,7 +94,7 @@ def test_bf16_training_on_a_float32_base_can_be_merged(kind: str, tmp_path: Path
     train_in_bfloat16(adapter, tokenizer, tmp_path / "work")
     train_in_bfloat16(adapter, tokenizer, tmp_path / "work")  # a second training wraps it again
     sqft.save(adapter, tokenizer, tmp_path / "adapter")
-    probe.write_probe(adapter, tokenizer, tmp_path / "adapter")
+    probe.write_probe(probe.probe(adapter, tokenizer), tmp_path / "adapter")
     metrics = sqft.merge(tmp_path / "adapter", out=tmp_path / "merged")
     assert metrics["zeros_kept"] == 1.0 and metrics["max_logit_difference"] == 0.0
     wrapped = adapter.forward

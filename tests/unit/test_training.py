@@ -108,12 +108,12 @@ def test_a_training_that_diverges_is_an_error_and_keeps_its_checkpoints(
 def test_the_weights_are_those_of_before_the_step_that_diverges(sparse: Path, examples, monkeypatch) -> None:
     """And what to try names the precision and the scales, where they are not the safest."""
     model, tokenizer = adapted(sparse)
-    loss_of = loop.DistillTrainer.compute_loss
+    loss_of = loop.SqftTrainer.compute_loss
 
     def spoil(self, *args, **kwargs):
         return loss_of(self, *args, **kwargs) * (math.nan if self.state.global_step == 2 else 1)
 
-    monkeypatch.setattr(loop.DistillTrainer, "compute_loss", spoil)
+    monkeypatch.setattr(loop.SqftTrainer, "compute_loss", spoil)
     config = sqft.TrainConfig(max_steps=6, precision="bfloat16", logging_steps=50, **OPTIONS)
     with pytest.raises(
         sqft.SqftError, match=r"at step 3 .*train in float32 \(it is bfloat16\). Nothing was written. Other"

@@ -15,6 +15,8 @@ from sqft.adapters.groups import Ranks
 from sqft.adapters.lora import active_rank
 from sqft.elastic.handle import Elastic
 from sqft.errors import UsageError
+from sqft.models.weights import first_row, local
+from sqft.processes import count
 
 STRATEGIES = ("uniform", "sandwich", "weighted")
 
@@ -45,6 +47,7 @@ class RankScheduler(TrainerCallback, ExportableState):
         self.records: list[tuple[list[int], float]] = []
         self._losses: list[Tensor] = []  # since ranks were last set
         self._step: list[tuple[list[int], Tensor]] = []
+        self._is_share = False  # whether losses are shares of those of all processes
         self._hook: Any = None
         self._micro = 0
         self._used: dict[str, int] = {}  # the largest rank of each layer in this step
@@ -78,6 +81,8 @@ class RankScheduler(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
+        if args.deepspeed:
+            raise UsageError("elastic ranks do not go with DeepSpeed, which steps within backward: use DDP or FSDP2")
         self._elastic = Elastic(model)
         if not self._elastic.groups:
             raise UsageError("the adapter's rank is fixed: give its config a search_space, e.g. [32, 24, 16]")
@@ -86,12 +91,13 @@ class RankScheduler(TrainerCallback, ExportableState):
         if stored:  # of the checkpoint that is resumed
             last = stored[-1] if isinstance(stored, list) else stored
             self.records = [(list(c), loss) for c, loss in last["attributes"]["records"]]
-        self._hook = model.register_forward_hook(self._record)
+        self._hook = model.register_forward_hook(self._record, with_kwargs=True)
 
-    def _record(self, module: Any, arguments: Any, out: Any) -> None:
+    def _record(self, module: Any, arguments: Any, given: Any, out: Any) -> None:
         loss = out.get("loss") if isinstance(out, dict) else getattr(out, "loss", None)
         if module.training and isinstance(loss, Tensor):
-            self._losses.append(loss.detach())
+            self._losses.append(loss.detach().clone())  # Trainer scales it in place
+            self._is_share = given.get("num_items_in_batch") is not None
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._micro, self._used, self._losses, self._step = 0, {}, [], []
@@ -131,14 +137,21 @@ class RankScheduler(TrainerCallback, ExportableState):
         for path, layer in self._elastic.layers.items():
             used = self._used[path]
             if used < layer.r[name]:
-                yield layer.lora_A[name].weight.data[used:]
-                yield layer.lora_B[name].weight.data[:, used:]
+                a, b = layer.lora_A[name].weight.data, layer.lora_B[name].weight.data
+                yield local(a)[max(0, used - first_row(a)) :]
+                yield local(b)[:, used:]
 
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._note()
-        # A micro-batch's loss is its share of the step's mean.
-        shares = self._micro + 1 if self.micro_batches or self.together else 1
-        self.records += [(choices, float(loss) * shares) for choices, loss in self._step]
+        # A micro-batch's loss is its share of the step's mean, a process's of all processes' or a mean of its own.
+        times = self._micro + 1 if self.micro_batches or self.together else 1
+        if self._step:
+            losses = torch.stack([loss for _, loss in self._step])
+            if count() > 1:
+                torch.distributed.all_reduce(losses)
+                times /= 1 if self._is_share and args.average_tokens_across_devices else count()
+            self.records += [(choices, loss * times)
+                             for (choices, _), loss in zip(self._step, losses.tolist(), strict=True)]  # fmt: skip
         self._elastic.set()
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -222,6 +222,24 @@ def store(module: Any, name: str, tensor: Tensor, sliced: bool = False) -> None:
         tensor._sqft_copied = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def local(tensor: Any) -> Tensor:
+    """What this process holds of a tensor that may be divided among several (a DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def full(tensor: Any) -> Any:
+    """All of a tensor that may be divided; all processes have to ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def first_row(tensor: Any) -> int:
+    """Which row of a tensor that may be divided by its rows is the first that this process holds."""
+    if not hasattr(tensor, "device_mesh"):
+        return 0
+    mesh = tensor.device_mesh
+    return min(len(tensor), -(-len(tensor) // mesh.size()) * mesh.get_local_rank())
+
+
 def _offload(module: Any) -> Any:
     """accelerate's hook that brings a module's tensors for its forward only, or None."""
     hook = getattr(module, "_hf_hook", None)

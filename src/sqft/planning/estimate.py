@@ -138,10 +138,9 @@ def load(shape: Shape) -> Cost:
 
 
 def _compress(shape: Shape, config: SparsifyConfig | QuantizeConfig, passes: int) -> Cost:
-    """The blocks see the calibration tokens, ``passes`` times. All tokens' hidden states are held, the inputs of a
-    layer, and a block's weights once more with what is reckoned of them in float32."""
-    blind = config.method in ("magnitude", "rtn") or getattr(config, "mask", None)
-    tokens = 0 if blind and config.repair == "none" else config.samples * config.length
+    """The calibration tokens, ``passes`` times. Held: their hidden states, a layer's inputs, a block in float32."""
+    needed = config.repair != "none" or not (config.method in ("magnitude", "rtn") or getattr(config, "mask", None))
+    tokens = needed * config.samples * config.length
     seen = tokens * (shape.hidden + max(shape.inputs)[0]) * shape.itemsize
     return Cost(products=passes * forward(shape, tokens, config.length, head=False),
                 memory=shape.bytes + seen + 24 * shape.weights / shape.layers)  # fmt: skip

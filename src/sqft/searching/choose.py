@@ -19,7 +19,7 @@ from sqft.elastic.handle import Elastic
 from sqft.elastic.heuristics import resolve_ranks
 from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
-from sqft.probe import write_probe
+from sqft.probe import probe, write_probe
 from sqft.searching.picking import PICKS, Evaluated, pick
 
 TRIALS = "search.json"  # in the folder that a search writes: every trial, and which was chosen
@@ -82,7 +82,7 @@ def write_sub_adapter(model: Any, tokenizer: Any, ranks: Ranks, folder: Path) ->
     config.save_pretrained(str(folder))
     in_order(folder)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_probe(model, tokenizer, folder)
+    write_probe(probe(model, tokenizer), folder)
     tokenizer.save_pretrained(folder)
 
 

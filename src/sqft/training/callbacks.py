@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sqft.errors import SqftError
+from sqft.models.weights import local
 from sqft.outputs import UNFINISHED, broken, seal
+from sqft.processes import count
 
 
 class ProgressBar(TrainerCallback):
@@ -57,7 +59,10 @@ class Stopwatch(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-        (folder / self.FILE).write_text(f"{self.seconds:.2f}")
+        if state.is_world_process_zero:
+            (folder / self.FILE).write_text(f"{self.seconds:.2f}")
+        if count() > 1:
+            torch.distributed.barrier()  # the others have written what is theirs
         if state.is_world_process_zero:
             seal(folder)
 
@@ -110,7 +115,7 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
                               **kwargs: Any) -> None:  # fmt: skip
         if not args.fp16:
-            gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+            gradients = [local(p.grad) for p in kwargs["model"].parameters() if p.grad is not None]
             finite = not gradients or bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
             self._check(finite, "the gradient is", args, state.global_step + 1)
 
@@ -121,7 +126,7 @@ class Guard(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save or control.should_training_stop:
             control.should_log = True
-            finite = all(bool(p.isfinite().all()) for p in kwargs["model"].parameters() if p.requires_grad)
+            finite = all(bool(local(p).isfinite().all()) for p in kwargs["model"].parameters() if p.requires_grad)
             self._check(finite, "trained weights are", args, state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

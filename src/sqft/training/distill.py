@@ -81,13 +81,13 @@ class Distill(Below):
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 gathered: Any = self.accelerator.gather(counts[None])
                 counts = gathered.sum(0) / self.accelerator.num_processes
-            self._counts = counts
+            self._counts = counts.clamp(min=1 / self.args.world_size)
             self._steps += 1
         return samples, items
 
     def _count(self, batch: Mapping[str, Any]) -> Tensor:
-        """float32 [2]: tokens whose predictions, and whose hidden states are compared; at least 1."""
-        return torch.stack([predicting(batch, self._completion).sum(), real(batch).sum()]).clamp(min=1).float()
+        """float32 [2]: tokens whose predictions, and whose hidden states are compared."""
+        return torch.stack([predicting(batch, self._completion).sum(), real(batch).sum()]).float()
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """With ``distill_ranks`` three forwards and backwards, one after the other; the loss is the largest's."""
@@ -108,7 +108,9 @@ class Distill(Below):
         given = {key: value for key, value in inputs.items() if key != "index"}
         if not (self._parts and model.training):
             return super().compute_loss(model, given, return_outputs, num_items_in_batch)
-        counts = self._counts if num_items_in_batch is not None else self._count(inputs).to(self.args.device)
+        counts = self._counts
+        if num_items_in_batch is None:
+            counts = self._count(inputs).clamp(min=1).to(self.args.device)
         positions = predicting(inputs, self._completion).flatten().nonzero().flatten()
         if self._pupil:
             return self._as_pupil(model, given, positions, num_items_in_batch) / counts[0]
@@ -191,6 +193,9 @@ class Distill(Below):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds each term's mean over the steps since the last entry."""
         if "loss" in logs and self._steps:
-            logs |= {name: float(self._sums[name]) / self._steps for name in TERMS if name in self._sums}
+            sums: dict[str, Any] = {name: self._sums[name] for name in TERMS if name in self._sums}
+            if self.args.world_size > 1:  # each process's is scaled so that their mean is that of all tokens
+                sums = {name: self.accelerator.reduce(value, "mean") for name, value in sums.items()}
+            logs |= {name: float(value) / self._steps for name, value in sums.items()}
             self._sums, self._steps = {}, 0
         super().log(logs, *args, **kwargs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from sqft.config import TrainConfig
 from sqft.errors import UsageError
 from sqft.kernels.dispatch import product
 from sqft.sparsity.masks import mask_of
+from sqft.training.data import is_learnt
 
 BATCHES = 8  # of the training data, drawn by the seed
 
@@ -53,7 +54,7 @@ def from_gradient(trainer: Trainer, config: TrainConfig) -> None:
     layers: dict[str, Any] = {path: layer for path, layer in adapter_layers(model).items() if name in layer.lora_A}
     if any(torch.count_nonzero(layer.lora_B[name].weight) for layer in layers.values()):
         raise UsageError("init gradient is for fresh adapters, and these were trained before: leave it out")
-    rows: Any = trainer.train_dataset
+    rows = [row for row in cast(Any, trainer.train_dataset) if is_learnt(row)]
     drawn = random.Random(config.seed).sample(range(len(rows)), min(len(rows), BATCHES * config.batch_size))
     found: dict[str, Tensor] = {}
     hooks = [layer.register_forward_hook(partial(_record, found, path)) for path, layer in layers.items()]

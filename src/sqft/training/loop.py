@@ -32,16 +32,19 @@ from sqft.formats.checkpoint import packed_layers
 from sqft.kernels.dispatch import peak_memory, pick_device
 from sqft.models.types import Tokenizer
 from sqft.models.weights import linear_weights
-from sqft.probe import write_probe
+from sqft.probe import probe, write_probe
+from sqft.processes import alone, count, is_main_process, join
 from sqft.registry import KINDS
 from sqft.sparsity.masks import collect_masks, count_zeros
 from sqft.tasks.base import Example
 from sqft.training import whole
 from sqft.training.callbacks import Attention, Finished, Guard, ProgressBar, Stopwatch, last_checkpoint
 from sqft.training.data import TrainingData, collate, load_examples, padding, tokenize_all
-from sqft.training.distill import TERMS, Distill
+from sqft.training.distill import TERMS
 from sqft.training.initial import from_gradient
+from sqft.training.sharding import gather, held_bytes, is_sharded, shard
 from sqft.training.teachers import distillation_of
+from sqft.training.trainer import SqftTrainer, share
 
 _TIMES = ("_runtime", "_per_second")  # not the same in two runs
 SCALES_SLOWER = 0.1  # the learning rate of scales beside the factors': as NNCF's quantization-aware training
@@ -78,7 +81,9 @@ def train(model: Any, config: TrainConfig | None = None, data: Sequence[Example]
     that do not fit the model or data.
     """
     config = config or TrainConfig()
+    join()
     training_device(config)
+    share(config)
     examples = load_examples(config) if data is None else TrainingData(data, eval_data, {})
     if isinstance(model, (str, Path)):
         if out is None:
@@ -89,6 +94,8 @@ def train(model: Any, config: TrainConfig | None = None, data: Sequence[Example]
         return _train_folder(str(model), config, examples, given, Path(out), overwrite)
     if tokenizer is None or out is not None:
         raise UsageError("a live model is trained in place with its tokenizer, and written with sqft.save")
+    if config.parallel == "fsdp" and count() > 1:
+        raise UsageError("parallel fsdp would leave a live model in pieces: train its folder, or leave parallel out")
     kind = KINDS[config.adapter]
     if kind.whole != (getattr(model, "peft_config", None) is None):
         raise UsageError(f"this model carries adapters, and adapter {kind.name} trains one without: merge them first"
@@ -131,18 +138,33 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
             start_from(model, config.start_from)
         config = whole.precision_of(model, config) if kind.whole else config
         work = made.work("training")
+        checkpoint = alone(lambda: (found := last_checkpoint(work)) and str(found))
+        if config.parallel == "fsdp" and count() > 1:
+            if checkpoint:
+                start_from(model, checkpoint)
+            shard(model, training_device(config))
+            made.metrics["held_bytes"] = held_bytes(model)
         with _opened(model, kind):
             trainer = make_trainer(model, tokenizer, config, data, work)
-            made.metrics.update(_run(trainer, model, last_checkpoint(work), config) | data.notes)
-        if kind.whole:
-            made.metrics.update(whole.write_verified(model, tokenizer, made.folder))
-        else:
-            write_files(model, tokenizer, made.folder)
-            write_probe(model, tokenizer, made.folder)
-        if config.tensorboard:
-            shutil.copytree(work / "logs", made.folder, dirs_exist_ok=True)
-        _write_logs(trainer, made.folder)
+            made.metrics.update(_run(trainer, model, checkpoint and Path(checkpoint), config) | data.notes)
+        probed = {} if kind.whole else probe(model, tokenizer)
+        if is_sharded(model):
+            gather(model)
+        if is_main_process():
+            _write(trainer, model, tokenizer, config, work, made, probed)
     return made.metrics
+
+
+def _write(trainer: Trainer, model: Any, tokenizer: Tokenizer, config: TrainConfig, work: Path,
+           made: artifact.Writing, probed: dict[str, Any]) -> None:  # fmt: skip
+    if KINDS[config.adapter].whole:
+        made.metrics.update(whole.write_verified(model, tokenizer, made.folder))
+    else:
+        write_files(model, tokenizer, made.folder)
+        write_probe(probed, made.folder)
+    if config.tensorboard:
+        shutil.copytree(work / "logs", made.folder, dirs_exist_ok=True)
+    _write_logs(trainer, made.folder)
 
 
 def check_kind(base: nn.Module, kind: Kind, source: str) -> None:
@@ -166,12 +188,11 @@ def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: Tr
     rows, distilling = distillation_of(config, model, tokenizer, rows, work, device)
     steps_an_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation))
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.epochs)
-    group = config.group_by_length and not config.packing
     layers = adapter_layers(model)
     kind = next(map(layer_kind, layers.values()), KINDS[config.adapter])
     arguments = TrainingArguments(
         output_dir=str(work),
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=share(config),
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -182,7 +203,6 @@ def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: Tr
         weight_decay=config.weight_decay,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
-        train_sampling_strategy="group_by_length" if group else "random",
         bf16=config.precision == "bfloat16",
         fp16=config.precision == "float16",
         # Not "epoch": that evaluates after the checkpoint, and a run resumed from it would not have this evaluation.
@@ -197,6 +217,8 @@ def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: Tr
         seed=config.seed,
         remove_unused_columns=False,
         use_cpu=device.type == "cpu",
+        ddp_broadcast_buffers=False,  # all of an INT base, in every step
+        ddp_find_unused_parameters=any(".experts." in name for name in layers),  # some get no token
         dataloader_pin_memory=device.type != "cpu",
     )
     callbacks: list[Any] = [Guard(config.learn_scales)]
@@ -204,21 +226,17 @@ def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: Tr
         callbacks.append(Attention(config.attention))
     if layers and Elastic(model).groups:
         callbacks.append(RankScheduler(config.rank_strategy, config.rank_every == "micro-batch", config.seed))
-    trainer = DistillTrainer(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks,  # pyright: ignore
+    trainer = SqftTrainer(
+        config=config, model=model, args=arguments, train_dataset=rows, eval_dataset=eval_rows, callbacks=callbacks,  # pyright: ignore
         data_collator=partial(collate, fill=padding(tokenizer)), **distilling,
     )  # fmt: skip
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar())
-    if config.tensorboard:
+    if config.tensorboard and is_main_process():
         trainer.add_callback(_tensorboard(work / "logs"))
     own_rate_of_scales(trainer, kind, config.scale_learning_rate)
     return trainer
-
-
-class DistillTrainer(Distill, Trainer):
-    """What trains; without a teacher, as Trainer does."""
 
 
 def own_rate_of_scales(trainer: Trainer, kind: Kind, rate: float | None) -> None:

@@ -20,6 +20,7 @@ from sqft.errors import UsageError
 from sqft.folders import load
 from sqft.models.types import Tokenizer
 from sqft.outputs import broken, seal
+from sqft.processes import alone
 from sqft.training.data import Row, collate, padding
 from sqft.training.distillation import CHUNK_ELEMENTS, Target, divergence, divergence_of_most_probable, most_probable
 from sqft.training.parts import Parts, Seen
@@ -29,11 +30,10 @@ Autocast = Callable[..., AbstractContextManager[Any]]
 
 
 def real(inputs: Mapping[str, Any]) -> Tensor:
-    """bool [N, T]: what is not padding."""
+    """bool [N, T]: what is not padding, and no row of a single token, which fills up a batch."""
     mask = inputs.get("attention_mask")
-    return (
-        mask.bool() if mask is not None and mask.dim() == 2 else torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-    )
+    whole = mask.bool() if mask is not None and mask.dim() == 2 else inputs["input_ids"] == inputs["input_ids"]
+    return whole & (whole.sum(1, keepdim=True) > 1)
 
 
 def predicting(inputs: Mapping[str, Any], completion: bool = False) -> Tensor:
@@ -87,7 +87,10 @@ class CachedTeacher:
     def of(cls, teacher: Teacher, rows: Sequence[Row], k: int, temperature: float, file: Path, *, fill: int,
            batch_size: int, autocast: Autocast) -> CachedTeacher:  # fmt: skip
         """Lets the teacher look at every row once, unless ``file`` is there; its folder is sealed when it is whole."""
-        if broken(file.parent):
+
+        def write() -> None:
+            if not broken(file.parent):
+                return
             said: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
             order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
             for start in tqdm(range(0, len(rows), batch_size), desc="Teacher", unit="batch", disable=None):
@@ -100,6 +103,8 @@ class CachedTeacher:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"values": values, "indices": indices, "starts": lengths.cumsum(0)}, file)
             seal(file.parent)
+
+        alone(write)
         return cls(load_file(file))
 
     def to(self, device: torch.device) -> None:
