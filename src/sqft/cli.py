@@ -357,7 +357,7 @@ def _main(given: list[str]) -> int:
             from sqft.models.infer import allow
 
             allow()
-        with processes.joined() if parsed.command != "ls" else contextlib.nullcontext():
+        with processes.joined() if parsed.command not in ("ls", "report") else contextlib.nullcontext():
             together = parsed.function in (_stage, _run, _compare)
             _print(parsed, parsed.function(parsed) if together else processes.alone(lambda: parsed.function(parsed)))
         return 0
