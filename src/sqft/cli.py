@@ -371,7 +371,7 @@ def _main(given: list[str]) -> int:
             from sqft.models.infer import allow
 
             allow()
-        with processes.joined() if parsed.command != "ls" else contextlib.nullcontext():
+        with processes.joined() if parsed.command not in ("ls", "report") else contextlib.nullcontext():
             together = parsed.function in (_stage, _run, _compare)
             result = parsed.function(parsed) if together else processes.alone(lambda: parsed.function(parsed))
             answer(parsed.command, result, parsed.json)

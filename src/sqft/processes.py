@@ -54,10 +54,11 @@ def join() -> bool:
     import torch
 
     distributed = torch.distributed
-    if not distributed.is_available() or distributed.is_initialized() or not distributed.is_torchelastic_launched():
+    place = distributed.get_node_local_rank(-1) if distributed.is_available() else -1  # set by torchrun, and its like
+    if place < 0 or distributed.is_initialized():
         return count() > 1
     if torch.accelerator.is_available():
-        torch.accelerator.set_device_index(distributed.get_node_local_rank(0))
+        torch.accelerator.set_device_index(place)
     distributed.init_process_group()
     return count() > 1
 
