@@ -3,7 +3,7 @@
     python tests/faults/killing.py KILLS RESULT.json [SECONDS]
 
 Each case begins with nothing and is killed before its n-th operation on files (``shim.c`` counts them: opening for writing,
-writing, truncating, flushing, renaming, removing, making folders), n growing from case to case; or at a random time.
+writing, truncating, flushing, renaming, removing, making folders), n going evenly over a whole run's; or at a random time.
 The run that goes on is killed as well, up to five times, at a random operation of its first. Then it is run to the end.
 """
 
@@ -28,6 +28,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 MEASURED = ("seconds", "peak_bytes", "repair_seconds", "decode_tokens_per_second")  # of a manifest's metrics
 HANGS = 600  # seconds
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie evenly however many there are
 RECIPE = """
 model: {root}/dense
 output: {root}/run
@@ -156,15 +157,15 @@ def main(kills: int, result: Path, seconds: float) -> None:
         found |= {"operations": operations, "files": len(expected), "seconds_of_a_run": round(length, 2)}
         if expected != contents(root / "run"):
             raise RuntimeError("two runs that were left alone are not the same")
-        number, step = 0, max(1, operations * 7 // (2 * kills))
+        number = 0
         while found["kills"] < kills and time.monotonic() - began < seconds:
-            case(root, once, number, operations, step, length, expected, found)
+            case(root, once, number, operations, length, expected, found)
             number += 1
             found["took_seconds"] = round(time.monotonic() - began)
             result.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def case(root: Path, once: Callable[[], Any], number: int, operations: int, step: int, length: float,
+def case(root: Path, once: Callable[[], Any], number: int, operations: int, length: float,
          expected: dict[str, Any], found: dict[str, Any]) -> None:  # fmt: skip
     shutil.rmtree(root / "run", ignore_errors=True)
     rng, name = random.Random(number), f"case {number}"
@@ -172,7 +173,7 @@ def case(root: Path, once: Callable[[], Any], number: int, operations: int, step
     try:
         for attempt in range(rng.randint(1, 6)):
             if attempt == 0 and number % 5 < 4:
-                how = {"kill_at": 1 + (number * step + number // (operations // step + 1)) % operations}
+                how = {"kill_at": 1 + int(number * GOLDEN % 1 * operations)}
             elif attempt == 0:
                 how = {"after": rng.uniform(0, length)}
             else:
