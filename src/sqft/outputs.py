@@ -186,7 +186,7 @@ def clean(folder: str | Path) -> list[dict[str, str]]:
     """Removes what dead processes left below a folder, and beside it of itself: locks, unfinished results, and the
     checkpoints, trials and blocks that interrupted stages would have gone on from. What a living process holds stays.
 
-    Returns a row for each: its path, and whether it was removed or is in use. Raises UsageError if there is no folder.
+    Returns a row for each: its path, and whether it was removed or why it was kept. Raises UsageError for no folder.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -202,6 +202,6 @@ def clean(folder: str | Path) -> list[dict[str, str]]:
             with locked(out):
                 sweep(out)
             rows += [{"path": str(path), "state": "removed"} for path in left]
-        except SqftError:
-            rows += [{"path": str(path), "state": "in use"} for path in left]
+        except SqftError as error:
+            rows += [{"path": str(path), "state": f"kept ({error})"} for path in left]
     return rows
