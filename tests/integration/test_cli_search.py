@@ -154,4 +154,4 @@ def test_what_goes_wrong(elastic: Path, trained: Path, sparse: Path, tmp_path: P
     broken = tmp_path / "broken"
     shutil.copytree(elastic, broken)
     (broken / "ranks.json").write_text("{")
-    assert "corrupt" in fails(capsys, 1, "search", broken, out, *SCORE, "--strategy", "min-loss")
+    assert "truncated or changed" in fails(capsys, 1, "search", broken, out, *SCORE, "--strategy", "min-loss")

@@ -138,7 +138,7 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
             start_from(model, config.start_from)
         config = whole.precision_of(model, config) if kind.whole else config
         work = made.work("training")
-        checkpoint = alone(lambda: (found := last_checkpoint(work)) and str(found))
+        checkpoint = alone(lambda: (found := last_checkpoint(work, alone=True)) and str(found))
         if config.parallel == "fsdp" and count() > 1:
             if checkpoint:
                 start_from(model, checkpoint)
