@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=data)
     parser.add_argument("--limit", type=int, default=640, help="use the first N training problems")
     parser.add_argument("--score-limit", type=int, default=1000, help="score the first N problems")
+    parser.add_argument("--rows", nargs="+", help="some rows of COMMANDS, in their order; default: all")
     parser.add_argument("--root", type=Path, default=Path("runs") / "bench-cli")
     parser.add_argument("--markdown", action="store_true", help="print the tables of the last runs")
     arguments = parser.parse_args()
@@ -89,6 +90,8 @@ def main() -> None:
               "problems": arguments.score_limit}  # fmt: skip
     rows: dict[str, dict[str, Any]] = {}
     for row, (command, scored) in {"dense": ("", True), **COMMANDS}.items():
+        if arguments.rows and row not in arguments.rows:
+            continue
         out = root / folder(row)
         made = sqft(command.replace("OUT", out.name), root, values, out) if command else {}
         if scored:
