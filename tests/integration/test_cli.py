@@ -355,6 +355,7 @@ def test_ctrl_c_in_each_stage(
     assert not [p for p in tmp_path.iterdir() if "writing" in p.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_real_signal_stops_training_and_the_same_command_resumes(number: int, sparse: Path, tmp_path: Path) -> None:
     command = ["train", sparse, tmp_path / "out", "--task", "arithmetic", "--limit", 64, "--eval-limit", 4,

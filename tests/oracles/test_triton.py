@@ -19,7 +19,10 @@ from test_kernels import Problem
 from sqft.kernels import ops
 from sqft.registry import KERNELS
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux alone")
+pytestmark = [
+    pytest.mark.slow,  # the interpreter is
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is for Linux alone"),
+]
 OPERATORS = ["masked_weight", "masked_gradients", "dequantized", "quant_aware_weight", "quant_aware_gradients"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the interpreter: tests/conftest.py asks for it
 
@@ -49,7 +52,6 @@ FEW = {torch.float32: ([(3, True)], test_kernels.STARTS), torch.bfloat16: ([(2, 
        torch.float16: ([(4, False)], ["float base ", "learnt scales steps"])}  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FEW, ids=str)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_every_kernel_is_what_the_formula_says(
@@ -96,7 +98,6 @@ def test_any_rank(rank: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_gpus_that_are_not_here(capability: int, tmp_path: Path) -> None:
     """Within a thread's registers; what spills goes through memory."""

@@ -4,7 +4,6 @@ may not go on."""
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -90,17 +89,18 @@ class Finished(Exception):
     """What is resumed was trained to its end already."""
 
 
-def last_checkpoint(work: Path, alone: bool = False) -> Path | None:
-    """The newest whole checkpoint. Says so if a newer one was whole, and is damaged. ``alone``: newer ones are removed,
-    or Trainer, which keeps those of the highest steps, would remove the ones that it writes."""
-    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    for path in found:
+def checkpoints(work: Path) -> list[Path]:
+    """Those of a training, whole or not, the newest first."""
+    return sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The newest whole checkpoint. Says so if a newer one was whole, and is damaged."""
+    for path in checkpoints(work):
         if not (problem := broken(path)):
             return path
         if problem != UNFINISHED:
             print(f"sqft: {path} is damaged ({problem}): it is passed over", file=sys.stderr)
-        if alone:
-            shutil.rmtree(path, ignore_errors=True)
     return None
 
 

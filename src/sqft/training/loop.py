@@ -38,7 +38,7 @@ from sqft.registry import KINDS
 from sqft.sparsity.masks import collect_masks, count_zeros
 from sqft.tasks.base import Example
 from sqft.training import whole
-from sqft.training.callbacks import Attention, Finished, Guard, ProgressBar, Stopwatch, last_checkpoint
+from sqft.training.callbacks import Attention, Finished, Guard, ProgressBar, Stopwatch, checkpoints, last_checkpoint
 from sqft.training.data import TrainingData, collate, load_examples, padding, tokenize_all
 from sqft.training.distill import TERMS
 from sqft.training.initial import from_gradient
@@ -138,7 +138,7 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
             start_from(model, config.start_from)
         config = whole.precision_of(model, config) if kind.whole else config
         work = made.work("training")
-        checkpoint = alone(lambda: (found := last_checkpoint(work, alone=True)) and str(found))
+        checkpoint = alone(lambda: _start(work))
         if config.parallel == "fsdp" and count() > 1:
             if checkpoint:
                 start_from(model, checkpoint)
@@ -153,6 +153,17 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
         if is_main_process():
             _write(trainer, model, tokenizer, config, work, made, probed)
     return made.metrics
+
+
+def _start(work: Path) -> str | None:
+    """The checkpoint to go on from. Those beyond it are removed: Trainer keeps the two of the highest steps, and would
+    remove what it writes before them."""
+    found = last_checkpoint(work)
+    for path in checkpoints(work):
+        if path == found:
+            break
+        shutil.rmtree(path, ignore_errors=True)
+    return found and str(found)
 
 
 def _write(trainer: Trainer, model: Any, tokenizer: Tokenizer, config: TrainConfig, work: Path,
