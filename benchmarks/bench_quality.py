@@ -75,7 +75,7 @@ def checks_of(dense: dict[str, float], rows: dict[str, dict[str, Any]]) -> list[
     return checks
 
 
-def main() -> None:
+def arguments_of() -> argparse.Namespace:
     data = Path(__file__).resolve().parents[2] / "shared" / "data"
     texts = [data / "wikitext2_tokens" / "test.jsonl", data / "calibration" / "tiny.jsonl",
              data / "calibration" / "wiki.jsonl.gz"]  # fmt: skip
@@ -88,7 +88,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="measure only rows with this in their names")
     parser.add_argument("--precision", default="auto", help="of products in the repair of blocks")
     parser.add_argument("--markdown", action="store_true", help="print the table of the last run")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = arguments_of()
     if arguments.markdown:
         print(markdown())
         return

@@ -84,6 +84,11 @@ def make(family: str, root: Path) -> None:
         first=sqft.SparsifyConfig(),
         out=root / "fused",
     )
+    make_adapted(root)
+
+
+def make_adapted(root: Path) -> None:
+    """The stages from training on."""
     sqft.train(root / "wanda", training("sparse-peft", lora_dropout=0.1), EXAMPLES, out=root / "masked")
     sqft.train(root / "wanda", training("lora"), EXAMPLES, out=root / "lora")
     sqft.train(root / "int4", training("qa-sparse-peft", base=str(root / "wanda")), EXAMPLES, out=root / "aware")
