@@ -1,7 +1,7 @@
 """Real models by the complete command line: perplexity and a task after each stage. Every row is a command of ``COMMANDS``,
 run as a user would; what is there is skipped.
 
-    python benchmarks/bench_cli.py [--model demo-model | FILE.gguf] [--limit 640] [--score-limit 1000]
+    python benchmarks/bench_cli.py [--model demo-model | FILE.gguf] [--limit 640] [--score-limit 1000] [--bfloat16]
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from common import RESULTS, check, update_results
 from sqft.artifact import read_manifest
 from sqft.recipe import DEMO_MODEL, resolve_model
 
+# On a CPU with a matrix unit: products in bfloat16; torch's backward of attention in it is slow.
+BFLOAT16 = {"train": " --precision bfloat16 --attention eager", "evaluate": " --dtype bfloat16"}
 CALIBRATION = "--calibration arc_easy+{c4} --data-dir {data} --samples 32 --repair layer"
 TRAINING = "--task arc_easy --data-dir {data} --limit {limit} --epochs 1 --batch-size 4 --gradient-accumulation 4 --no-completion-only"
 # What a stage makes: its command, and whether it is scored. FROM and OUT are folders.
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=data)
     parser.add_argument("--limit", type=int, default=640, help="use the first N training problems")
     parser.add_argument("--score-limit", type=int, default=1000, help="score the first N problems")
+    parser.add_argument("--bfloat16", action="store_true", help="train and score with bfloat16 products")
     parser.add_argument("--rows", nargs="+", help="some rows of COMMANDS, in their order; default: all")
     parser.add_argument("--root", type=Path, default=Path("runs") / "bench-cli")
     parser.add_argument("--markdown", action="store_true", help="print the tables of the last runs")
@@ -88,15 +91,18 @@ def main() -> None:
     data = arguments.data_dir.resolve()
     values = {"model": model, "data": data, "c4": data / "calibration" / "c4.jsonl", "limit": arguments.limit,
               "problems": arguments.score_limit}  # fmt: skip
+    faster = BFLOAT16 if arguments.bfloat16 else {}
     rows: dict[str, dict[str, Any]] = {}
     for row, (command, scored) in {"dense": ("", True), **COMMANDS}.items():
         if arguments.rows and row not in arguments.rows:
             continue
         out = root / folder(row)
+        command += faster.get(command.split(" ")[0], "")
         made = sqft(command.replace("OUT", out.name), root, values, out) if command else {}
         if scored:
             source, scores = out.name if command else model, f"scores/{out.name}"
-            found = sqft(SCORE.replace("FROM", source).replace("OUT", scores), root, values, root / scores)
+            score = SCORE.replace("FROM", source).replace("OUT", scores) + faster.get("evaluate", "")
+            found = sqft(score, root, values, root / scores)
             told = ("sparsity", "zeros_kept", "seconds", "max_logit_difference")
             rows[row] = {"accuracy": found["accuracy"], "interval": found["accuracy_ci95"], "perplexity": found["perplexity"],
                          **{key: made[key] for key in told if key in made}}  # fmt: skip

@@ -2,20 +2,23 @@
 searched, merged in float and INT4, reloaded, generated from; and the sparsity reported beside the zeros counted. What
 cannot be made here (Gemma 3n without timm) keeps its last row.
 
-    python benchmarks/bench_families.py [--only TYPE ...] [--markdown]
+    python benchmarks/bench_families.py [--only TYPE ... | --only] [--markdown]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from common import RESULTS, check, write_results
+from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -38,6 +41,23 @@ def row_of(family: str) -> dict[str, Any]:
     return {**found, "seconds": time.perf_counter() - started}
 
 
+def inspected() -> dict[str, float]:
+    """Seconds of ``sqft inspect`` of a configuration of 70 B parameters, and of importing transformers' Llama alone."""
+    timed = {}
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                    num_key_value_heads=8, vocab_size=128256, dtype="bfloat16").save_pretrained(folder)  # fmt: skip
+        for name, words in {"inspect": ["-m", "sqft", "inspect", folder],
+                            "imports": ["-c", "import transformers.models.llama.modeling_llama"]}.items():  # fmt: skip
+            times = []
+            for _ in range(4):  # the first warms the disk's cache
+                started = time.perf_counter()
+                subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+                times.append(time.perf_counter() - started)
+            timed[name] = median(times[1:])
+    return timed
+
+
 def markdown() -> str:
     """The table of docs/families.md."""
     rows = json.loads((RESULTS / "families.json").read_text())["results"]["rows"]
@@ -56,7 +76,7 @@ def markdown() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--only", nargs="+", choices=[*FAMILIES, *MORE], help="these, beside the last results of others"
+        "--only", nargs="*", choices=[*FAMILIES, *MORE], help="these, beside the last results of others"
     )
     parser.add_argument("--markdown", action="store_true", help="print the table of the last run")
     arguments = parser.parse_args()
@@ -64,8 +84,8 @@ def main() -> None:
         print(markdown())
         return
     known = json.loads((RESULTS / "families.json").read_text())["results"]["rows"]
-    rows = {name: row for name, row in known.items() if arguments.only or not here(name)}
-    for family in filter(here, arguments.only or [*FAMILIES, *MORE]):
+    rows = {name: row for name, row in known.items() if arguments.only is not None or not here(name)}
+    for family in filter(here, [*FAMILIES, *MORE] if arguments.only is None else arguments.only):
         rows[family] = row_of(family)
         print(family, rows[family], flush=True)
     done = {name: row for name, row in rows.items() if "error" not in row}
@@ -74,7 +94,11 @@ def main() -> None:
               *(check(f"families: {what}", sum(row[key] for row in done.values()), least, at_most=False)
                 for what, key, least in (("hybrids and state-space models", "convolutions", 3),
                                          ("with experts", "experts", 5), ("vision-language models", "sees", 2)))]  # fmt: skip
-    write_results("families", {"rows": rows}, checks)
+    seconds = inspected()
+    checks.append(
+        check("families: seconds of sqft inspect of a configuration of 70 B parameters", seconds["inspect"], 3)
+    )
+    write_results("families", {"rows": rows, "inspect seconds": seconds}, checks)
 
 
 if __name__ == "__main__":

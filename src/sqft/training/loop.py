@@ -190,6 +190,15 @@ def check_kind(base: nn.Module, kind: Kind, source: str) -> None:
                      "quantize), or use sparse-peft or lora")  # fmt: skip
 
 
+def _recomputing(config: TrainConfig) -> dict[str, Any]:
+    """TrainingArguments of activation checkpointing, by the name that this transformers has for it."""
+    if not config.gradient_checkpointing:
+        return {}
+    new = "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
 def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: TrainingData,
                  work: Path, checkpoints: bool = True) -> Trainer:  # fmt: skip
     """A Hugging Face Trainer with this config; ``work`` takes event files and, unless switched off, checkpoints."""
@@ -206,8 +215,7 @@ def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: Tr
         per_device_train_batch_size=share(config),
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        **_recomputing(config),
         learning_rate=config.learning_rate or kind.learning_rate,
         lr_scheduler_type=config.scheduler,
         warmup_steps=min(config.warmup_steps, steps // 10),
