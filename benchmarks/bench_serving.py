@@ -194,11 +194,11 @@ def layers() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def tokens_a_second(model: Any, tokens: int = 64) -> float:
     """Of the C++ decoder, after a prompt of 32 tokens."""
     decoder = Decoder(model)
-    decoder.read(torch.arange(32)[None], tokens)
+    decoder.read([list(range(32))], tokens)
     seconds = []
     for i in range(tokens):
         start = time.perf_counter()
-        decoder.step(i, 32 + i)
+        decoder.step([0], [i], [32 + i])
         seconds.append(time.perf_counter() - start)
     return 1 / statistics.median(seconds)
 

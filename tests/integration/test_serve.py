@@ -15,6 +15,8 @@ from pico import pico_model, pico_tokenizer
 import sqft
 from sqft.cli import main
 from sqft.deployment import GenerateConfig
+from sqft.serving.prepare import load_prepared
+from sqft.serving.serve import use_decoder
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,24 @@ def wait_for(client, server) -> list[str]:
         except openai.APIConnectionError:
             time.sleep(0.2)
     raise AssertionError("the server did not start")
+
+
+def test_batches_are_answered_by_the_decoder_as_by_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GenerationConfig
+
+    live, _ = load_prepared(folder)
+    prompts = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
+    ids = torch.tensor([[0] * (5 - len(row)) + row for row in prompts])
+    mask = torch.tensor([[0] * (5 - len(row)) + [1] * len(row) for row in prompts])
+    greedy = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=3, eos_token_id=None)
+    expected = live.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    greedy.eos_token_id = int(expected[0, 7])  # where the first one ends, and perhaps others
+    expected = live.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    monkeypatch.setattr(live, "generate", lambda **given: pytest.fail("transformers was asked"))
+    use_decoder(live)
+    assert torch.equal(live.generate(ids, greedy, attention_mask=mask), expected)
+    with pytest.raises(pytest.fail.Exception):  # padded on the right
+        live.generate(ids, greedy, attention_mask=mask.flip(-1))
 
 
 def test_a_taken_port_and_wrong_options_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,16 +154,40 @@ def test_the_decoder_goes_on_where_transformers_stops(family: str, bits: int) ->
     tokens = torch.randint(0, 250, (1, 60), generator=torch.Generator().manual_seed(0))
     wanted = model(tokens).logits[0]
     decoder, size = Decoder(model), float(wanted.abs().max())
-    assert float((decoder.read(tokens[:, :9], 60) - wanted[8]).abs().max()) < 1e-4 * size
+    row = tokens[0].tolist()
+    assert float((decoder.read([row[:9]], 60)[0] - wanted[8]).abs().max()) < 1e-4 * size
     for position in range(9, 60):
-        found = decoder.step(int(tokens[0, position]), position)
+        found = decoder.step([0], [row[position]], [position])[0]
         assert float((found - wanted[position]).abs().max()) < 1e-4 * size, position
-    again = decoder.read(tokens[:, :20], 5)  # another prompt
+    again = decoder.read([row[:20]], 5)[0]  # another prompt
     assert float((again - wanted[19]).abs().max()) < 1e-4 * size
     with pytest.raises(RuntimeError, match="reserve room"):
-        decoder.step(3, 25)
+        decoder.step([0], [3], [25])
     with pytest.raises(RuntimeError, match="no such token"):
-        decoder.step(10**6, 20)
+        decoder.step([0], [10**6], [20])
+    with pytest.raises(RuntimeError, match="no such sequence"):
+        decoder.step([1], [3], [20])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_the_decoder_goes_on_with_several_prompts(family: str) -> None:
+    """Of other lengths, in one step: each has the logits that it has alone, also when one says no more."""
+    model: Any = pico_model(family, torch.float32, hidden_size=64, intermediate_size=96)
+    sqft.sparsify(model, sqft.SparsifyConfig(method="magnitude"))
+    sqft.quantize(model, sqft.QuantizeConfig(method="rtn", group_size=32))
+    prepare(model)
+    decoder, drawn = Decoder(model), torch.Generator().manual_seed(1)
+    lengths = [3, 17, 9, 5, 12, 1, 20, 8, 2, 11]  # more than eight: two rounds of the kernels
+    prompts = [torch.randint(0, 250, (length,), generator=drawn).tolist() for length in lengths]
+    together = [dict(found) for found in decoder.generate(prompts, 12, lambda logits: int(logits.argmax()), set())]
+    for row, prompt in enumerate(prompts):
+        alone = list(decoder.generate([prompt], 12, lambda logits: int(logits.argmax()), set()))
+        assert [found[row] for found in together] == [found[0] for found in alone]
+    end = together[2][4]
+    stopped = list(decoder.generate(prompts, 12, lambda logits: int(logits.argmax()), {end}))
+    for row in range(len(prompts)):  # up to the first ``end``, and no more
+        said = [found[row] for found in together]
+        assert [found[row] for found in stopped if row in found] == said[: said.index(end) + 1 if end in said else 12]
 
 
 def test_what_the_decoder_does_not_know_is_left_to_transformers() -> None:

@@ -1,8 +1,8 @@
-"""One token at a time by the C++ decoder (``kernels/cpu/decoder.h``): transformers reads the prompt, this goes on."""
+"""One token at a time by the C++ decoder (``kernels/cpu/decoder.h``): transformers reads the prompts, this goes on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,31 +60,37 @@ class Decoder:
                                bias)  # fmt: skip
 
     @torch.no_grad()
-    def read(self, tokens_1T: Tensor, room: int) -> Tensor:
-        """Logits [V] after the prompt, which transformers reads; there is room for so many more tokens."""
-        length = tokens_1T.shape[1]
-        self._inner.reserve(length + room)
-        out = self._model(input_ids=tokens_1T, use_cache=True, logits_to_keep=1)
+    def read(self, prompts: Sequence[Sequence[int]], room: int) -> Tensor:
+        """Logits [N, V] after each prompt, which transformers reads; there is room for so many more tokens of each."""
+        lengths, longest = [len(prompt) for prompt in prompts], max(map(len, prompts))
+        padded_NT = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        mask_NT = torch.tensor([[0] * (longest - length) + [1] * length for length in lengths])
+        out = self._model(input_ids=padded_NT, attention_mask=mask_NT, use_cache=True, logits_to_keep=1,
+                          position_ids=(mask_NT.cumsum(-1) - 1).clamp(min=0))  # fmt: skip
+        self._inner.reserve(len(prompts), longest + room)
         keys, values = self._inner.keys(), self._inner.values()
         for index, layer in enumerate(out.past_key_values.layers):
-            keys[index, :, :length] = layer.keys[0]
-            values[index, :, :length] = layer.values[0]
-        return out.logits[0, -1].float()
+            for row, length in enumerate(lengths):
+                keys[index, row, :, :length] = layer.keys[row, :, longest - length :]
+                values[index, row, :, :length] = layer.values[row, :, longest - length :]
+        return out.logits[:, -1].float()
 
-    def step(self, token: int, position: int) -> Tensor:
-        """Logits [V] after a token at a position, the next after those that were read."""
-        return self._inner.step(token, position)
+    def step(self, rows: list[int], tokens: list[int], positions: list[int]) -> Tensor:
+        """Logits [T, V] after a token of each of T prompts (``rows``), at the position after those that were read."""
+        return self._inner.step(rows, tokens, positions)
 
-    def generate(self, tokens_1T: Tensor, most: int, pick: Any, stop: set[int]) -> Iterator[int]:
-        """Up to ``most`` tokens, each ``pick(logits)``, until one of ``stop``, which is the last."""
-        logits, position = self.read(tokens_1T, most), tokens_1T.shape[1]
+    def generate(self, prompts: Sequence[Sequence[int]], most: int, pick: Callable[[Tensor], int],
+                 stop: set[int]) -> Iterator[dict[int, int]]:  # fmt: skip
+        """Up to ``most`` times the next token of each prompt by its number, ``pick(logits_V)``; a prompt that got a
+        token of ``stop`` is done."""
+        logits_NV, rows = self.read(prompts, most), list(range(len(prompts)))
         for number in range(most):
-            token = pick(logits)
-            yield token
-            if token in stop or number + 1 == most:
+            tokens = {row: pick(logits_V) for row, logits_V in zip(rows, logits_NV, strict=True)}
+            yield tokens
+            rows = [row for row, token in tokens.items() if token not in stop]
+            if not rows or number + 1 == most:
                 return
-            logits = self.step(token, position)
-            position += 1
+            logits_NV = self.step(rows, [tokens[row] for row in rows], [len(prompts[row]) + number for row in rows])
 
 
 def _get(module: nn.Module, name: str) -> Any:

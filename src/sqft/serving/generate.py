@@ -53,10 +53,9 @@ def _decode(model: Any, tokenizer: Any, tokens: Tensor, config: GenerateConfig, 
     end = model.generation_config.eos_token_id
     stop = set(end if isinstance(end, list) else [end])
     clock.put(tokens)
-    for token in Decoder(model).generate(
-        tokens, config.max_new_tokens, partial(pick, temperature=config.temperature, top_p=config.top_p), stop
-    ):
-        clock.put(torch.tensor([token]))
+    chosen = partial(pick, temperature=config.temperature, top_p=config.top_p)
+    for found in Decoder(model).generate(tokens.tolist(), config.max_new_tokens, chosen, stop):
+        clock.put(torch.tensor([found[0]]))
     clock.end()
 
 

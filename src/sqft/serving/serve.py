@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -83,35 +84,36 @@ def _check_port(config: ServeConfig) -> None:
 
 
 def use_decoder(live: Any) -> None:
-    """Lets ``live.generate`` answer by the C++ decoder what that can: one prompt, greedily or by temperature, top-p and
-    top-k; the rest stays transformers'."""
+    """Lets ``live.generate`` answer by the C++ decoder what that can: prompts (padded on the left) greedily or by
+    temperature, top-p and top-k; the rest stays transformers'."""
     decoder, by_transformers = Decoder(live), live.generate
 
     @torch.no_grad()
     def generate(self: Any, input_ids: Tensor, generation_config: Any = None, streamer: Any = None,
-                 **others: Any) -> Any:  # fmt: skip
+                 attention_mask: Tensor | None = None, **others: Any) -> Any:  # fmt: skip
         given = generation_config or self.generation_config
-        most = given.max_new_tokens
-        plain = input_ids.shape[0] == 1 and most and (given.num_beams or 1) == 1 and (
-            given.repetition_penalty in (None, 1.0) and not any(getattr(given, name, None) for name in _OTHERS)
-            and not set(others) - {"attention_mask", "tokenizer"})  # fmt: skip
+        mask_NT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        plain = given.max_new_tokens and (given.num_beams or 1) == 1 and given.repetition_penalty in (None, 1.0) and (
+            not any(getattr(given, name, None) for name in _OTHERS) and not set(others) - {"tokenizer"}
+            and (mask_NT.diff() >= 0).all() and mask_NT[:, -1].all())  # fmt: skip
         if not plain:
-            return by_transformers(
-                input_ids=input_ids, generation_config=generation_config, streamer=streamer, **others
-            )
-        temperature = (given.temperature or 1.0) if given.do_sample else 0.0
+            return by_transformers(input_ids=input_ids, generation_config=generation_config, streamer=streamer,
+                                   attention_mask=attention_mask, **others)  # fmt: skip
+        chosen = partial(pick, temperature=(given.temperature or 1.0) if given.do_sample else 0.0,
+                         top_p=given.top_p or 1.0, top_k=given.top_k or 0)  # fmt: skip
         end = given.eos_token_id if given.eos_token_id is not None else []
         stop = set(end if isinstance(end, list) else [end])
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, mask_NT, strict=True)]
+        fill = given.pad_token_id if given.pad_token_id is not None else min(stop, default=0)
+        answers: list[Tensor] = []
         if streamer is not None:
             streamer.put(input_ids)
-        tokens: list[int] = []
-        for token in decoder.generate(input_ids, most, lambda logits: pick(logits, temperature, given.top_p or 1.0,
-                                                                           given.top_k or 0), stop):  # fmt: skip
-            tokens.append(token)
+        for found in decoder.generate(prompts, given.max_new_tokens, chosen, stop):
+            answers.append(torch.tensor([found.get(row, fill) for row in range(len(prompts))]))
             if streamer is not None:
-                streamer.put(torch.tensor([token]))
+                streamer.put(answers[-1])
         if streamer is not None:
             streamer.end()
-        return torch.cat([input_ids, torch.tensor([tokens], dtype=input_ids.dtype)], -1)
+        return torch.cat([input_ids, torch.stack(answers, -1).to(input_ids.dtype)], -1)
 
     live.generate = MethodType(generate, live)

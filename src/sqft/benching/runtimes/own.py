@@ -23,10 +23,11 @@ class Session:
         """Greedily generates exactly ``new`` tokens for each prompt."""
         import torch
 
-        ids = torch.tensor(tokens)
-        if self._decoder is not None and len(tokens) == 1:
-            list(self._decoder.generate(ids, new, lambda logits: int(logits.argmax()), set()))
+        if self._decoder is not None:
+            for _ in self._decoder.generate(tokens, new, lambda logits: int(logits.argmax()), set()):
+                pass
             return
+        ids = torch.tensor(tokens)
         with torch.no_grad():
             self._model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
                                  min_new_tokens=new, do_sample=False, pad_token_id=0)  # fmt: skip

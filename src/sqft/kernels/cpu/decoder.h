@@ -1,4 +1,4 @@
-// One token through a decoder of Llama's kind, in one call: RMS norms, rotary positions, grouped-query attention over a
+// One token of each of some sequences through a decoder of Llama's kind, in one call: RMS norms, rotary positions, grouped-query attention over a
 // cache of keys and values, SwiGLU; optionally norms of queries and keys, and biases. Weights are in compact form, all
 // else is float32. What it computes is what transformers' modules do; it saves the hundreds of calls between them.
 
@@ -57,17 +57,24 @@ WIDE void attend(const float* query, const float* keys, const float* values, int
   }
 }
 
-// Floats with zeros up to a multiple of 64.
-std::vector<float> padded(int64_t size) { return std::vector<float>((size + WIDTH - 1) / WIDTH * WIDTH); }
+// A vector of each of some tokens, [T, size], with zeros up to a multiple of 64 as the products take them.
+struct Vectors {
+  int64_t count, width;
+  std::vector<float> all;
+
+  Vectors(int64_t count_, int64_t size)
+      : count(count_), width((size + WIDTH - 1) / WIDTH * WIDTH), all(count * width) {}
+  float* of(int64_t token) { return all.data() + token * width; }
+};
 
 // Products of the same tokens with several weights, in one parallel loop over the rows of all.
-void multiply_all(const std::vector<const Weight*>& weights, const std::vector<float*>& results, const std::vector<float>& x,
+void multiply_all(const std::vector<const Weight*>& weights, const std::vector<float*>& results, const Vectors& x,
                   int64_t variant) {
   const int64_t groups = weights[0]->groups;
   int64_t rows = 0;
   bool rounded = false;
   for (const Weight* w : weights) rows += w->outputs, rounded |= w->bits != 0;
-  const Tokens tokens(x.data(), 1, groups, variant, rounded);
+  const Tokens tokens(x.all.data(), x.count, groups, variant, rounded);
   at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / (groups * WIDTH)), [&](int64_t first, int64_t last) {
     int64_t before = 0;
     for (size_t i = 0; i < weights.size(); before += weights[i]->outputs, ++i) {
@@ -95,45 +102,41 @@ struct Decoder : torch::CustomClassHolder {
   }
   void add_vector(const at::Tensor& vector) { vectors_.push_back(floats(vector)); }
 
-  // Room for so many positions; what is in the cache stays.
-  void reserve(int64_t capacity) {
-    const int64_t layers = int64_t(weights_.size()) / 7;
-    const std::vector<int64_t> shape{layers, kv_heads_, capacity, size_};
-    at::Tensor keys = at::zeros(shape), values = at::zeros(shape);
-    if (keys_.defined()) {
-      const int64_t kept = std::min(capacity, keys_.size(2));
-      keys.narrow(2, 0, kept).copy_(keys_.narrow(2, 0, kept));
-      values.narrow(2, 0, kept).copy_(values_.narrow(2, 0, kept));
-    }
-    keys_ = keys, values_ = values;
+  // An empty cache of so many sequences, with room for so many positions of each.
+  void reserve(int64_t sequences, int64_t capacity) {
+    const std::vector<int64_t> shape{int64_t(weights_.size()) / 7, sequences, kv_heads_, capacity, size_};
+    keys_ = at::zeros(shape), values_ = at::zeros(shape);
   }
   at::Tensor keys() { return keys_; }
   at::Tensor values() { return values_; }
 
-  // The logits, float32 [V], after ``token`` at ``position``, which is the number of positions that are in the cache.
-  at::Tensor step(int64_t token, int64_t position) {
-    TORCH_CHECK(keys_.defined() && position >= 0 && position < keys_.size(2), "reserve room for the position first");
-    TORCH_CHECK(token >= 0 && token < embedding_.size(0), "there is no such token");
-    const int64_t hidden = embedding_.size(1), layers = int64_t(weights_.size()) / 7, half = size_ / 2;
-    const at::Tensor row = floats(embedding_.select(0, token));
-    std::vector<float> h(row.const_data_ptr<float>(), row.const_data_ptr<float>() + hidden), x = padded(hidden);
-    std::vector<float> cosine(half), sine(half), out(hidden);
-    for (int64_t i = 0; i < half; ++i) {
-      const float angle = float(position) * frequencies_.const_data_ptr<float>()[i];
-      cosine[i] = std::cos(angle) * rotary_scale_, sine[i] = std::sin(angle) * rotary_scale_;
+  // The logits, float32 [T, V], after a token of each of T sequences; a position is how many of its tokens are in the cache.
+  at::Tensor step(const std::vector<int64_t>& sequences, const std::vector<int64_t>& tokens,
+                  const std::vector<int64_t>& positions) {
+    const int64_t count = int64_t(tokens.size()), hidden = embedding_.size(1), layers = int64_t(weights_.size()) / 7;
+    TORCH_CHECK(count > 0 && sequences.size() == tokens.size() && positions.size() == tokens.size(), "lengths differ");
+    Step now{sequences, positions, std::vector<float>(count * size_ / 2), std::vector<float>(count * size_ / 2)};
+    Vectors h(count, hidden), x(count, hidden);
+    std::vector<float> out(count * hidden);
+    for (int64_t t = 0; t < count; ++t) {
+      TORCH_CHECK(keys_.defined() && positions[t] >= 0 && positions[t] < keys_.size(3), "reserve room for the position first");
+      TORCH_CHECK(sequences[t] >= 0 && sequences[t] < keys_.size(1), "there is no such sequence");
+      TORCH_CHECK(tokens[t] >= 0 && tokens[t] < embedding_.size(0), "there is no such token");
+      const at::Tensor row = floats(embedding_.select(0, tokens[t]));
+      std::copy_n(row.const_data_ptr<float>(), hidden, h.of(t));
+      rotate(now, t);
     }
     for (int64_t layer = 0; layer < layers; ++layer) {
-      rms_norm(h.data(), vector(4 * layer), hidden, eps_, x.data());
-      attention(layer, position, x, cosine, sine, out);
-      add(h.data(), out.data(), hidden);
-      rms_norm(h.data(), vector(4 * layer + 1), hidden, eps_, x.data());
-      mlp(layer, x, out);
-      add(h.data(), out.data(), hidden);
+      norm(h, 4 * layer, x);
+      attention(layer, now, x, out.data());
+      sum(h, out.data());
+      norm(h, 4 * layer + 1, x);
+      mlp(layer, x, out.data());
+      sum(h, out.data());
     }
-    rms_norm(h.data(), vector(4 * layers), hidden, eps_, x.data());
-    at::Tensor logits = at::empty({weights_.back().outputs});
-    multiply_all({&weights_.back()}, {logits.mutable_data_ptr<float>()}, x, variant_);
-    biased(int64_t(weights_.size()) - 1, logits.mutable_data_ptr<float>());
+    norm(h, 4 * layers, x);
+    at::Tensor logits = at::empty({count, weights_.back().outputs});
+    multiply(int64_t(weights_.size()) - 1, 1, {logits.mutable_data_ptr<float>()}, x);
     return logits;
   }
 
@@ -142,42 +145,71 @@ struct Decoder : torch::CustomClassHolder {
   const float* vector(int64_t index) const {
     return vectors_[index].numel() ? vectors_[index].const_data_ptr<float>() : nullptr;
   }
-  void biased(int64_t weight, float* y) const {
-    if (biases_[weight].numel()) add(y, biases_[weight].const_data_ptr<float>(), biases_[weight].numel());
+  // Of each token: its sequence, its position, and the cosines and sines of its angles.
+  struct Step {
+    const std::vector<int64_t>&sequences, &positions;
+    std::vector<float> cosine, sine;
+  };
+  void rotate(Step& now, int64_t t) const {
+    for (int64_t i = 0, half = size_ / 2; i < half; ++i) {
+      const float angle = float(now.positions[t]) * frequencies_.const_data_ptr<float>()[i];
+      now.cosine[t * half + i] = std::cos(angle) * rotary_scale_, now.sine[t * half + i] = std::sin(angle) * rotary_scale_;
+    }
+  }
+  void norm(Vectors& h, int64_t gain, Vectors& x) const {
+    for (int64_t t = 0; t < h.count; ++t) rms_norm(h.of(t), vector(gain), embedding_.size(1), eps_, x.of(t));
+  }
+  void sum(Vectors& h, const float* out) const {
+    for (int64_t t = 0, hidden = embedding_.size(1); t < h.count; ++t) add(h.of(t), out + t * hidden, hidden);
   }
 
-  void attention(int64_t layer, int64_t position, const std::vector<float>& x, const std::vector<float>& cosine,
-                 const std::vector<float>& sine, std::vector<float>& out) {
-    const int64_t capacity = keys_.size(2), first = 7 * layer;
-    std::vector<float> q(heads_ * size_), k(kv_heads_ * size_), v(kv_heads_ * size_), mixed = padded(heads_ * size_);
-    multiply_all({&weights_[first], &weights_[first + 1], &weights_[first + 2]}, {q.data(), k.data(), v.data()}, x, variant_);
-    biased(first, q.data()), biased(first + 1, k.data()), biased(first + 2, v.data());
-    for (int64_t head = 0; head < heads_; ++head) turn(q.data() + head * size_, vector(4 * layer + 2), cosine, sine);
-    float* keys = keys_.mutable_data_ptr<float>() + layer * kv_heads_ * capacity * size_;
-    float* values = values_.mutable_data_ptr<float>() + layer * kv_heads_ * capacity * size_;
-    for (int64_t head = 0; head < kv_heads_; ++head) {
-      turn(k.data() + head * size_, vector(4 * layer + 3), cosine, sine);
-      const int64_t place = (head * capacity + position) * size_;
-      std::copy_n(k.data() + head * size_, size_, keys + place);
-      std::copy_n(v.data() + head * size_, size_, values + place);
+  // Products with some weights from ``first`` on, with their biases: [T, O] each.
+  void multiply(int64_t first, int64_t number, const std::vector<float*>& results, const Vectors& x) const {
+    std::vector<const Weight*> some;
+    for (int64_t i = first; i < first + number; ++i) some.push_back(&weights_[i]);
+    multiply_all(some, results, x, variant_);
+    for (int64_t i = 0; i < number; ++i)
+      if (const int64_t outputs = biases_[first + i].numel())
+        for (int64_t t = 0; t < x.count; ++t) add(results[i] + t * outputs, biases_[first + i].const_data_ptr<float>(), outputs);
+  }
+
+  void attention(int64_t layer, const Step& now, const Vectors& x, float* out) {
+    const int64_t first = 7 * layer, count = x.count, shared = heads_ / kv_heads_;
+    std::vector<float> q(count * heads_ * size_), k(count * kv_heads_ * size_), v(count * kv_heads_ * size_);
+    Vectors mixed(count, heads_ * size_);
+    multiply(first, 3, {q.data(), k.data(), v.data()}, x);
+    int64_t longest = 0;
+    for (int64_t t = 0; t < count; ++t) {
+      longest = std::max(longest, now.positions[t] + 1);
+      for (int64_t head = 0; head < heads_; ++head) turn(&q[(t * heads_ + head) * size_], vector(4 * layer + 2), now, t);
+      for (int64_t head = 0; head < kv_heads_; ++head) {
+        const int64_t from = (t * kv_heads_ + head) * size_, to = place(layer, now.sequences[t], head) + now.positions[t] * size_;
+        turn(&k[from], vector(4 * layer + 3), now, t);
+        std::copy_n(&k[from], size_, keys_.mutable_data_ptr<float>() + to);
+        std::copy_n(&v[from], size_, values_.mutable_data_ptr<float>() + to);
+      }
     }
-    const int64_t shared = heads_ / kv_heads_, count = position + 1;
-    at::parallel_for(0, heads_, std::max<int64_t>(1, 4 * GRAIN / (count * size_)), [&](int64_t from, int64_t to) {
-      std::vector<float> scores(count);
-      for (int64_t head = from; head < to; ++head) {
-        const int64_t place = head / shared * capacity * size_;
-        attend(q.data() + head * size_, keys + place, values + place, count, size_, 1.0f / std::sqrt(float(size_)),
-               scores.data(), mixed.data() + head * size_);
+    const float *keys = keys_.const_data_ptr<float>(), *values = values_.const_data_ptr<float>();
+    at::parallel_for(0, count * heads_, std::max<int64_t>(1, 4 * GRAIN / (longest * size_)), [&](int64_t from, int64_t to) {
+      std::vector<float> scores(longest);
+      for (int64_t i = from; i < to; ++i) {
+        const int64_t t = i / heads_, head = i % heads_, at = place(layer, now.sequences[t], head / shared);
+        attend(&q[i * size_], keys + at, values + at, now.positions[t] + 1, size_, 1.0f / std::sqrt(float(size_)),
+               scores.data(), mixed.of(t) + head * size_);
       }
     });
-    multiply_all({&weights_[first + 3]}, {out.data()}, mixed, variant_);
-    biased(first + 3, out.data());
+    multiply(first + 3, 1, {out}, mixed);
+  }
+  // Where a head's keys and values of a sequence begin.
+  int64_t place(int64_t layer, int64_t sequence, int64_t head) const {
+    return ((layer * keys_.size(1) + sequence) * kv_heads_ + head) * keys_.size(3) * size_;
   }
 
   // A head of q or k: normed if there is a gain, and turned to its position.
-  void turn(float* head, const float* gain, const std::vector<float>& cosine, const std::vector<float>& sine) const {
+  void turn(float* head, const float* gain, const Step& now, int64_t t) const {
     if (gain) rms_norm(head, gain, size_, eps_, head);
     const int64_t half = size_ / 2;
+    const float *cosine = &now.cosine[t * half], *sine = &now.sine[t * half];
     for (int64_t i = 0; i < half; ++i) {
       const float one = head[i], other = head[i + half];
       head[i] = one * cosine[i] - other * sine[i];
@@ -185,14 +217,13 @@ struct Decoder : torch::CustomClassHolder {
     }
   }
 
-  void mlp(int64_t layer, const std::vector<float>& x, std::vector<float>& out) const {
-    const Weight &gate = weights_[7 * layer + 4], &up = weights_[7 * layer + 5];
-    std::vector<float> opened(gate.outputs), lifted(up.outputs), product = padded(gate.outputs);
-    multiply_all({&gate, &up}, {opened.data(), lifted.data()}, x, variant_);
-    biased(7 * layer + 4, opened.data()), biased(7 * layer + 5, lifted.data());
-    swiglu(opened.data(), lifted.data(), gate.outputs, product.data());
-    multiply_all({&weights_[7 * layer + 6]}, {out.data()}, product, variant_);
-    biased(7 * layer + 6, out.data());
+  void mlp(int64_t layer, const Vectors& x, float* out) const {
+    const int64_t first = 7 * layer + 4, size = weights_[first].outputs;
+    std::vector<float> opened(x.count * size), lifted(x.count * size);
+    Vectors product(x.count, size);
+    multiply(first, 2, {opened.data(), lifted.data()}, x);
+    for (int64_t t = 0; t < x.count; ++t) swiglu(&opened[t * size], &lifted[t * size], size, product.of(t));
+    multiply(first + 2, 1, {out}, product);
   }
 
   int64_t heads_ = 0, kv_heads_ = 0, size_ = 0, variant_ = 0;
