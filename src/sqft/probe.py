@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sqft.calibration.data import read_texts, token_blocks
 from sqft.errors import SqftError, VerificationError
+from sqft.kernels.halves import fast_halves
 from sqft.models.types import Tokenizer
 
 PROBE = "probe.json"
@@ -45,7 +46,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with fast_halves(model):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from sqft.errors import SqftError
 from sqft.kernels.dispatch import product, release_memory
+from sqft.kernels.halves import fast_halves
 from sqft.models.discover import Architecture, Block
 
 CACHE = ("past_key_values", "past_key_value", "layer_past")  # what blocks call theirs
@@ -87,7 +88,7 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
             block.module.to(target)
         anew = rebuild if calls is not None and rebuild is not None and not rebuild.known(block) else None
         inputs = list(calls.hidden) if calls is not None and anew is not None else []
-        with torch.no_grad(), _fast_products(block) if fast else contextlib.nullcontext():
+        with torch.no_grad(), _fast_products(block) if fast else fast_halves(block.module):
             if calls is None:
                 change(block, {})
             elif rebuild is not None and anew is None:
@@ -106,7 +107,7 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
         if anew is not None and calls is not None and dense is not None:
             calls.hidden = inputs
             anew.change(block, functools.partial(_output, block.module, index, calls, target), dense.hidden)
-            with torch.no_grad(), _fast_products(block) if fast else contextlib.nullcontext():
+            with torch.no_grad(), _fast_products(block) if fast else fast_halves(block.module):
                 replay(block.module, index, calls, target, keep=True)
         if target != home:
             block.module.to(home)

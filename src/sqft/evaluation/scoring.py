@@ -17,6 +17,7 @@ from sqft.evaluation.choices import choose
 from sqft.evaluation.generation import solve
 from sqft.evaluation.intervals import wilson
 from sqft.formats.checkpoint import packed_layers, unpack_model
+from sqft.kernels.halves import fast_halves
 from sqft.models.discover import input_device
 from sqft.models.types import Tokenizer
 from sqft.models.weights import put_module
@@ -37,7 +38,8 @@ def unpacked(model: Any) -> Iterator[None]:
         if layers:
             model.merge_adapter()
         unpack_model(model)
-        yield
+        with fast_halves(model):
+            yield
     finally:
         for name, module in packed.items():
             put_module(model, name, module)

@@ -95,8 +95,23 @@ def _processor_vendor() -> str:
         return ""
 
 
+@functools.cache
+def is_slow_half(dtype: torch.dtype) -> bool:
+    """Whether this processor has no units for a half-precision dtype, so that float32 is faster."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    name = "fp16" if dtype == torch.float16 else "bf16"
+    has = torch.cpu.get_capabilities()
+    if has.get("architecture") == "x86_64":
+        return not (has.get(f"avx512_{name}") or has.get(f"amx_{name}"))
+    return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
+
+
 def cpu_product(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """``product`` by MKL or oneDNN, whichever is faster."""
+    if is_slow_half(x_TI.dtype):
+        bias_O = None if bias_O is None else bias_O.float()
+        return cpu_product(x_TI.float(), w_OI.float(), bias_O).to(x_TI.dtype)
     if x_TI.dtype == torch.float32 and use_onednn():
         if not (w_OI.is_contiguous() or w_OI.mT.is_contiguous()):  # a slice: oneDNN's reference code, 1000 times slower
             w_OI = w_OI.contiguous()

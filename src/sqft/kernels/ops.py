@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sqft.kernels.dispatch import kernel, product, row_chunks
+from sqft.kernels.dispatch import is_slow_half, kernel, product, row_chunks
 from sqft.kernels.packed import Packed, pack_words
 from sqft.kernels.reference import Adapter, grid_scales
 
@@ -121,8 +121,8 @@ def linear_op(x: Tensor, bias: Tensor | None, words: Sequence[Tensor], bits: int
     """See ``linear``; ``words`` as of ``_grid``, from ``a`` to ``in_steps`` the fields of an ``Adapter``. The result is
     no view, so that it may be changed in place."""
     x_TI = x.reshape(-1, x.shape[-1])
-    # Evaluation multiplies as nn.Linear does: un-merged and merged logits are then equal, not merely close.
-    multiply = product if training else F.linear
+    # Evaluation multiplies as nn.Linear does (``halves`` too): un-merged and merged logits are equal, not merely close.
+    multiply = product if training or (x.device.type == "cpu" and is_slow_half(x.dtype)) else F.linear
     grid, adapted = _grid(words, bits), _adapter(a, b, mask, scale, base, new_scales, fractions, in_steps)
     with _no_autocast(x.device):
         if p and grid is None:

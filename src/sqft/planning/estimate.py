@@ -13,7 +13,6 @@ from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
 from sqft.calibration.statistics import is_paired
@@ -104,7 +103,7 @@ def measure(dtype: torch.dtype) -> Speed:
         return 1 / timer.blocked_autorange(min_run_time=0.1).median
 
     return Speed(f"CPU, {threads} threads" if device.type == "cpu" else device.type.upper(),
-                 2 * 1024**3 * rate(lambda: F.linear(low, low)), 2 * 1024**3 * rate(lambda: product(x, x)),
+                 2 * 1024**3 * rate(lambda: product(low, low)), 2 * 1024**3 * rate(lambda: product(x, x)),
                  2 * source.nbytes * rate(lambda: target.copy_(source)))  # fmt: skip
 
 

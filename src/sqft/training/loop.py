@@ -30,6 +30,7 @@ from sqft.errors import UsageError
 from sqft.folders import is_adapter, load, write_files
 from sqft.formats.checkpoint import packed_layers
 from sqft.kernels.dispatch import peak_memory, pick_device
+from sqft.kernels.halves import fast_halves
 from sqft.models.types import Tokenizer
 from sqft.models.weights import linear_weights
 from sqft.probe import probe, write_probe
@@ -291,7 +292,7 @@ def _tensorboard(folder: Path) -> TensorBoardCallback:
 def _run(trainer: Trainer, model: nn.Module, checkpoint: Path | None, config: TrainConfig) -> dict[str, Any]:
     watch = Stopwatch(checkpoint)
     trainer.add_callback(watch)
-    with peak_memory() as peak, _forward_kept(model):
+    with peak_memory() as peak, _forward_kept(model), fast_halves(model):
         try:
             if config.init == "gradient" and checkpoint is None:  # a checkpoint has what it led to
                 from_gradient(trainer, config)
