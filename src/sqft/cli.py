@@ -168,7 +168,7 @@ def _stage(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {"out": arguments.out, "overwrite": arguments.overwrite}
     if arguments.then is not None:
         row, config, given = STAGES["quantize"], arguments.then, {**given, "first": config}
-    return row.perform(lambda: row.function(arguments.source, config, **given), _say)
+    return row.perform(config, lambda: row.function(arguments.source, config, **given), _say)
 
 
 def _split_then(arguments: Sequence[str]) -> tuple[list[str], QuantizeConfig | None]:

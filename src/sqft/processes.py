@@ -12,10 +12,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+T = TypeVar("T")
 _FAILED = "failed"
 _PAUSE = 0.1  # seconds between two looks into the store
 _alone: ContextVar[bool] = ContextVar("alone", default=False)  # in the work of ``alone`` there are no others
@@ -40,6 +41,20 @@ def count() -> int:
     """How many processes work together."""
     group = _group()
     return group.get_world_size() if group else 1
+
+
+def mine(parts: Sequence[Any]) -> list[Any]:
+    """Of some parts of a work those that this process does."""
+    group = _group()
+    return list(parts)[group.get_rank() :: group.get_world_size()] if group else list(parts)
+
+
+def total(tensor: T) -> T:
+    """The sum of all processes' tensors, in the place of this one's. All have to ask for the same things in the same
+    order, and none waits for another for longer than torch.distributed's timeout."""
+    if (group := _group()) is not None:
+        group.all_reduce(tensor)
+    return tensor
 
 
 def is_main_process() -> bool:

@@ -249,7 +249,7 @@ def run_stage(name: str, config: Any, source: str, folder: Path, say: Say) -> di
         return metrics
     say(f"{folder}: {name} {source}")
     row = STAGES[name]
-    return row.perform(lambda: row.function(source, config, out=folder, overwrite=True), say)
+    return row.perform(config, lambda: row.function(source, config, out=folder, overwrite=True), say)
 
 
 def finished(folder: Path, key: str, say: Say) -> artifact.Manifest | None:

@@ -19,7 +19,8 @@ class Stage:
     ``verb`` and ``estimate`` are "module:function": the public function ``verb(source, config, out=, overwrite=)``, and
     what a dry run asks for its time and memory. ``makes``: "model", "adapter", or "numbers" about its input.
     ``argument`` is the input's name on the command line, ``takes`` and ``writes`` say what it and OUT hold.
-    ``of_run``: it makes part of a run, in the order of the rows. ``together``: several processes divide its work.
+    ``of_run``: it makes part of a run, in the order of the rows. ``together``: whether several processes divide its
+    work, by its options.
     """
 
     name: str
@@ -32,15 +33,15 @@ class Stage:
     writes: str = "folder to write"
     estimate: str = ""
     of_run: bool = True
-    together: bool = False
+    together: Callable[[Any], bool] = lambda config: False
 
     @property
     def function(self) -> Callable[..., Any]:
         return _load(self.verb)
 
-    def perform(self, work: Callable[[], Any], say: Callable[[str], None]) -> Any:
+    def perform(self, config: Any, work: Callable[[], Any], say: Callable[[str], None]) -> Any:
         """What ``work`` gives, done by all processes together, or by the main one while the others wait."""
-        if self.together or count() == 1:
+        if count() == 1 or self.together(config):
             return work()
         say(f"{self.name}: on one process, {count() - 1} wait")
         return alone(work)
@@ -54,17 +55,21 @@ def _load(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _calibrated(config: Any) -> bool:
+    return config.repair == "layer" or (config.repair == "none" and config.method not in ("magnitude", "rtn"))
+
+
 _MODEL = "folder, .gguf file or hub name"
 _ADAPTER = "folder that 'sqft train' or 'sqft search' wrote"
 ROWS = (
     Stage("sparsify", config.SparsifyConfig, "sqft.compressing.stage:sparsify", "prune a model's linear weights",
-          "model", _MODEL, estimate="sqft.planning.estimate:sparsify"),
+          "model", _MODEL, estimate="sqft.planning.estimate:sparsify", together=_calibrated),
     Stage("quantize", config.QuantizeConfig, "sqft.compressing.stage:quantize",
           "quantize a model's linear weights; pruned weights stay exactly zero", "model", _MODEL,
-          estimate="sqft.planning.estimate:quantize"),
+          estimate="sqft.planning.estimate:quantize", together=_calibrated),
     Stage("train", config.TrainConfig, "sqft.training.loop:train", "fine-tune adapters on a sparse model, or itself",
           "adapter", "folder of a sparse model, float or quantized", estimate="sqft.planning.estimate:train",
-          together=True),
+          together=lambda config: True),
     Stage("search", config.SearchConfig, "sqft.searching.stage:search",
           "find the best sub-adapter of an elastic adapter (NLS) by a validation split", "adapter",
           "folder that 'sqft train --search-space 32,24,16' wrote", "ADAPTER",

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from pico import pico_model
 from safetensors.torch import load_file
-from support.together import OPTIONS, train
+from support.together import OPTIONS, compress, train
 
 import sqft
 from sqft.config import TrainConfig
@@ -121,6 +122,47 @@ def test_two_processes_train_as_one(name: str, bases: dict[str, Path], two: Path
         assert_alike(tmp_path / "one", two / ran)
         metrics = [json.loads((two / f"{ran}.{rank}.json").read_text()) for rank in (0, 1)]
         assert metrics[0] == metrics[1] == json.loads((two / ran / "sqft.json").read_text())["metrics"]
+
+
+CALIBRATED: dict[str, dict[str, Any]] = {
+    "wanda": {"stage": "sparsify", "config": {}},
+    "wanda, repaired, 16:32": {"stage": "sparsify", "config": {"repair": "layer", "pattern": "16:32"}},
+    "sparsegpt 2:4": {"stage": "sparsify", "config": {"method": "sparsegpt", "pattern": "2:4"}},
+    "gptq": {"stage": "quantize", "config": {"group_size": 32, "keep_fractions": True}},
+    "gptaq, repaired": {"stage": "quantize", "config": {"group_size": 32, "method": "gptaq", "repair": "layer"}},
+    "both": {"stage": "quantize", "config": {"group_size": 32}, "first": {"repair": "layer"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_calibrate_as_one(count: int, dense: Path, tmp_path: Path) -> None:
+    """The same bytes in every file: masks, weights, integers, grids and fractions."""
+    jobs = [{"source": str(dense), "out": str(tmp_path / name), **case} for name, case in CALIBRATED.items()]
+    ran = together(count, jobs, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    torch.set_num_threads(1)  # as the processes have
+    for job in jobs:
+        compress(**{**job, "out": f"{job['out']}, one"})
+        one, many = (sqft.artifact.read_manifest(f"{job['out']}{end}") for end in (", one", ""))
+        assert one.files == many.files and one.key == many.key, job["out"]
+        assert "masks/masks.safetensors" in one.files or "gpt" in job["out"]
+
+
+def test_calibration_that_is_not_divided_is_refused(dense: Path, tmp_path: Path, monkeypatch) -> None:
+    """Experts, which other tokens reach in every process, repair of blocks, and fewer batches than processes."""
+    monkeypatch.setattr("sqft.compressing.passes.count", lambda: 3)
+    monkeypatch.setattr("sqft.calibration.walker.count", lambda: 3)
+    tokens = torch.randint(0, 250, (4, 16))
+    model: Any = pico_model("mixtral")
+    with pytest.raises(
+        sqft.UsageError, match="a model with experts is not divided among processes: run this stage in one"
+    ):
+        sqft.sparsify(model, sqft.SparsifyConfig(), tokens)
+    model = pico_model()
+    with pytest.raises(sqft.UsageError, match="repair block is not divided"):
+        sqft.sparsify(model, sqft.SparsifyConfig(repair="block"), tokens)
+    with pytest.raises(sqft.UsageError, match="2 calibration batches of 2 cannot be divided among 3 processes"):
+        sqft.sparsify(model, sqft.SparsifyConfig(batch_size=2), tokens)
 
 
 def test_the_comparison_can_fail(bases: dict[str, Path], two: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node N tests/support/together.py JOBS.json
 
-A job holds the arguments of ``train``, or {"fail": arguments}: the command line, whose process 1 fails in the second step.
+A job holds the arguments of ``train``, or of ``compress``, or {"fail": arguments}: the command line, whose process 1 fails in
+the second step.
 Each process writes what it was told to OUT.RANK.json.
 """
 
@@ -21,7 +22,7 @@ import sqft
 from sqft.cli import main
 from sqft.config import TrainConfig
 from sqft.errors import SqftError
-from sqft.processes import is_main_process
+from sqft.processes import is_main_process, join
 from sqft.training.callbacks import Guard
 
 EXAMPLES = [sqft.Example(f"Q: {'so ' * (i % 5)}{i} plus {i}?\nA:", f" {2 * i}{' indeed' * (i % 3)}") for i in range(21)]
@@ -57,6 +58,17 @@ def train(source: str, out: str, config: dict[str, Any], stop: int = -1) -> dict
     return {}
 
 
+def compress(
+    stage: str, source: str, out: str, config: dict[str, Any], first: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """``sqft.sparsify`` or ``sqft.quantize`` of 8 blocks of 24 tokens, in batches of 2."""
+    kind = sqft.SparsifyConfig if stage == "sparsify" else sqft.QuantizeConfig
+    join()
+    options = {"samples": 8, "length": 24, "batch_size": 2}
+    given = {"first": sqft.SparsifyConfig(**{**options, **first})} if first else {}
+    return getattr(sqft, stage)(source, kind(**{**options, **config}), out=out, **given)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
@@ -65,5 +77,5 @@ if __name__ == "__main__":
                 SqftError("the disk of this machine is full"), lambda step: step == 2 and not is_main_process()
             ):
                 sys.exit(main(job["fail"]))
-        metrics = train(**job)
+        metrics = compress(**job) if "stage" in job else train(**job)
         Path(f"{job['out']}.{torch.distributed.get_rank()}.json").write_text(json.dumps(metrics))

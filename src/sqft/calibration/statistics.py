@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from sqft.errors import SqftError
 from sqft.kernels.dispatch import product
 from sqft.models.weights import Weight
+from sqft.processes import total
 
 STRIP = 256  # rows of a Hessian that are computed at once
 
@@ -25,46 +26,70 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+class Sum:
+    """A sum of what batches of tokens give, over the batches of all processes.
+
+    Each batch's part is float32, and the sum float64: it is exact as long as an element's parts lie within 2^29 of each
+    other but for their number, and of what is lost beyond that the rounding to float32 leaves nothing to be seen, so
+    that neither the order of the batches nor the process that has one matters.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._whole = False
+
+    def add(self, part: Tensor, shape: tuple[int, ...] = (), place: Any = ...) -> None:
+        """Adds a float32 part, at a place of a sum of another shape."""
+        if self._sum is None:
+            self._sum = torch.zeros(shape or part.shape, dtype=widest(part.device), device=part.device)
+        self._sum[place] += part
+
+    def value(self) -> Tensor:
+        """float32. The first one who asks waits for all processes."""
+        assert self._sum is not None, "no tokens seen"
+        if not self._whole:
+            self._sum, self._whole = total(self._sum).to(torch.float32), True
+        return self._sum
+
+
 class ColumnNorms:
-    """L2 norm of every input feature over all tokens seen, summed in float64."""
+    """L2 norm of every input feature over all tokens seen."""
 
     def __init__(self, name: str = "a layer") -> None:
-        self._name, self._sum_I = name, None
+        self._name, self._squares_I = name, Sum()
 
     def update(self, x: Tensor) -> None:
         """Adds tokens; x: [..., I]."""
         x_TI = x.reshape(-1, x.shape[-1]).float()
-        squares_I = x_TI.square().sum(0, dtype=widest(x.device))
-        self._sum_I = squares_I if self._sum_I is None else self._sum_I + squares_I
+        self._squares_I.add(x_TI.square().sum(0, dtype=widest(x.device)).float())
 
     def value(self) -> Tensor:
         """float64 [I]. Raises SqftError if an input was infinite or not a number."""
-        assert self._sum_I is not None, "no tokens seen"
-        return _finite(self._sum_I, self._name).sqrt()
+        squares_I = _finite(self._squares_I.value(), self._name)
+        return squares_I.to(widest(squares_I.device)).sqrt()
 
 
 class Hessian:
-    """``X^T X`` over all tokens seen: GPTQ's Hessian up to a factor, summed in float32. It is symmetric: of each strip
-    of rows only the part up to the diagonal is computed."""
+    """``X^T X`` over all tokens seen: GPTQ's Hessian up to a factor. It is symmetric: of each strip of rows only the
+    part up to the diagonal is computed."""
 
     def __init__(self, name: str = "a layer") -> None:
-        self._name, self._sum_II = name, None
+        self._name, self._lower_II = name, Sum()
 
     def update(self, x: Tensor) -> None:
         """Adds tokens; x: [..., I]."""
         x_IT = x.reshape(-1, x.shape[-1]).float().mT.contiguous()
         inputs = len(x_IT)
-        if self._sum_II is None:
-            self._sum_II = torch.zeros(inputs, inputs, device=x.device)
         for start in range(0, inputs, STRIP):
             end = min(start + STRIP, inputs)
-            self._sum_II[start:end, :end] += product(x_IT[start:end], x_IT[:end])
+            place = slice(start, end), slice(0, end)
+            self._lower_II.add(product(x_IT[start:end], x_IT[:end]), (inputs, inputs), place)
 
     def value(self) -> Tensor:
         """float32 [I, I]. Raises SqftError if an input was infinite or not a number."""
-        assert self._sum_II is not None, "no tokens seen"
-        _finite(self._sum_II.diagonal(), self._name)
-        return self._sum_II.tril() + self._sum_II.tril(-1).mT
+        lower_II = self._lower_II.value()
+        _finite(lower_II.diagonal(), self._name)
+        return lower_II.tril() + lower_II.tril(-1).mT
 
 
 class Products:
@@ -73,14 +98,13 @@ class Products:
     paired = True  # it is to be given both models' inputs
 
     def __init__(self, name: str = "a layer") -> None:
-        self._hessian, self._sum_II = Hessian(name), None
+        self._hessian, self._cross_II = Hessian(name), Sum()
 
     def update(self, x: Tensor, dense_x: Tensor) -> None:
         """Adds tokens; both: [..., I]."""
         self._hessian.update(x)
         x_TI, dense_TI = (v.reshape(-1, v.shape[-1]).float() for v in (x, dense_x))
-        cross_II = product(dense_TI.mT.contiguous(), x_TI.mT.contiguous())
-        self._sum_II = cross_II if self._sum_II is None else self._sum_II.add_(cross_II)
+        self._cross_II.add(product(dense_TI.mT.contiguous(), x_TI.mT.contiguous()))
 
     def hessian(self) -> Tensor:
         """As ``Hessian.value``."""
@@ -88,8 +112,7 @@ class Products:
 
     def value(self) -> tuple[Tensor, Tensor]:
         """Both, float32 [I, I]. Raises SqftError if an input was infinite or not a number."""
-        assert self._sum_II is not None, "no tokens seen"
-        return self.hessian(), self._sum_II
+        return self.hessian(), self._cross_II.value()
 
 
 class Paired:

@@ -3,6 +3,9 @@
 It holds the calibration activations and works on one block at a time: run the block to observe its linear inputs,
 let the caller change its weights, run it again so that the next block sees the changed block's outputs (as Wanda and
 SparseGPT do). The cost is two forward passes of the blocks; the memory one block and N x T x hidden activations.
+
+Several processes share the batches, and statistics are of all of them (``statistics.Sum``); each then changes the
+weights in the same way.
 """
 
 from __future__ import annotations
@@ -21,10 +24,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
-from sqft.errors import SqftError
+from sqft.errors import SqftError, UsageError
 from sqft.kernels.dispatch import product, release_memory
 from sqft.kernels.halves import fast_halves
 from sqft.models.discover import Architecture, Block
+from sqft.processes import count, mine
 
 CACHE = ("past_key_values", "past_key_value", "layer_past")  # what blocks call theirs
 NewStatistic = Callable[[str], Any]
@@ -237,7 +241,7 @@ def _output(module: nn.Module, index: int, calls: Calls, device: torch.device | 
 
 
 def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Calls:
-    """Embeds all batches and records how each block is called, without computing the blocks.
+    """Embeds this process's batches and records how each block is called, without computing the blocks.
 
     Every block's forward is replaced for the time being by one that notes its arguments and passes the hidden states
     through; only the first block is run, once on one token, to see whether blocks return a tuple.
@@ -263,12 +267,16 @@ def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Call
     first: list[Tensor] = []
     # Batches of one size: then nearly all that blocks are called with is the same for all of them.
     size = next(size for size in range(min(batch_size, len(tokens)), 0, -1) if len(tokens) % size == 0)
+    batches = tokens.split(size)
+    if len(batches) < count():
+        raise UsageError(f"{len(batches)} calibration batches of {size} cannot be divided among {count()} processes: "
+                         "lower --batch-size, or take more --samples or fewer processes")  # fmt: skip
     with torch.no_grad():
         calls.returns_tuple = _returns_tuple(architecture, tokens[:1, :1].to(device))
         try:
             for i, module in enumerate(modules):
                 module.forward = recorder(i)
-            for batch in tokens.split(size):
+            for batch in mine(batches):
                 architecture.backbone(batch.to(device), use_cache=False)
                 calls.hidden.append(first.pop())
         finally:

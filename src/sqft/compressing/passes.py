@@ -28,6 +28,7 @@ from sqft.models.discover import Architecture, Block, match_modules
 from sqft.models.embeddings import planned_dtypes
 from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight
+from sqft.processes import count
 from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.method import Quantized, Quantizer
@@ -87,7 +88,12 @@ class Pass(ABC):
         model. Nothing for a method without calibration."""
         if self.method.needs is None and not self.paired:
             return
-        if self.paired and any(".experts." in name for name in architecture.names()):
+        experts = any(".experts." in name for name in architecture.names())
+        if count() > 1 and (experts or self.rebuild is not None):
+            what = "a model with experts" if experts else f"repair {self.config.repair}"
+            raise UsageError(f"the calibration of {what} is not divided among processes: run this stage in one, then "
+                             "the rest of the recipe in several")  # fmt: skip
+        if self.paired and experts:
             what = f"repair {self.config.repair}" if self.repairs else self.config.method
             raise UsageError(f"the model has experts, and {what} compares each layer's inputs with the un-changed "
                              "model's, of which other tokens go to them: leave it out")  # fmt: skip

@@ -26,6 +26,7 @@ from sqft.models.discover import Block, describe
 from sqft.models.embeddings import exact_dtypes, planned_dtypes, round_embeddings
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
 from sqft.models.types import PreTrainedModel, Tokenizer
+from sqft.processes import is_main_process
 from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
 
 
@@ -96,7 +97,12 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
                 each.work = result.work("repairing")
         live, tokenizer = load_dense(model, last.config.dtype), load_tokenizer(model)
         attach_masks(live, load_masks(model))
-        _write(_walk(live, passes, calibration, tokenizer), live, last, tokenizer, result.folder)
+        blocks = _walk(live, passes, calibration, tokenizer)
+        if is_main_process():
+            _write(blocks, live, last, tokenizer, result.folder)
+        else:
+            for block in blocks:
+                block.module.to("meta")
         result.metrics.update(last.metrics(live))
     return result.metrics
 
