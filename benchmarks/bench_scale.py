@@ -1,8 +1,8 @@
 """Several processes (gloo, pico models): what 2 and 4 of them train beside what one does, DDP and FSDP2, every adapter kind;
-bytes that a process holds; runs of `torchrun sqft run` in a row. Writes benchmarks/results/scale.json.
+bytes that a process holds; runs of `torchrun sqft run` in a row; what they prune and quantize. Writes benchmarks/results/scale.json.
 
     python benchmarks/bench_scale.py            # all parts
-    python benchmarks/bench_scale.py equal      # one of: equal, runs
+    python benchmarks/bench_scale.py equal      # some of: equal, runs, calibrated, smollm2
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from common import check, update_results
 from pico import pico_folder
 from safetensors.torch import load_file
 from support.together import train
-from test_distributed import CASES, SHARDED, job, log_of, together, torchrun
+from test_distributed import CALIBRATED, CASES, SHARDED, job, log_of, together, torchrun
 
 import sqft
+from sqft.recipe import DEMO_MODEL, resolve_model
 
 COUNTS, RUNS, TOLERANCE = (2, 4), 20, 1e-3
 
@@ -118,7 +119,45 @@ def runs() -> None:
                    [check(f"runs: whole ones of {RUNS} of torchrun sqft run, 2 processes", whole, RUNS, at_most=False)])  # fmt: skip
 
 
+def calibrate(part: str, source: Path, folder: Path, cases: dict[str, dict[str, Any]]) -> None:
+    """The cases by one process and by 2 and 4, one thread each: files that are not the same bytes, and seconds."""
+    seconds: dict[str, dict[str, float]] = {name: {} for name in cases}
+    different = 0
+    for count in (1, *COUNTS):
+        jobs = {
+            name: {"source": str(source), "out": str(folder / f"{name} by {count}"), **case}
+            for name, case in cases.items()
+        }
+        ran = together(count, list(jobs.values()), folder)
+        assert ran.returncode == 0, ran.stderr
+        for name, each in jobs.items():
+            manifest = sqft.artifact.read_manifest(each["out"])
+            seconds[name][str(count)] = manifest.metrics["seconds"]
+            one = sqft.artifact.read_manifest(folder / f"{name} by 1").files
+            different += sum(manifest.files.get(file) != entry for file, entry in one.items())
+    print(json.dumps(seconds, indent=1))
+    update_results("scale", part, {"seconds": seconds},
+                   [check(f"{part}: files of {len(cases)} stages that differ from one process's, 2 and 4 processes", different, 0)])  # fmt: skip
+
+
+def calibrated() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        calibrate("calibrated", pico_folder(folder / "dense"), folder, CALIBRATED)
+
+
+def smollm2() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, sizes = Path(temporary), {"samples": 16, "length": 256, "batch_size": 4}
+        sqft.save(*sqft.load(resolve_model(DEMO_MODEL)), folder / "dense")
+        cases = {"Wanda": {"stage": "sparsify", "config": sizes},
+                 "Wanda, repaired": {"stage": "sparsify", "config": {**sizes, "repair": "layer"}},
+                 "GPTQ": {"stage": "quantize", "config": sizes}}  # fmt: skip
+        calibrate("smollm2", folder / "dense", folder, cases)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for part in sys.argv[1:] or ("equal", "runs"):
-        {"equal": equal, "runs": runs}[part]()
+    parts = {"equal": equal, "runs": runs, "calibrated": calibrated, "smollm2": smollm2}
+    for part in sys.argv[1:] or parts:
+        parts[part]()
