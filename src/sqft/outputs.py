@@ -3,7 +3,7 @@
     .OUT.sqft-lock       held while a process writes OUT; the system lets go of it when the process dies
     .OUT.sqft-writing    the new result; for a moment, the one that it replaced
     .OUT.sqft-old        the one that is being replaced, where two folders cannot be exchanged in one step
-    .OUT.training-<key>, .OUT.searching-<key>, .OUT.repairing-<key>    what an interrupted stage goes on from
+    .OUT.training-<key>, .OUT.searching-<key>, .OUT.compressing-<key>   what an interrupted stage goes on from
 
 Whoever holds the lock owns all of them, so that what a dead process left is known by its name alone.
 """
@@ -26,7 +26,7 @@ from sqft.keys import file_digest
 from sqft.processes import is_main_process
 
 LOCK, WRITING, OLD = "sqft-lock", "sqft-writing", "sqft-old"
-_WORK = r"(?:training|searching|repairing)-[0-9a-f]+"
+_WORK = r"(?:training|searching|compressing)-[0-9a-f]+"
 _LEFT = re.compile(rf"\.(.+)\.({LOCK}|{WRITING}|{OLD}|{_WORK})", re.DOTALL)
 SEAL, UNFINISHED = "sqft-whole.json", "it was not finished"
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)

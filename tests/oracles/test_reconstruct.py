@@ -197,8 +197,9 @@ def test_goes_on_where_it_was_with_the_same_bits(method: str, quantized: bool, d
     monkeypatch.setattr(BlockRepair, "change", killing)
     with pytest.raises(Killed):
         run(tmp_path / "killed")
-    (work,) = tmp_path.glob(".killed.repairing-*")
-    assert [folder.name for folder in work.iterdir()] == ["model.layers.0"] and not (tmp_path / "killed").exists()
+    (work,) = tmp_path.glob(".killed.compressing-*")
+    assert [folder.name for folder in (work / "sparsify").iterdir()] == ["model.layers.0"]
+    assert not (tmp_path / "killed").exists()
     again = run(tmp_path / "killed")
     assert trained[2:] == ["model.layers.1"]  # the first block was not trained again
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]

@@ -44,16 +44,20 @@ class Calls:
     returns_tuple: bool
 
 
-class Rebuild(Protocol):
-    """Changes a block as a whole, when all its layers have been changed one after the other."""
+class Earlier(Protocol):
+    """What an earlier walk has done before it was interrupted."""
 
     def known(self, block: Block) -> bool:
-        """Whether an earlier walk has done it, and all that comes before."""
+        """Whether it has done this block, and all that comes before."""
         ...
 
     def restore(self, block: Block) -> None:
-        """Puts what that walk made into the block."""
+        """Puts what it made into the block."""
         ...
+
+
+class Rebuild(Protocol):
+    """Changes a block as a whole, when all its layers have been changed one after the other."""
 
     def change(self, block: Block, forward: Callable[[Any, int], Tensor], targets: list[Tensor]) -> None:
         """``forward(tensors, i)`` is the block's output of batch i with these parameters, by name, in the place of its
@@ -63,7 +67,8 @@ class Rebuild(Protocol):
 
 def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: NewStatistic,
          change: Change, progress: str, device: torch.device, sequential: bool = False, fast: bool = False,
-         paired: bool = False, rebuild: Rebuild | None = None) -> Iterator[Block]:  # fmt: skip
+         paired: bool = False, rebuild: Rebuild | None = None,
+         earlier: Earlier | None = None) -> Iterator[Block]:  # fmt: skip
     """Lets ``change(block, statistics)`` change one block after the other; yields each when the walk is done with it.
 
     It is a generator so that a caller can write and drop a block before the next one is touched, or let two walks with
@@ -82,6 +87,7 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
         paired: with ``sequential``: carry the un-changed model's activations too, in as much memory and another pass;
             ``statistic.update(x, dense_x)`` gets both.
         rebuild: with ``paired``: what changes each block once more, as a whole; its inputs are held until then.
+        earlier: blocks that need not be changed, only run.
     """
     with torch.no_grad():
         calls = None if tokens is None else capture(architecture, tokens, batch_size)
@@ -90,15 +96,16 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
         home, target = _places(block.module, device)
         if target != home:
             block.module.to(target)
-        anew = rebuild if calls is not None and rebuild is not None and not rebuild.known(block) else None
+        known = calls is not None and earlier is not None and earlier.known(block)
+        anew = None if known or calls is None else rebuild
         inputs = list(calls.hidden) if calls is not None and anew is not None else []
         with torch.no_grad(), _fast_products(block) if fast else fast_halves(block.module):
             if calls is None:
                 change(block, {})
-            elif rebuild is not None and anew is None:
-                assert dense is not None
-                replay(block.module, index, dense, target, keep=True)
-                rebuild.restore(block)
+            elif known and earlier is not None:
+                if dense is not None:
+                    replay(block.module, index, dense, target, keep=True)
+                earlier.restore(block)
                 replay(block.module, index, calls, target, keep=True)
             elif sequential:
                 _in_groups(block, index, calls, target, new_statistic, change, dense)

@@ -10,7 +10,6 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor, nn
 
 from sqft.calibration.statistics import Gradient, Hessian, Paired, gradients, is_paired
 from sqft.calibration.walker import walk
-from sqft.compressing.rebuild import BlockRepair
+from sqft.compressing.kept import Kept
+from sqft.compressing.rebuild import BlockRepair, put_parameters
 from sqft.compressing.tokens import calibration_tokens
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import SqftError, UsageError
@@ -38,6 +38,8 @@ from sqft.sparsity.masks import ZeroCounts, count_zeros
 from sqft.sparsity.method import Sparsifier
 from sqft.sparsity.pattern import Pattern
 from sqft.sparsity.repair import repair
+
+MASK, NUMBERS, UNREACHED = "mask:", "numbers", "unreached"  # in a kept block's file, beside names of tensors
 
 
 class Pass(ABC):
@@ -61,10 +63,12 @@ class Pass(ABC):
         self._device = pick_device(config.device)
         self.layers: dict[str, QuantLinear] = {}  # empty ones, for the modules that will be packed
         self._chosen: Mapping[str, Any] = {}
-        self._done: set[str] = set()
+        self._done: set[str] = set()  # weights
+        self._restored: set[str] = set()  # blocks
         self._tokens: Tensor | None = None
         self._gradients: dict[str, Gradient] = {}
         self.rebuild: BlockRepair | None = None
+        self.kept = Kept(None)
 
     @abstractmethod
     def plan(self, architecture: Architecture) -> None:
@@ -73,6 +77,14 @@ class Pass(ABC):
     @abstractmethod
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
         """Changes a block's chosen weights, or those of them that there are statistics of."""
+
+    @abstractmethod
+    def made(self, block: Block) -> dict[str, Tensor]:
+        """What the pass made of a block, which is not finished yet."""
+
+    @abstractmethod
+    def put(self, block: Block, tensors: dict[str, Tensor]) -> None:
+        """Makes a block what it was when ``made`` gave these tensors."""
 
     @abstractmethod
     def finish(self, block: Block) -> None:
@@ -117,14 +129,27 @@ class Pass(ABC):
         needs, size = self.method.needs, self.config.batch_size
         statistic = functools.partial(Paired, needs) if self.repairs else needs
         for block in walk(architecture, self._tokens, size, statistic, self.change, self.title, self._device,
-                          self.sequential, needs is Hessian or self.paired, self.paired, self.rebuild):  # fmt: skip
-            if self.rebuild is not None and self.rebuild.restored(block):
-                self._done.update(block.weights)
+                          self.sequential, needs is Hessian or self.paired, self.paired, self.rebuild,
+                          self):  # fmt: skip
             unseen = [name for name in block.weights if name in self._chosen and name not in self._done]
             if unseen:
                 self._without_tokens(block, unseen)
+            if self._tokens is not None and block.name not in self._restored:
+                self.kept.write(block.name, {**self.made(block), UNREACHED: torch.tensor(len(unseen))})
             self.finish(block)
             yield block
+
+    def known(self, block: Block) -> bool:
+        """Whether the block was finished before an interruption."""
+        return self.kept.has(block.name)
+
+    def restore(self, block: Block) -> None:
+        """Puts into a block what ``made`` gave of it."""
+        tensors = self.kept.read(block.name)
+        self._unreached += int(tensors.pop(UNREACHED))
+        self._restored.add(block.name)
+        self._done.update(block.weights)
+        self.put(block, tensors)
 
     def _without_tokens(self, block: Block, names: Sequence[str]) -> None:
         """Changes experts that no calibration token reached, by the simplest method. Raises SqftError for others."""
@@ -176,12 +201,11 @@ class Prune(Pass):
         self.title = f"Sparsify ({config.mask or config.method})"
         self.sequential = self.paired
         self._counts: dict[str, tuple[int, int]] = {}
-        self.work: Path | None = None  # where finished blocks are kept, to go on from
 
     def plan(self, architecture: Architecture) -> None:
         self._chosen = patterns(architecture, self.config)
         if self.config.repair == "block":
-            self.rebuild = BlockRepair(self.config, self._chosen.keys(), self.work)
+            self.rebuild = BlockRepair(self.config, self._chosen.keys())
 
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
         for weights, value, products in self._groups(block, statistics):
@@ -193,6 +217,20 @@ class Prune(Pass):
                 pruned_OI = torch.where(mask_OI, w_OI if changed_OI is None else changed_OI, 0)
                 weight.write(repair(pruned_OI, w_OI, mask_OI, *products) if products else pruned_OI)
                 weight.set_mask(mask_OI)
+
+    def made(self, block: Block) -> dict[str, Tensor]:
+        masks = {MASK + name: weight.packed_mask for name, weight in block.weights.items()}
+        numbers = {NUMBERS: torch.tensor(self.rebuild.numbers[block.name], dtype=torch.float64)} if self.rebuild else {}
+        return {**dict(block.module.named_parameters()), **numbers,
+                **{name: mask for name, mask in masks.items() if mask is not None}}  # fmt: skip
+
+    def put(self, block: Block, tensors: dict[str, Tensor]) -> None:
+        if self.rebuild:
+            self.rebuild.numbers[block.name] = tensors.pop(NUMBERS).tolist()
+        for name, weight in block.weights.items():
+            if (mask := tensors.pop(MASK + name, None)) is not None:
+                weight.set_packed_mask(mask)
+        put_parameters(block.module, tensors)
 
     def finish(self, block: Block) -> None:
         for name, weight in block.weights.items():
@@ -254,11 +292,24 @@ class Quantize(Pass):
                 layer = QuantLinear.from_quantized(result, self._spec.group_size, self._spec.symmetric, weight.bias)
                 if mask_OI is not None:
                     Weight(weight.name, layer).set_mask(mask_OI)
-                self._packed[weight.name] = layer
-                self._counts.add(Weight(weight.name, layer))
-                self._bits += 8 * sum(t.nbytes for t in (layer.qweight, layer.qzeros, layer.scales))
-                # Until the block is finished it computes with the float form of its integers, which gives the same.
-                weight.write(result.weight())
+                self._hold(weight, layer)
+
+    def _hold(self, weight: Weight, layer: QuantLinear) -> None:
+        """Until the block is finished it computes with the float form of its integers, which gives the same."""
+        self._packed[weight.name] = layer
+        self._counts.add(Weight(weight.name, layer))
+        self._bits += 8 * sum(t.nbytes for t in (layer.qweight, layer.qzeros, layer.scales))
+        weight.write(Quantized(layer.integers(), layer.grid()).weight())
+
+    def made(self, block: Block) -> dict[str, Tensor]:
+        return {f"{name}:{kind}": tensor for name, layer in self._packed.items()
+                for kind, tensor in layer.named_buffers()}  # fmt: skip
+
+    def put(self, block: Block, tensors: dict[str, Tensor]) -> None:
+        for name, weight in block.weights.items():
+            mine = {key.rpartition(":")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}:")}
+            if mine:
+                self._hold(weight, self.layers[name].filled(mine, weight.bias))
 
     def _together(self, weights: Sequence[Weight], masks: Sequence[Tensor | None], value: list[Tensor],
                   products: tuple[Tensor, Tensor] | None) -> list[Quantized]:  # fmt: skip

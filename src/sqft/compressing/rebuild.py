@@ -1,15 +1,12 @@
 """``BlockRepair``: ``--repair block`` where tensors meet modules and files.
 
-A block whose layers are pruned and repaired is trained as a whole (``sparsity/reconstruct.py``). A stage that writes a
-folder keeps each trained block in a work folder beside it until all is done, and goes on from there when it is run
-again after an interruption.
+A block whose layers are pruned and repaired is trained as a whole (``sparsity/reconstruct.py``).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,45 +15,17 @@ from torch import Tensor, nn
 from sqft.config import SparsifyConfig
 from sqft.errors import SqftError
 from sqft.models.discover import Block
-from sqft.models.tensors import save_tensors
 from sqft.models.weights import store
-from sqft.outputs import broken, seal
 from sqft.sparsity.reconstruct import reconstruct
-
-MASK, NUMBERS = "mask:", "numbers"  # names in a kept block's file, beside those of its parameters
 
 
 class BlockRepair:
     """A walk's ``Rebuild``. ``chosen``: names of the weights that are pruned, the others of linear layers stay as they
-    are. ``work``: where finished blocks are kept."""
+    are. ``numbers``: held-out errors before and after, epochs, seconds; by block."""
 
-    def __init__(self, config: SparsifyConfig, chosen: Container[str], work: Path | None = None) -> None:
-        self._config, self._chosen, self._work = config, chosen, work
-        self._numbers: dict[str, list[float]] = {}  # held-out errors before and after, epochs, seconds; by block
-        self._restored: set[str] = set()
-
-    def known(self, block: Block) -> bool:
-        return self._work is not None and not broken(self._file(block).parent)
-
-    def restored(self, block: Block) -> bool:
-        """Whether ``restore`` was called with it."""
-        return block.name in self._restored
-
-    def restore(self, block: Block) -> None:
-        """Raises SqftError for a file that cannot be read."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            kept = load_file(self._file(block))
-        except (SafetensorError, OSError) as error:
-            raise SqftError(f"{self._file(block)} cannot be read ({error}): remove its folder") from None
-        self._restored.add(block.name)
-        self._numbers[block.name] = kept.pop(NUMBERS).tolist()
-        for name, weight in block.weights.items():
-            if (mask := kept.pop(MASK + name, None)) is not None:
-                weight.set_packed_mask(mask)
-        _put(block.module, kept)
+    def __init__(self, config: SparsifyConfig, chosen: Container[str]) -> None:
+        self._config, self._chosen = config, chosen
+        self.numbers: dict[str, list[float]] = {}
 
     def change(self, block: Block, forward: Callable[[Any, int], Tensor], targets: list[Tensor]) -> None:
         """Raises SqftError for a block that is not in memory, or text of a single batch."""
@@ -76,20 +45,18 @@ class BlockRepair:
                 return forward({name: tensor.to(dtypes[name]) for name, tensor in tensors.items()}, batch)
 
         found = reconstruct(output, start, masks, targets, config.repair_epochs, config.repair_rate, config.seed)
-        _put(block.module, found.tensors)
+        put_parameters(block.module, found.tensors)
         seconds = round(time.perf_counter() - began, 2)
-        self._numbers[block.name] = [found.before, found.after, found.epochs, seconds]
-        if self._work is not None:
-            self._keep(block, found.tensors)
+        self.numbers[block.name] = [found.before, found.after, found.epochs, seconds]
 
     def metrics(self) -> dict[str, Any]:
         """Of all blocks: the mean held-out error before and after, seconds, and each block's numbers."""
-        before, after, _, seconds = (list(column) for column in zip(*self._numbers.values(), strict=True))
+        before, after, _, seconds = (list(column) for column in zip(*self.numbers.values(), strict=True))
         return {
             "error_before": sum(before) / len(before), "error_after": sum(after) / len(after),
             "repair_seconds": round(sum(seconds), 2),
             "blocks": {name: {"error_before": n[0], "error_after": n[1], "epochs": round(n[2]), "seconds": n[3]}
-                       for name, n in self._numbers.items()},
+                       for name, n in self.numbers.items()},
         }  # fmt: skip
 
     def _parameters(self, block: Block) -> Iterator[tuple[str, Tensor]]:
@@ -99,20 +66,6 @@ class BlockRepair:
         for name, parameter in block.module.named_parameters():
             if id(parameter) not in excluded and parameter.is_floating_point():
                 yield name, parameter.detach()
-
-    def _file(self, block: Block) -> Path:
-        assert self._work is not None
-        return self._work / block.name / "block.safetensors"
-
-    def _keep(self, block: Block, tensors: dict[str, Tensor]) -> None:
-        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        masks = {MASK + name: weight.packed_mask for name, weight in block.weights.items()}
-        kept |= {name: mask.cpu().contiguous() for name, mask in masks.items() if mask is not None}
-        kept[NUMBERS] = torch.tensor(self._numbers[block.name], dtype=torch.float64)
-        file = self._file(block)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(kept, file)
-        seal(file.parent)
 
 
 def _masks(block: Block, chosen: Container[str]) -> Iterator[tuple[str, Tensor]]:
@@ -127,7 +80,7 @@ def _masks(block: Block, chosen: Container[str]) -> Iterator[tuple[str, Tensor]]
     yield from masks.items()
 
 
-def _put(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def put_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Puts parameters into a module, by name, in the place of the old ones, which may be mapped files."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")

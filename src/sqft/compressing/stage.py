@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from sqft import artifact
+from sqft.compressing.kept import Kept
 from sqft.compressing.passes import Pass, Prune, Quantize
 from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import UsageError
@@ -93,8 +94,7 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
         given["calibration"] = "tokens:" + hashlib.sha256(calibration.numpy().tobytes()).hexdigest()
     with artifact.stage(last.stage, last.config, out, model, given=given, overwrite=overwrite) as result:
         for each in passes:
-            if isinstance(each, Prune):
-                each.work = result.work("repairing")
+            each.kept = Kept(result.work("compressing") / each.stage)
         live, tokenizer = load_dense(model, last.config.dtype), load_tokenizer(model)
         attach_masks(live, load_masks(model))
         blocks = _walk(live, passes, calibration, tokenizer)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -65,6 +68,15 @@ class QuantLinear(nn.Module):
             layer.fractions = fractions_OI.mT.contiguous()
         if grid.group_I is not None:
             layer.g_idx = grid.group_I.to(torch.int32)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+    def filled(self, buffers: Mapping[str, Tensor], bias: Tensor | None) -> QuantLinear:
+        """A layer like this one, with these buffers, and its mask if it is among them."""
+        layer = copy.deepcopy(self)
+        for name, tensor in buffers.items():
+            layer.register_buffer(name, tensor, persistent=name in self._buffers and name != "fractions")
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return layer
