@@ -194,7 +194,7 @@ def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: Tr
                  work: Path, checkpoints: bool = True) -> Trainer:  # fmt: skip
     """A Hugging Face Trainer with this config; ``work`` takes event files and, unless switched off, checkpoints."""
     device = training_device(config)
-    rows = tokenize_all(data.examples, tokenizer, config)
+    rows = tokenize_all(data.examples, tokenizer, config, data.notes)
     eval_rows = tokenize_all(data.evaluation, tokenizer, config) if data.evaluation else None
     rows, distilling = distillation_of(config, model, tokenizer, rows, work, device)
     steps_an_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation))
