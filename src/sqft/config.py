@@ -159,6 +159,8 @@ class TrainConfig(OnDevice):
     max_steps: int = option(-1, "stop after N optimiser steps; -1: after the epochs", within="[-1, 1e9]")
     batch_size: int = option(16, "sequences a step, of all processes together", within=COUNT)
     gradient_accumulation: int = option(1, "steps whose gradients are summed", within=COUNT)
+    auto_batch: bool = option(False, "when memory runs out, begin again with half as many sequences at a time, twice "
+                              "as often: a step is of the same ones", kind="machine")  # fmt: skip
     parallel: str = option("ddp", "of several processes: each holds the model, or a share of every weight (FSDP2)",
                            ("ddp", "fsdp"), kind="machine")  # fmt: skip
     gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
@@ -204,6 +206,9 @@ class TrainConfig(OnDevice):
             for name in _OF_LAYERS:
                 if getattr(self, name) != getattr(default, name):
                     raise UsageError(f"{name} is about adapters, and {self.adapter} has none: leave it out")
+        if self.auto_batch and (self.rank_every == "micro-batch" or self.init == "gradient"):
+            raise UsageError("auto_batch cuts the batches that rank_every micro-batch and init gradient go by: leave "
+                             "one of them out")  # fmt: skip
         if self.rank_groups and not self.search_space:
             raise UsageError("rank_groups go with a search_space, e.g. 32,24,16")
         if self.rank_scaling != "largest" and not self.search_space:
