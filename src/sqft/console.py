@@ -108,7 +108,8 @@ def describe(error: BaseException, command: str = "") -> str:
         return "interrupted: earlier results are as they were; the same command goes on (training from a checkpoint)"
     if isinstance(error, SqftError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "inline_container.cc" in str(error):  # how torch.save says it, of a checkpoint
         return f"the disk is full ({error}): free some space; nothing was changed"
     if is_out_of_memory(error):
         return f"out of memory: lower {_LESS.get(command, 'what is done at a time')}, or take a smaller model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -41,7 +42,8 @@ class Parser(argparse.ArgumentParser):
                 raise UsageError(f"{action.metavar} is empty: '{taking.prog} --help' shows what it takes")
         for given in arguments:
             if any("\ud800" <= letter <= "\udfff" for letter in given):  # bytes that were no text
-                raise UsageError(f"{given!a} is not UTF-8, in which manifests name files: rename it")
+                raise UsageError(f"{given!a} is not in the locale's encoding ({sys.getfilesystemencoding()}): set "
+                                 "LC_ALL=C.UTF-8, or if it is no UTF-8 either, rename it")  # fmt: skip
         return parsed
 
 
