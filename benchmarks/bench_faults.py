@@ -1,6 +1,7 @@
-"""Kills and damages: what is lost, what differs, what is left behind, and what nobody notices.
+"""Kills, damages and races: what is lost, what differs, what is left behind, and what nobody notices.
 
-    python benchmarks/bench_faults.py [--kills 1000] [--flips 2000] [--seconds 1e9]
+    python benchmarks/bench_faults.py [--kills 1000] [--flips 2000] [--races 100] [--seconds 1e9]
+    python benchmarks/bench_faults.py --races 100 --only races    # that part alone
     python benchmarks/bench_faults.py --markdown    # the table of docs/reliability.md
 
 Writes benchmarks/results/faults.json. A run that is to end early (``--seconds``) reports the kills that it made.
@@ -14,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from common import RESULTS, check, write_results
+from common import RESULTS, check, update_results, write_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "faults"))
 
@@ -27,7 +29,10 @@ FAULTS = Path(killing.__file__).parent
 def markdown() -> str:
     """The table of docs/reliability.md, from the result file."""
     content = json.loads((RESULTS / "faults.json").read_text())
-    kills, flips = content["results"]["kills"], content["results"]["flips"]
+    kills, flips, races = (content["results"][name] for name in ("kills", "flips", "races"))
+    ways = ", ".join(
+        f"{kind}: {', '.join(f'{way} {n}' for way, n in found.items())}" for kind, found in races["ways"].items()
+    )
     kinds = sorted({name.split(" ", 1)[1] for name in flips["by_class"]})
     return "\n".join([
         f"`benchmarks/results/faults.json`, {content['date'][:10]}, {content['machine']['processor']}: a pico recipe of "
@@ -39,6 +44,7 @@ def markdown() -> str:
         f"| SIGKILL, at a random time | {kills['by_time']} | among these cases |",
         f"| one bit changed, or the file cut | {flips['flips']} | {flips['noticed']} noticed by the next stage, by `sqft.load` "
         "and by a recipe's skip |",
+        f"| two processes at once ({', '.join(races['ways'])}) | {races['rounds']} | {len(races['wrong'])} wrong; how they ended: {ways} |",
     ])  # fmt: skip
 
 
@@ -46,12 +52,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--flips", type=int, default=2000)
+    parser.add_argument("--races", type=int, default=100)
+    parser.add_argument("--only", choices=["races"])
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--markdown", action="store_true")
     given = parser.parse_args()
     if given.markdown:
         print(markdown())
         return
+    if given.only != "races":
+        kills_and_flips(given)
+    with tempfile.TemporaryDirectory() as work:
+        file = Path(work) / "races.json"
+        subprocess.run([sys.executable, FAULTS / "racing.py", str(given.races), file, str(given.seconds)], check=True)
+        record_races(json.loads(file.read_text()))
+
+
+def record_races(found: dict[str, Any]) -> None:
+    checks = [check("races: rounds of two processes at once", found["rounds"], 100, at_most=False),
+              check("races: what was wrong", len(found["wrong"]), 0)]  # fmt: skip
+    update_results("faults", "races", found, checks)
+
+
+def kills_and_flips(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "flips.json"
         subprocess.run([sys.executable, FAULTS / "flipping.py", str(given.flips), file], check=True)

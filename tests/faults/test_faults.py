@@ -1,8 +1,9 @@
-"""The short form of ``benchmarks/bench_faults.py``: 30 kills and about 100 changed bytes."""
+"""The short form of ``benchmarks/bench_faults.py``: 30 kills, about 100 changed bytes, 6 races."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,13 @@ def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
     assert found["flips"] == found["noticed"] >= 100 and not found["unnoticed"], found["unnoticed"]
     assert {"safetensors header", "safetensors data", "json digit", "json mark", "json cut"} <= found["by_class"].keys()
     assert len(found["by_stage"]) == 7
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_are_right_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "races.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, Path(__file__).parent / "racing.py", "6", file], check=True, env=environment)
+    found = json.loads(file.read_text())
+    assert found["rounds"] == 6 and not found["wrong"], found["wrong"]
+    assert found["ways"].keys() == {"recipe", "search", "shared storage"}
