@@ -22,6 +22,7 @@ from common import RESULTS, check, update_results, write_results
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "faults"))
 
 import killing
+import racing
 
 FAULTS = Path(killing.__file__).parent
 
@@ -63,9 +64,7 @@ def main() -> None:
     if given.only != "races":
         kills_and_flips(given)
     with tempfile.TemporaryDirectory() as work:
-        file = Path(work) / "races.json"
-        subprocess.run([sys.executable, FAULTS / "racing.py", str(given.races), file, str(given.seconds)], check=True)
-        record_races(json.loads(file.read_text()))
+        record_races(racing.start(given.races, Path(work) / "races.json", given.seconds))
 
 
 def record_races(found: dict[str, Any]) -> None:

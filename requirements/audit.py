@@ -1,4 +1,4 @@
-"""``make audit``: known vulnerabilities of what CI installs. Where nothing can be looked up it says so, and ends with 0."""
+"""``make audit``: known vulnerabilities of what CI installs; where nothing can be looked up, that, and exit code 0."""
 
 from __future__ import annotations
 

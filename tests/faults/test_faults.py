@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import killing
+import racing
 
 
 @pytest.mark.slow
@@ -36,9 +36,6 @@ def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_at_once_are_right_or_refused(tmp_path: Path) -> None:
-    file = tmp_path / "races.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, Path(__file__).parent / "racing.py", "6", file], check=True, env=environment)
-    found = json.loads(file.read_text())
+    found = racing.start(6, tmp_path / "races.json")
     assert found["rounds"] == 6 and not found["wrong"], found["wrong"]
     assert found["ways"].keys() == {"recipe", "search", "shared storage"}
