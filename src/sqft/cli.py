@@ -261,9 +261,10 @@ def _tabulate(table: Any, output: Path, arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sqft.calibration.data import read_input
     from sqft.serving.generate import generate
 
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = read_input(sys.stdin) if arguments.prompt == "-" else arguments.prompt
     found = generate(arguments.source, prompt, read_flags(arguments, GenerateConfig),
                      say=(lambda piece: None) if arguments.json else partial(print, end="", flush=True))  # fmt: skip
     if arguments.json:

@@ -204,3 +204,12 @@ def test_without_a_terminal(sparse: Path, tmp_path: Path) -> None:
         [*SQFT, *map(str, arguments)], env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     assert done.returncode == 0 and not done.stderr and sys.stdin is not None, done.stderr
+
+
+def test_standard_input_that_is_no_text_or_never_ends(sparse: Path) -> None:
+    for source, said in (("/dev/zero", "a prompt of more than 16,777,216 bytes"), (sys.executable, "is not UTF-8")):
+        with open(source, "rb") as stream:
+            done = subprocess.run(
+                [*SQFT, "generate", str(sparse), "-"], env=environment(), stdin=stream, capture_output=True, text=True
+            )
+        assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

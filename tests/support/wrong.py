@@ -214,6 +214,7 @@ CASES: dict[str, list[tuple[str, int, str]]] = {
         ("evaluate sparse", 2, "nothing to evaluate"),
         ("evaluate sparse --task arithmetic --split tset", 2, "no split 'tset'"),
         ("run none", 2, "no recipe none"),
+        ("run pipe.jsonl", 2, "no recipe pipe.jsonl"),
         ("run list.yaml", 2, "a recipe is a mapping"),
         ("run empty.yaml", 2, "a recipe is a mapping"),
         ("run recipe.yaml", 2, "recipe.yaml:3: sparsity: nan is not a finite number"),
@@ -265,6 +266,7 @@ CASES: dict[str, list[tuple[str, int, str]]] = {
         (f"{TRAIN} --task mine.yaml --data-dir object", 1, "is not a list of JSON objects"),
         (f"{TRAIN} --task mine.yaml --data-dir bad", 1, "NaN"),
         (f"{TRAIN} --task mine.yaml --data-dir empty", 1, "train.jsonl is empty"),
+        (f"{TRAIN} --task mine.yaml --data-dir pipes", 2, "pipes/mine/train.jsonl is a link to nothing, a pipe"),
         (f"{TRAIN} --task mine.yaml --data-dir same", 1, "nothing is left to train on"),
         (f"{TRAIN} --task wrong-answer.yaml --data-dir same", 2, "does not fit its templates"),
     ],
@@ -310,7 +312,9 @@ def prepare(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / "folder.jsonl").mkdir()
-    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "pipes" / "mine").mkdir(parents=True)
+    for name in ("pipe.jsonl", "pipes/mine/train.jsonl"):
+        os.mkfifo(folder / name)
     (folder / "endless.txt").symlink_to("/dev/zero")
 
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -93,6 +93,17 @@ def lines_of(path: Path, longest: int = LONGEST) -> Iterator[str]:
         raise SqftError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line): convert the file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise SqftError(f"cannot read {path} after line {number}: {error}") from None
+
+
+def read_input(stream: TextIO) -> str:
+    """What standard input holds. Raises SqftError for what is not UTF-8, and for more than a line may have."""
+    try:
+        text = stream.read(LONGEST + 1)
+        text.encode()  # what is no text may have been let pass, as halves of characters
+    except UnicodeError:
+        raise SqftError("standard input is not UTF-8: convert it") from None
+    check_length(len(text), "standard input", "a prompt")
+    return text
 
 
 def check_length(size: int, at: str, what: str, longest: int = LONGEST) -> None:
