@@ -14,10 +14,11 @@ import json
 import subprocess
 import sys
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, check, update_results, write_results
+from common import RESULTS, check, machine, update_results, write_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "faults"))
 
@@ -36,16 +37,17 @@ def markdown() -> str:
     )
     kinds = sorted({name.split(" ", 1)[1] for name in flips["by_class"]})
     return "\n".join([
-        f"`benchmarks/results/faults.json`, {content['date'][:10]}, {content['machine']['processor']}: a pico recipe of "
+        f"`benchmarks/results/faults.json`, {kills['date'][:10]}, {kills['machine']['processor']}: a pico recipe of "
         f"{kills['operations']} operations on files that ends with {kills['files']} files and folders; {flips['files']} files of "
-        f"{len(flips['by_stage'])} stages, {len(flips['by_class'])} classes of bytes ({', '.join(kinds)}).", "",
+        f"{len(flips['by_stage'])} stages, {len(flips['by_class'])} classes of bytes ({', '.join(kinds)}). Two processes at once: "
+        f"{races['date'][:10]}, {races['machine']['processor']}.", "",
         "| what was done | times | what was seen |", "|---|---|---|",
         f"| SIGKILL, before an operation on a file | {kills['by_operation']} | in {kills['cases']} cases, each run again to the "
         f"end: {len(kills['lost'])} did not end, {len(kills['differ'])} files differ, {len(kills['left'])} were left behind |",
         f"| SIGKILL, at a random time | {kills['by_time']} | among these cases |",
         f"| one bit changed, or the file cut | {flips['flips']} | {flips['noticed']} noticed by the next stage, by `sqft.load` "
         "and by a recipe's skip |",
-        f"| two processes at once ({', '.join(races['ways'])}) | {races['rounds']} | {len(races['wrong'])} wrong; how they ended: {ways} |",
+        f"| two processes at once | {races['rounds']} | {len(races['wrong'])} were wrong; how they ended: {ways} |",
     ])  # fmt: skip
 
 
@@ -94,7 +96,8 @@ def kills_and_flips(given: argparse.Namespace) -> None:
             at_most=False,
         ),
     ]
-    write_results("faults", {"kills": kills, "flips": flips}, checks)
+    here = {"machine": machine(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    write_results("faults", {"kills": {**kills, **here}, "flips": {**flips, **here}}, checks)
 
 
 if __name__ == "__main__":
