@@ -166,6 +166,9 @@ def _attempt(source: str, config: TrainConfig, data: TrainingData, made: artifac
         made.metrics["held_bytes"] = held_bytes(model)
     with _opened(model, kind):
         trainer = make_trainer(model, tokenizer, config, data, work, pieces=pieces)
+        if pieces > 1 and not trainer.model_accepts_loss_kwargs:
+            raise SqftError("out of memory, and this model's loss is a mean of each piece of a batch: pieces would "
+                            "change the result; lower batch_size")  # fmt: skip
         try:
             made.metrics.update(_run(trainer, model, checkpoint and Path(checkpoint), config) | data.notes)
         except (RuntimeError, MemoryError) as error:
@@ -272,9 +275,6 @@ def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: Tr
     trainer.add_callback(ProgressBar())
     if config.tensorboard and is_main_process():
         trainer.add_callback(_tensorboard(work / "logs"))
-    if pieces > 1 and not trainer.model_accepts_loss_kwargs:
-        raise SqftError("out of memory, and this model's loss is a mean of each piece of a batch: pieces would change "
-                        "the result; lower batch_size")  # fmt: skip
     own_rate_of_scales(trainer, kind, config.scale_learning_rate)
     return trainer
 
