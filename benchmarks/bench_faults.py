@@ -1,6 +1,7 @@
-"""Kills and damages: what is lost, what differs, what is left behind, and what nobody notices.
+"""Kills, damages and races: what is lost, what differs, what is left behind, and what nobody notices.
 
-    python benchmarks/bench_faults.py [--kills 1000] [--flips 2000] [--seconds 1e9]
+    python benchmarks/bench_faults.py [--kills 1000] [--flips 2000] [--races 100] [--seconds 1e9]
+    python benchmarks/bench_faults.py --races 100 --only races    # that part alone
     python benchmarks/bench_faults.py --markdown    # the table of docs/reliability.md
 
 Writes benchmarks/results/faults.json. A run that is to end early (``--seconds``) reports the kills that it made.
@@ -13,13 +14,16 @@ import json
 import subprocess
 import sys
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-from common import RESULTS, check, write_results
+from common import RESULTS, check, machine, update_results, write_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "faults"))
 
 import killing
+import racing
 
 FAULTS = Path(killing.__file__).parent
 
@@ -27,18 +31,23 @@ FAULTS = Path(killing.__file__).parent
 def markdown() -> str:
     """The table of docs/reliability.md, from the result file."""
     content = json.loads((RESULTS / "faults.json").read_text())
-    kills, flips = content["results"]["kills"], content["results"]["flips"]
+    kills, flips, races = (content["results"][name] for name in ("kills", "flips", "races"))
+    ways = ", ".join(
+        f"{kind}: {', '.join(f'{way} {n}' for way, n in found.items())}" for kind, found in races["ways"].items()
+    )
     kinds = sorted({name.split(" ", 1)[1] for name in flips["by_class"]})
     return "\n".join([
-        f"`benchmarks/results/faults.json`, {content['date'][:10]}, {content['machine']['processor']}: a pico recipe of "
+        f"`benchmarks/results/faults.json`, {kills['date'][:10]}, {kills['machine']['processor']}: a pico recipe of "
         f"{kills['operations']} operations on files that ends with {kills['files']} files and folders; {flips['files']} files of "
-        f"{len(flips['by_stage'])} stages, {len(flips['by_class'])} classes of bytes ({', '.join(kinds)}).", "",
+        f"{len(flips['by_stage'])} stages, {len(flips['by_class'])} classes of bytes ({', '.join(kinds)}). Two processes at once: "
+        f"{races['date'][:10]}, {races['machine']['processor']}.", "",
         "| what was done | times | what was seen |", "|---|---|---|",
         f"| SIGKILL, before an operation on a file | {kills['by_operation']} | in {kills['cases']} cases, each run again to the "
         f"end: {len(kills['lost'])} did not end, {len(kills['differ'])} files differ, {len(kills['left'])} were left behind |",
         f"| SIGKILL, at a random time | {kills['by_time']} | among these cases |",
         f"| one bit changed, or the file cut | {flips['flips']} | {flips['noticed']} noticed by the next stage, by `sqft.load` "
         "and by a recipe's skip |",
+        f"| two processes at once | {races['rounds']} | {len(races['wrong'])} were wrong; how they ended: {ways} |",
     ])  # fmt: skip
 
 
@@ -46,12 +55,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--flips", type=int, default=2000)
+    parser.add_argument("--races", type=int, default=100)
+    parser.add_argument("--only", choices=["races"])
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--markdown", action="store_true")
     given = parser.parse_args()
     if given.markdown:
         print(markdown())
         return
+    if given.only != "races":
+        kills_and_flips(given)
+    with tempfile.TemporaryDirectory() as work:
+        record_races(racing.start(given.races, Path(work) / "races.json", given.seconds))
+
+
+def record_races(found: dict[str, Any]) -> None:
+    checks = [check("races: rounds of two processes at once", found["rounds"], 100, at_most=False),
+              check("races: what was wrong", len(found["wrong"]), 0)]  # fmt: skip
+    update_results("faults", "races", found, checks)
+
+
+def kills_and_flips(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "flips.json"
         subprocess.run([sys.executable, FAULTS / "flipping.py", str(given.flips), file], check=True)
@@ -72,7 +96,8 @@ def main() -> None:
             at_most=False,
         ),
     ]
-    write_results("faults", {"kills": kills, "flips": flips}, checks)
+    here = {"machine": machine(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    write_results("faults", {"kills": {**kills, **here}, "flips": {**flips, **here}}, checks)
 
 
 if __name__ == "__main__":

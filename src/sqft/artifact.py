@@ -29,7 +29,9 @@ from sqft.outputs import WRITING, beside, check_place, locked, put, sweep, synch
 from sqft.processes import alone, is_main_process
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
-_VERSIONED = ("sqft", "torch", "transformers", "peft", "accelerate", "safetensors")
+# What decides the numbers: arithmetic, tokens, data and their templates, proposals.
+_VERSIONED = ("sqft", "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "tokenizers", "datasets",
+              "jinja2", "optuna", "lm_eval")  # fmt: skip
 
 
 @dataclass
@@ -229,7 +231,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _completed(folder: Path, manifest: Manifest, files: Iterable[Path]) -> str:
     manifest.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    manifest.versions = {"python": platform.python_version(), **_versions()}
+    manifest.versions = {"python": platform.python_version(),
+                         "platform": f"{platform.system()} {platform.machine()}", **_versions()}  # fmt: skip
     manifest.files = {file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
                       for file in files if file.is_file()}  # fmt: skip
     manifest.key = manifest.key or contents_key({name: entry["sha256"] for name, entry in manifest.files.items()})

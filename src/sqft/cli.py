@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import sqft
 from sqft import processes
@@ -20,9 +20,9 @@ from sqft.artifact import accept, write_text
 from sqft.config import DATA_DIR, TASK, QuantizeConfig
 from sqft.console import Patient, answer, describe, ended_like_ctrl_c, note, quiet
 from sqft.deployment import BenchConfig, GenerateConfig, ServeConfig
-from sqft.errors import SqftError, UsageError, did_you_mean
-from sqft.flags import add_flags, read_flags
-from sqft.options import RenamedOption
+from sqft.errors import SqftError, UsageError
+from sqft.flags import Parser, add_flags, number, read_flags
+from sqft.options import COUNT, RenamedOption
 from sqft.outputs import clean
 from sqft.registry import KINDS
 from sqft.stages import ROWS, STAGES
@@ -33,15 +33,10 @@ DRY_RUN = "show the stages, and about what they take; loads and writes nothing"
 Add = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]  # (name, function, help) -> its parser
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; '{self.prog} --help' lists what there is")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sqft", description="Adapt a sparse language model and merge it back into one sparse model.")
+def build_parser() -> Parser:
+    parser = Parser(prog="sqft", description="Adapt a sparse language model and merge it back into one sparse model.")
     parser.add_argument("--version", action="version", version=f"sqft {sqft.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     add = _adder(commands)
 
     _add_stages(add)
@@ -106,8 +101,14 @@ def _add_tools(add: Add) -> None:
     _positional(sub, TASK=TASK, OUT="folder to write")
     sub.add_argument("--data-dir", metavar="STR", help=DATA_DIR)
     sub.add_argument("--split", default="test", metavar="STR", help="split of the task [test]")
-    sub.add_argument("--limit", type=int, metavar="INT", help="use the first N problems")
-    sub.add_argument("--fewshot", type=int, default=0, metavar="INT", help="solved examples before each problem [0]")
+    sub.add_argument("--limit", type=number("limit", COUNT), metavar="INT", help="use the first N problems")
+    sub.add_argument(
+        "--fewshot",
+        type=number("fewshot", "[0, 1000]"),
+        default=0,
+        metavar="INT",
+        help="solved examples before each problem [0]",
+    )
     sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
 
     sub = add("generate", _generate, "let a model answer a prompt, as fast as this machine can")
@@ -179,9 +180,9 @@ def _split_then(arguments: Sequence[str]) -> tuple[list[str], QuantizeConfig | N
     head, tail = list(arguments[:at]), list(arguments[at + 1 :])
     if head[:1] != ["sparsify"] or tail[:1] != ["quantize"]:
         raise UsageError("--then goes with sparsify: sqft sparsify MODEL OUT [options] --then quantize [its options]")
-    parser = _Parser(prog="sqft sparsify ... --then quantize", add_help=False)
+    parser = Parser(prog="sqft sparsify ... --then quantize", add_help=False)
     add_flags(parser, QuantizeConfig)
-    return head, read_flags(parser.parse_args(tail[1:]), QuantizeConfig)
+    return head, read_flags(parser.read(tail[1:]), QuantizeConfig)
 
 
 def _write_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -260,9 +261,10 @@ def _tabulate(table: Any, output: Path, arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from sqft.calibration.data import read_input
     from sqft.serving.generate import generate
 
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = read_input(sys.stdin) if arguments.prompt == "-" else arguments.prompt
     found = generate(arguments.source, prompt, read_flags(arguments, GenerateConfig),
                      say=(lambda piece: None) if arguments.json else partial(print, end="", flush=True))  # fmt: skip
     if arguments.json:
@@ -340,16 +342,20 @@ def _clean(arguments: argparse.Namespace) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    before, sys.stderr, warnings.showwarning = (sys.stderr, warnings.showwarning), Patient(sys.stderr), note
+    before = sys.stdout, sys.stderr, warnings.showwarning
+    sys.stdout, sys.stderr, warnings.showwarning = Patient(sys.stdout, "standard output"), Patient(sys.stderr), note
     try:
         with ended_like_ctrl_c():
             return _main(given)
     finally:
-        sys.stderr, warnings.showwarning = before
+        with contextlib.suppress(SqftError):  # it was said
+            sys.stdout.flush()
+        sys.stdout, sys.stderr, warnings.showwarning = before
 
 
 def _main(given: list[str]) -> int:
     verbose, told = False, sys.stderr
+    command = given[0] if given else ""
     try:
         if given[:1] == ["lm-eval"]:  # its flags are its own
             from sqft.evaluation.harness import lm_eval_command
@@ -358,14 +364,12 @@ def _main(given: list[str]) -> int:
             return 0
         parser = build_parser()
         given, then = _split_then(given)
-        parsed, unknown = parser.parse_known_args(given)
+        parsed = parser.read(given)
         parsed.then = then
         if parsed.command is None:
             parser.print_help()
             return 0
         verbose = parsed.verbose
-        if unknown:
-            raise UsageError(_unknown(parser, parsed.command, unknown[0]))
         quiet(verbose, parsed.command)
         if parsed.infer:
             from sqft.models.infer import allow
@@ -383,16 +387,8 @@ def _main(given: list[str]) -> int:
         if processes.is_first_to_fail(code):
             if verbose:
                 traceback.print_exc(file=told)
-            print(f"sqft: {describe(error)}", file=told)
+            print(f"sqft: {describe(error, command)}", file=told)
         return code
-
-
-def _unknown(parser: argparse.ArgumentParser, command: str, given: str) -> str:
-    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    flags = [flag for action in subparsers.choices[command]._actions for flag in action.option_strings]
-    if not given.startswith("-"):
-        return f"unexpected argument '{given}'; 'sqft {command} --help' shows what it takes"
-    return f"unknown option '{given}' of 'sqft {command}': {did_you_mean(given.split('=')[0], flags)}"
 
 
 if __name__ == "__main__":

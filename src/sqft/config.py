@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sqft.errors import UsageError
-from sqft.options import check_positive, option, parse_pattern, parse_size
+from sqft.options import COUNT, SEED, Options, check_within, option, parse_pattern, parse_size
 from sqft.registry import FORMATS, KINDS, QUANTIZERS, SPARSIFIERS, OneOf
 
 TASK = "a built-in task (gsm8k, say), several (piqa+boolq), or a task's YAML file"
@@ -14,7 +14,7 @@ RANKS = "of an elastic adapter: a heuristic (median, say) or a YAML file of rank
 
 
 @dataclass(frozen=True)
-class OnDevice:
+class OnDevice(Options):
     """Of stages that compute."""
 
     device: str = option("auto", "where to compute: cpu, cuda, cuda:1, xpu, mps; auto: an accelerator if there is one",
@@ -29,16 +29,13 @@ class Compressing(OnDevice):
                               "several share the blocks: gsm8k+c4.jsonl, gsm8k=1+c4.jsonl=3",
                               kind="texts")  # fmt: skip
     data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
-    samples: int = option(128, "number of calibration blocks")
-    length: int = option(512, "tokens a calibration block")
-    batch_size: int = option(4, "calibration blocks a forward pass")
-    seed: int = option(0, "seed of the choice of calibration blocks")
+    samples: int = option(128, "number of calibration blocks", within=COUNT)
+    length: int = option(512, "tokens a calibration block", within="[2, 1e9]")
+    batch_size: int = option(4, "calibration blocks a forward pass", within=COUNT)
+    seed: int = option(0, "seed of the choice of calibration blocks", within=SEED)
     repair: str = option("none", "let the weights that stay make good what is changed: in each layer's outputs or, by "
                          "training after that, each block's (sparsify)", ("none", "layer", "block"))  # fmt: skip
     dtype: str = option("auto", "of the written float weights", ("auto", "float32", "bfloat16", "float16"))
-
-    def __post_init__(self) -> None:
-        check_positive(self, "samples", "length", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -46,23 +43,19 @@ class SparsifyConfig(Compressing):
     """Prune the decoder's linear weights. Embeddings and the language-model head are never touched."""
 
     method: str = option("wanda", "pruning criterion", SPARSIFIERS)
-    sparsity: float = option(0.5, "share of every weight matrix to prune, in (0, 1); per output row")
+    sparsity: float = option(0.5, "share of every weight matrix to prune, in (0, 1); per output row", within="(0, 1)")
     pattern: str | None = option(None, "N:M, e.g. 2:4 keeps 2 of every 4 neighbours; replaces --sparsity")
     mask: str | None = option(None, "instead of a method, masks that are there: a .safetensors file of them, or "
                               "the folder of a sparse model", kind="folder")  # fmt: skip
     overrides: dict[str, float] = option(help="module pattern=sparsity, e.g. '*.down_proj=0.4'", factory=dict)
     exclude: list[str] = option(help="module patterns that stay dense, e.g. 'model.layers.0.*'", factory=list)
-    repair_epochs: int = option(8, "repair block: the most passes over the calibration text a block")
-    repair_rate: float = option(1e-3, "repair block: learning rate")
+    repair_epochs: int = option(8, "repair block: the most passes over the calibration text a block", within=COUNT)
+    repair_rate: float = option(1e-3, "repair block: learning rate", within="(0, 10]")
     repair_precision: str = option("auto", "repair block: of products; auto follows the weights", ("auto", "bfloat16"))
 
     def __post_init__(self) -> None:
-        check_positive(self, "repair_epochs", "repair_rate")
-        for name, value in {"sparsity": self.sparsity, **self.overrides}.items():
-            if not 0 < value < 1:
-                where = name if name == "sparsity" else f"override '{name}'"
-                fix = "exclude the module to keep it dense" if value == 0 else "e.g. 0.5"
-                raise UsageError(f"{where} is {value}: it has to lie between 0 and 1, both excluded ({fix})")
+        for name, value in self.overrides.items():
+            check_within(f"override '{name}'", value, "(0, 1)")
         if self.pattern is not None:
             parse_pattern(self.pattern)
         super().__post_init__()
@@ -74,14 +67,19 @@ class QuantizeConfig(Compressing):
 
     method: str = option("gptq", "how to round (rtn: to nearest; gptaq: towards the un-quantized model's outputs)",
                          QUANTIZERS)  # fmt: skip
-    bits: int = option(4, "bits a weight: 2, 3, 4 or 8")
+    bits: int = option(4, "bits a weight: 2, 3, 4 or 8", within="[2, 8]")
     group_size: int | None = option(None, "neighbours that share a scale: 32, 64, 128, or -1 for a whole row; default: "
-                                    "the largest of 128, 64, 32 that divides every width")  # fmt: skip
+                                    "the largest of 128, 64, 32 that divides every width",
+                                    within="[-1, 128]")  # fmt: skip
     symmetric: bool = option(False, "zero points in the middle, instead of where minimum and maximum put them")
     clip: str = option("mse", "clip the largest weights where that gives the least error (mse: of weights, hessian: of "
                        "outputs), or never", ("none", "mse", "hessian"))  # fmt: skip
-    scale_bits: int = option(7, "round scales to N significant bits: 7 are exact in every export, 11 are float16's")
-    min_zero: int = option(1, "smallest zero point of asymmetric grids: 1 for kernels that store zero - 1, or 0")
+    scale_bits: int = option(
+        7, "round scales to N significant bits: 7 are exact in every export, 11 are float16's", within="[1, 11]"
+    )
+    min_zero: int = option(
+        1, "smallest zero point of asymmetric grids: 1 for kernels that store zero - 1, or 0", within="[0, 1]"
+    )
     act_order: bool = option(True, "quantize the most active inputs first (groups stay contiguous)")
     true_sequential: bool = option(True, "quantize o after q,k,v with the inputs that these then give, and so on")
     keep_fractions: bool = option(False, "write what rounding took away of each weight (a byte) beside the masks; "
@@ -98,10 +96,6 @@ class QuantizeConfig(Compressing):
             raise UsageError(f"bits is {self.bits}: choose 2, 3, 4 or 8")
         if self.group_size not in (None, 32, 64, 128, -1):
             raise UsageError(f"group_size is {self.group_size}: choose 32, 64, 128, or -1 for a whole row")
-        if not 1 <= self.scale_bits <= 11:
-            raise UsageError(f"scale_bits is {self.scale_bits}: a float16 scale has 1 to 11 significant bits")
-        if self.min_zero not in (0, 1):
-            raise UsageError(f"min_zero is {self.min_zero}: choose 0 or 1")
         if self.format == "gptq" and not self.symmetric:
             raise UsageError("format gptq (v1) is for symmetric grids: other tools refuse asymmetric v1; use gptq_v2")
         if self.repair == "block":
@@ -125,7 +119,7 @@ class TrainConfig(OnDevice):
                         ("weight", "step"))  # fmt: skip
     learn_scales: bool = option(False, "qa-sparse-peft: train the grid's scales too")
     scale_learning_rate: float | None = option(None, "of the scales; default: a tenth of learning_rate (of adapter "
-                                               "scales, all of it)")  # fmt: skip
+                                               "scales, all of it)", within="(0, 10]")  # fmt: skip
     start_from: str | None = option(None, "folder of an adapter of the same rank and modules, whose weights to start "
                                     "from, say of one that was trained on the float model", kind="folder")  # fmt: skip
     task: str | None = option(None, TASK, kind="task")
@@ -134,11 +128,11 @@ class TrainConfig(OnDevice):
     prompt: str = option("", "template over a record's fields, e.g. 'Question: {question}\\nAnswer:'")
     completion: str = option("{text}", "template of what is to be learnt, e.g. ' {answer}'")
     eval_data: str | None = option(None, "file or datasets name to evaluate on while training", kind="text")
-    limit: int | None = option(None, "use the first N training examples")
-    eval_limit: int | None = option(200, "use the first N evaluation examples while training")
-    r: int = option(32, "rank of the adapters; with a search space, its largest is used")
+    limit: int | None = option(None, "use the first N training examples", within=COUNT)
+    eval_limit: int | None = option(200, "use the first N evaluation examples while training", within="[0, 1e9]")
+    r: int = option(32, "rank of the adapters; with a search space, its largest is used", within=COUNT)
     search_space: list[int] = option(help="elastic rank (NLS): ranks that sub-adapters may have, e.g. 32,24,16",
-                                     factory=list)  # fmt: skip
+                                     factory=list, within=COUNT)  # fmt: skip
     rank_groups: list[str] = option(help="modules that share an elastic rank: 'module', 'layer', or e.g. "
                                     "q_proj+k_proj up_proj=32/16; default: q,k,v share", factory=list)  # fmt: skip
     rank_strategy: str = option("uniform", "ranks of a step: drawn; largest, smallest, drawn in turn; or drawn with a "
@@ -148,27 +142,29 @@ class TrainConfig(OnDevice):
                                "rank, alpha / r", ("largest", "own"))  # fmt: skip
     distill_ranks: bool = option(False, "strategy sandwich: train the largest, the smallest and a drawn sub-adapter in "
                                  "every step, the latter two by the largest's predictions")  # fmt: skip
-    lora_alpha: int = option(64, "the adapter is scaled by alpha / r")
+    lora_alpha: int = option(64, "the adapter is scaled by alpha / r", within=COUNT)
     rslora: bool = option(False, "scale by alpha / sqrt(r) instead (rsLoRA)")
-    lora_dropout: float = option(0.0, "dropout on the adapter's input")
+    lora_dropout: float = option(0.0, "dropout on the adapter's input", within="[0, 1)")
     init: str = option("default", "A at random, or along the gradient of the loss on a few batches; B is zero",
                        ("default", "gradient"))  # fmt: skip
     target_modules: list[str] = option(help="modules to adapt; default: the family's q,k,v,up,down; all: all linear "
                                        "weights of the blocks", factory=list)  # fmt: skip
     train_norms: bool = option(False, "train the norms beside the adapters; they are merged too")
     learning_rate: float | None = option(None, "peak learning rate of AdamW; default: 3e-4, of qa-sparse-peft 1e-3, of "
-                                         "scales 1e-5, of sparse-full 5e-5")  # fmt: skip
+                                         "scales 1e-5, of sparse-full 5e-5", within="(0, 10]")  # fmt: skip
     scheduler: str = option("cosine", "learning-rate schedule", ("cosine", "linear", "constant_with_warmup"))
-    warmup_steps: int = option(100, "steps of linear warm-up; at most a tenth of all steps is used")
-    weight_decay: float = option(0.0, "of AdamW")
-    epochs: float = option(3.0, "passes over the data")
-    max_steps: int = option(-1, "stop after N optimiser steps; -1: after the epochs")
-    batch_size: int = option(16, "sequences a step, of all processes together")
-    gradient_accumulation: int = option(1, "steps whose gradients are summed")
+    warmup_steps: int = option(100, "steps of linear warm-up; at most a tenth of all steps is used", within="[0, 1e9]")
+    weight_decay: float = option(0.0, "of AdamW", within="[0, 100]")
+    epochs: float = option(3.0, "passes over the data", within="(0, 1e6]")
+    max_steps: int = option(-1, "stop after N optimiser steps; -1: after the epochs", within="[-1, 1e9]")
+    batch_size: int = option(16, "sequences a step, of all processes together", within=COUNT)
+    gradient_accumulation: int = option(1, "steps whose gradients are summed", within=COUNT)
+    auto_batch: bool = option(False, "when memory runs out, begin again with half as many sequences at a time, twice "
+                              "as often: a step is of the same ones", kind="machine")  # fmt: skip
     parallel: str = option("ddp", "of several processes: each holds the model, or a share of every weight (FSDP2)",
                            ("ddp", "fsdp"), kind="machine")  # fmt: skip
     gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
-    max_length: int = option(512, "longer sequences are cut")
+    max_length: int = option(512, "longer sequences are cut", within="[2, 1e9]")
     completion_only: bool = option(True, "no loss on the prompt")
     packing: bool = option(False, "concatenate examples into blocks of max_length")
     group_by_length: bool = option(True, "batch sequences of like length (without packing)")
@@ -176,27 +172,26 @@ class TrainConfig(OnDevice):
     attention: str | None = option(None, "how transformers computes attention while training, e.g. eager, which is "
                                    "faster in bfloat16 on a CPU; default: as the model is loaded",
                                    ("eager", "sdpa"))  # fmt: skip
-    eval_steps: int = option(0, "evaluate every N steps; 0: at the end of an epoch")
-    save_steps: int = option(100, "checkpoint every N steps, to resume from after an interruption")
-    logging_steps: int = option(10, "log every N steps")
+    eval_steps: int = option(0, "evaluate every N steps; 0: at the end of an epoch", within="[0, 1e9]")
+    save_steps: int = option(100, "checkpoint every N steps, to resume from after an interruption", within=COUNT)
+    logging_steps: int = option(10, "log every N steps", within=COUNT)
     distill: str | None = option(None, "teacher to learn from: a model or adapter folder (dense + LoRA, say), or "
                                  "hub name; in a recipe: model", kind="folder")  # fmt: skip
-    distill_loss: float = option(1.0, "weight of the labels' loss beside the teacher's terms")
-    distill_logits: float = option(1.0, "weight of KL(teacher || model) of the predicted tokens")
+    distill_loss: float = option(1.0, "weight of the labels' loss beside the teacher's terms", within="[0, 1e6]")
+    distill_logits: float = option(1.0, "weight of KL(teacher || model) of the predicted tokens", within="[0, 1e6]")
     distill_blocks: float | None = option(None, "weight of the relative error of the blocks' outputs; default: 1, "
-                                          "with a cache 0")  # fmt: skip
-    distill_temperature: float = option(1.0, "of both distributions in KL")
+                                          "with a cache 0", within="[0, 1e6]")  # fmt: skip
+    distill_temperature: float = option(1.0, "of both distributions in KL", within="(0, 1000]")
     distill_tokens: str = option("all", "KL on all tokens, or on the completion's", ("all", "completion"))
     distill_cache: int = option(0, "keep the teacher's K most probable tokens of every training row on disk, "
-                                "computed once, instead of a teacher in memory; 0: no")  # fmt: skip
+                                "computed once, instead of a teacher in memory; 0: no", within="[0, 1e6]")  # fmt: skip
     tensorboard: bool = option(False, "write TensorBoard event files to OUT/logs")
-    seed: int = option(42, "seed of initialisation, order and dropout")
+    seed: int = option(42, "seed of initialisation, order and dropout", within=SEED)
 
     def __post_init__(self) -> None:
-        check_positive(self, "r", "lora_alpha", "batch_size", "gradient_accumulation", "max_length", "learning_rate",
-                  "epochs", "save_steps", "logging_steps", "limit", "scale_learning_rate")  # fmt: skip
-        if not 0 <= self.lora_dropout < 1:
-            raise UsageError(f"lora_dropout is {self.lora_dropout}: it has to lie in [0, 1)")
+        super().__post_init__()
+        if self.max_steps == 0:
+            raise UsageError("max_steps is 0: give a number of 1 or more, or -1 to stop after the epochs")
         kind = KINDS[self.adapter]
         if (self.base or self.learn_scales or self.units != "weight") and not kind.quantization_aware:
             raise UsageError(f"base, units and learn_scales go with adapter qa-sparse-peft, not {self.adapter}")
@@ -211,12 +206,13 @@ class TrainConfig(OnDevice):
             for name in _OF_LAYERS:
                 if getattr(self, name) != getattr(default, name):
                     raise UsageError(f"{name} is about adapters, and {self.adapter} has none: leave it out")
+        if self.auto_batch and (self.rank_every == "micro-batch" or self.init == "gradient"):
+            raise UsageError("auto_batch cuts the batches that rank_every micro-batch and init gradient go by: leave "
+                             "one of them out")  # fmt: skip
         if self.rank_groups and not self.search_space:
             raise UsageError("rank_groups go with a search_space, e.g. 32,24,16")
         if self.rank_scaling != "largest" and not self.search_space:
             raise UsageError("rank_scaling goes with a search_space, e.g. 32,24,16")
-        if any(rank < 1 for rank in self.search_space):
-            raise UsageError(f"search_space is {self.search_space}: ranks are greater than 0")
         if self.task and self.data:
             raise UsageError("task and data exclude each other: give one of them")
         if self.parallel == "fsdp" and (kind.whole or self.distill or self.distill_ranks or self.init == "gradient"):
@@ -253,35 +249,35 @@ class SearchConfig(OnDevice):
                            "min-loss", "random", "hill-climb", "nsga2"))  # fmt: skip
     start: str = option("median", "sub-adapter that a search starts from; it also tries the largest and the smallest",
                         ("maximal", "minimal", "median", "most-frequent", "min-loss"))  # fmt: skip
-    evaluations: int = option(20, "sub-adapters to try")
+    evaluations: int = option(20, "sub-adapters to try", within=COUNT)
     pick: str = option("best", "of what was tried: best, knee (of the Pareto front) or 'smallest-within 1%'")
     task: str | None = option(None, TASK, kind="task")
     data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
     split: str = option("validation", "split to choose by; the test split is refused")
-    limit: int | None = option(100, "score on the first N problems")
+    limit: int | None = option(100, "score on the first N problems", within=COUNT)
     metric: str = option("accuracy", "accuracy, or loss of the completions (faster, finer)",
                          ("accuracy", "loss"))  # fmt: skip
     cost: str = option("parameters", "what the second axis is: adapter parameters, or seconds of a forward pass",
                        ("parameters", "latency"))  # fmt: skip
-    screen: int | None = option(None, "score on the first N problems first; go on with the most promising only")
-    screen_keep: float = option(0.5, "share of the screened sub-adapters to go on with")
-    batch_size: int = option(32, "problems a forward pass")
-    workers: int = option(1, "processes that share the search", kind="machine")
+    screen: int | None = option(
+        None, "score on the first N problems first; go on with the most promising only", within=COUNT
+    )
+    screen_keep: float = option(0.5, "share of the screened sub-adapters to go on with", within="(0, 1]")
+    batch_size: int = option(32, "problems a forward pass", within=COUNT)
+    workers: int = option(1, "processes that share the search", kind="machine", within="(0, 1024]")
     storage: str | None = option(None, "keep the trials in journal:PATH or a database (sqlite:///PATH), which other "
                                  "machines may share; default: a journal beside OUT until it is done",
                                  kind="machine")  # fmt: skip
-    seed: int = option(0, "of the proposals")
+    seed: int = option(0, "of the proposals", within=SEED)
 
     def __post_init__(self) -> None:
-        check_positive(self, "evaluations", "batch_size", "workers", "limit")
-        if not 0 < self.screen_keep <= 1:
-            raise UsageError(f"screen_keep is {self.screen_keep}: it has to lie in (0, 1]")
-        if self.screen is not None and not 0 < self.screen < (self.limit or self.screen + 1):
+        super().__post_init__()
+        if self.screen is not None and not self.screen < (self.limit or self.screen + 1):
             raise UsageError(f"screen is {self.screen}: it has to be smaller than limit, {self.limit}")
 
 
 @dataclass(frozen=True)
-class ExtractConfig:
+class ExtractConfig(Options):
     """Write one sub-adapter of an elastic adapter as an adapter of its own."""
 
     choice: str = option("median", "a heuristic, a YAML file of ranks, or of a search best, knee, 'smallest-within 1%'",
@@ -294,11 +290,12 @@ class MergeConfig(OnDevice):
 
     ranks: str | None = option(None, RANKS, kind="ranks")
     allow_dense: bool = option(False, "merge plain LoRA although it fills the pruned weights")
-    tolerance: float = option(1e-4, "largest difference allowed between merged and un-merged logits")
+    tolerance: float = option(1e-4, "largest difference allowed between merged and un-merged logits", within="[0, 1]")
     max_shard_size: str = option("5GB", "split the weights into files of at most this size")
     compact: bool = option(False, "write the compact form, as 'sqft pack' does")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_size(self.max_shard_size)
 
 
@@ -309,24 +306,24 @@ class EvaluateConfig(OnDevice):
     task: str | None = option(None, TASK, kind="task")
     data_dir: str | None = option(None, DATA_DIR, kind="data_dir")
     split: str = option("test", "split of the task")
-    limit: int | None = option(None, "use the first N problems")
+    limit: int | None = option(None, "use the first N problems", within=COUNT)
     text: str | None = option(None, "perplexity of: 'builtin', a .txt/.jsonl file or a datasets name", kind="text")
-    length: int = option(1024, "window of the perplexity in tokens")
-    max_tokens: int | None = option(None, "use the first N tokens of the text")
-    batch_size: int = option(32, "problems, or windows, a forward pass")
+    length: int = option(1024, "window of the perplexity in tokens", within="[2, 1e9]")
+    max_tokens: int | None = option(None, "use the first N tokens of the text", within="[2, 1e9]")
+    batch_size: int = option(32, "problems, or windows, a forward pass", within=COUNT)
     unpack: bool = option(True, "hold a packed model's weights de-quantized while scoring: the same results, faster")
     dtype: str = option("auto", "load the weights as", ("auto", "float32", "bfloat16", "float16"))
     ranks: str | None = option(None, RANKS, kind="ranks")
     engine: str = option("quick", "sqft's own scorer of tasks, or lm-evaluation-harness: the same scores and, besides, "
                          "its few-shot examples and results.json", ("quick", "lm-eval"))  # fmt: skip
-    fewshot: int = option(0, "with engine lm-eval: solved examples of the train split before each problem")
+    fewshot: int = option(
+        0, "with engine lm-eval: solved examples of the train split before each problem", within="[0, 1000]"
+    )
 
     def __post_init__(self) -> None:
-        check_positive(self, "length", "batch_size", "limit")
+        super().__post_init__()
         if not (self.task or self.text):
             raise UsageError("nothing to evaluate: give a task (e.g. arithmetic) or a text")
-        if self.fewshot < 0:
-            raise UsageError(f"fewshot is {self.fewshot}: give a number >= 0")
         if self.engine == "lm-eval" and not self.task:
             raise UsageError("engine lm-eval scores tasks: give one (e.g. arithmetic), or leave engine out")
         if self.fewshot and self.engine != "lm-eval":
@@ -334,23 +331,20 @@ class EvaluateConfig(OnDevice):
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Options):
     """Which methods a comparison runs, and at which sparsities."""
 
-    sparsities: list[float] = option(help="e.g. 0.3,0.5,0.7; default: that of sparsify", factory=list)
+    sparsities: list[float] = option(help="e.g. 0.3,0.5,0.7; default: that of sparsify", factory=list, within="(0, 1)")
     methods: list[str] = option(help="some of the table's rows; default: all", factory=list)
     reference: str = option("lora", "method whose accuracy the others' is compared with, problem by problem")
 
 
 def check_distillation(config: TrainConfig) -> None:
     """Raises UsageError for options of distillation that do not go together."""
-    check_positive(config, "distill_temperature")
     weights = (config.distill_loss, config.distill_logits, config.distill_blocks or 0)
-    if min(weights) < 0 or not max(weights) > 0:
-        raise UsageError(
-            f"distill_loss, distill_logits and distill_blocks are {weights}: numbers >= 0, not all of them 0"
-        )
-    if config.distill_cache < 0 or (config.distill_cache and not config.distill):
+    if not max(weights) > 0:
+        raise UsageError("distill_loss, distill_logits and distill_blocks are 0: one of them has to be more")
+    if config.distill_cache and not config.distill:
         raise UsageError("distill_cache is a number of tokens (32, say) that are kept of a teacher: name one (distill)")
     if config.distill_cache and config.distill_blocks:
         raise UsageError("distill_blocks needs the teacher itself: leave it or distill_cache out")

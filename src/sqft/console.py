@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -14,24 +15,49 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from sqft.errors import SqftError
+from sqft.errors import Note, SqftError, is_out_of_memory
 from sqft.options import RenamedOption
+
+# What takes less memory, by command.
+_BLOCKS = "--batch-size, --length or --samples"
+_LESS = {
+    "sparsify": _BLOCKS, "quantize": _BLOCKS, "search": "--batch-size", "evaluate": "--batch-size or --length",
+    "train": "--max-length or --batch-size (--auto-batch keeps what a step is of), or add --gradient-checkpointing",
+    "generate": "--max-new-tokens", "bench": "--batch or --prompt",
+    **dict.fromkeys(("run", "demo", "compare"), "batch_size, length, samples and max_length in the recipe (and see "
+                    "train: {auto_batch: true})"),
+}  # fmt: skip
 
 
 class Patient:
-    """Standard error that goes on when its reader has gone: progress that nobody reads must not stop the work."""
+    """A standard stream that goes on when its reader has gone, or was never there: progress and answers that nobody
+    reads must not stop the work. What its encoding lacks is escaped. ``name``: of one whose contents matter, so that
+    what cannot be written (a full disk) is an error."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, stream: Any, name: str = "") -> None:
+        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        self._name = name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(BrokenPipeError):
+        with self._patience():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        with self._patience():
             self._stream.flush()
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError):  # or Python would complain at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._name and not isinstance(error, BrokenPipeError):
+                raise SqftError(f"cannot write to {self._name}: {error.strerror}") from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -54,9 +80,9 @@ def ended_like_ctrl_c() -> Iterator[None]:
 
 
 def note(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-    """How a warning is printed: an option's old name as a note, others as Python does."""
-    renamed = issubclass(category, RenamedOption)
-    text = f"note: {message}\n" if renamed else warnings.formatwarning(message, category, filename, lineno)
+    """How a warning is printed: an option's old name and what was left out as a note, others as Python does."""
+    ours = issubclass(category, (RenamedOption, Note))
+    text = f"note: {message}\n" if ours else warnings.formatwarning(message, category, filename, lineno)
     sys.stderr.write(text)
 
 
@@ -66,7 +92,8 @@ def quiet(verbose: bool, command: str) -> None:
     if verbose:
         return
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("always", category=RenamedOption)
+    for ours in (RenamedOption, Note):
+        warnings.filterwarnings("always", category=ours)
     if command == "ls":
         return
     import transformers
@@ -75,26 +102,26 @@ def quiet(verbose: bool, command: str) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def describe(error: BaseException) -> str:
-    """One clear message for any error."""
+def describe(error: BaseException, command: str = "") -> str:
+    """One clear message for any error of a command."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted: earlier results are as they were; the same command goes on (training from a checkpoint)"
     if isinstance(error, SqftError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or "inline_container.cc" in str(error):  # how torch.save says it, of a checkpoint
         return f"the disk is full ({error}): free some space; nothing was changed"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "out of memory: use a smaller --batch-size, or a smaller model"
+    if is_out_of_memory(error):
+        return f"out of memory: lower {_LESS.get(command, 'what is done at a time')}, or take a smaller model"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot use {os.fsdecode(error.filename)}: {error.strerror}"
     return f"{type(error).__name__}: {error} (unexpected; -v shows where)"
 
 
 def answer(command: str, result: Any, as_json: bool) -> None:
-    """The result, to standard output; a reader of it that has gone (head, say) has what it wanted."""
-    try:
-        print(json.dumps(result, indent=2)) if as_json else _show(command, result)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """The result, to standard output."""
+    print(json.dumps(result, indent=2)) if as_json else _show(command, result)
+    sys.stdout.flush()
 
 
 def _show(command: str, result: Any) -> None:

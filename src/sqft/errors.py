@@ -14,8 +14,20 @@ class UsageError(SqftError):
     """A wrong option, name or value. The command line exits with 2."""
 
 
+class Note(UserWarning):
+    """Something that was done otherwise than asked, counted. The command line prints it on a line of its own."""
+
+
 class VerificationError(SqftError):
     """A merged model failed its own check; nothing was written."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the system's, or an accelerator's, way to say that memory ran out."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        text in said for text in ("out of memory", "can't allocate memory", "cannot allocate memory")
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -5,12 +5,60 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import types
 import typing
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from sqft.errors import UsageError
-from sqft.options import from_dict
+from sqft.errors import UsageError, did_you_mean
+from sqft.options import check_within, coerce, from_dict
+
+
+class Parser(argparse.ArgumentParser):
+    """Speaks as the rest does: one sentence, with the nearest name."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; '{self.prog} --help' lists what there is")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise UsageError(f"unknown {action.dest} '{value}': {did_you_mean(str(value), map(str, action.choices))}")
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The arguments, parsed. Raises UsageError for what is unknown, empty, or no text."""
+        parsed, unknown = self.parse_known_args(arguments)
+        commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        taking = commands[0][parsed.command] if commands and parsed.command else self
+        for given in unknown:
+            if not given.startswith("-"):
+                raise UsageError(f"unexpected argument '{given}'; '{taking.prog} --help' shows what it takes")
+            flags = [flag for action in taking._actions for flag in action.option_strings]
+            near = did_you_mean(given.split("=")[0], flags)
+            fix = f"'{taking.prog} --help' lists them" if near.startswith("known are") else near
+            raise UsageError(f"unknown option '{given}' of '{taking.prog}': {fix}")
+        for action in taking._actions:
+            if not action.option_strings and getattr(parsed, action.dest, None) == "":
+                raise UsageError(f"{action.metavar} is empty: '{taking.prog} --help' shows what it takes")
+        for given in arguments:
+            if any("\ud800" <= letter <= "\udfff" for letter in given):  # bytes that were no text
+                raise UsageError(f"{given!a} is not in the locale's encoding ({sys.getfilesystemencoding()}): set "
+                                 "LC_ALL=C.UTF-8, or if it is no UTF-8 either, rename it")  # fmt: skip
+        return parsed
+
+
+def number(name: str, within: str) -> Callable[[str], int]:
+    """What reads a flag that is of no config: a whole number in an interval."""
+
+    def read(text: str) -> int:
+        try:
+            value = coerce(text, int)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from None
+        check_within(name, value, within)
+        return value
+
+    return read
 
 
 def add_flags(sub: argparse.ArgumentParser, config_class: Any) -> None:

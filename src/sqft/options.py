@@ -4,6 +4,7 @@ keys and values of the wrong type are errors that name the near miss (and, in a 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -18,6 +19,7 @@ import yaml
 from sqft.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
+COUNT, SEED = "(0, 1e9]", "[0, 4294967295]"  # where numbers may lie; numpy takes no larger seed
 
 
 class RenamedOption(FutureWarning):
@@ -25,15 +27,44 @@ class RenamedOption(FutureWarning):
 
 
 def option(default: Any = MISSING, help: str = "", choices: Iterable[str] = (), factory: Any = MISSING,
-           kind: str = "plain", alias: str = "") -> Any:  # fmt: skip
-    """A dataclass field with its help text and, where the set is closed, its choices.
+           kind: str = "plain", alias: str = "", within: str = "") -> Any:  # fmt: skip
+    """A dataclass field with its help text and, where the set is closed, its choices. ``within``: the interval that a
+    number, or each of a list, lies in, "(0, 1]" say (``Options`` checks it).
 
     ``kind`` says what its value names, for keys (``keys.stage_key``): "plain", "text" (a file or data set), "texts"
     (several), "folder", "task", "data_dir", "ranks", or "machine", which does not change the result. ``alias``: an old
     name, still read.
     """
-    metadata = {"help": help, "choices": choices, "kind": kind, "alias": alias}
+    metadata = {"help": help, "choices": choices, "kind": kind, "alias": alias, "within": within}
     return dataclasses.field(default=default, default_factory=factory, metadata=metadata)
+
+
+class Options:
+    """What every class of options is: numbers lie where their fields say."""
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            check_field(spec, getattr(self, spec.name))
+
+
+def check_field(spec: dataclasses.Field[Any], value: Any) -> None:
+    """Raises UsageError for a number, or one of a list, that is not where the field says."""
+    if (within := spec.metadata.get("within")) and value is not None:
+        for number in value if isinstance(value, list) else [value]:
+            check_within(spec.name, number, within)
+
+
+def check_within(name: str, value: float, within: str) -> None:
+    """Raises UsageError for a number that is not in an interval such as "(0, 1]", so for nan too."""
+    low, high = map(float, within[1:-1].split(","))
+    if not (value > low or (within[0] == "[" and value == low)):
+        raise UsageError(
+            f"{name} is {value}: it has to be {'at least' if within[0] == '[' else 'greater than'} {low:g}"
+        )
+    if value > high or (within[-1] == ")" and value == high):
+        raise UsageError(
+            f"{name} is {value}: it has to be {'at most' if within[-1] == ']' else 'less than'} {high:.10g}"
+        )
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "", lines: dict[str, int] | None = None) -> T:
@@ -51,8 +82,11 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "", lines: dict
         spec = next(f for f in dataclasses.fields(cls) if f.name == key)  # pyright: ignore[reportArgumentType]
         try:
             clean[key] = coerce(value, hints[key])
+            check_field(spec, clean[key])
         except ValueError as error:
             raise UsageError(f"{at}{key}: {error}") from None
+        except UsageError as error:
+            raise UsageError(f"{at}{error}") from None
         choices = spec.metadata.get("choices")
         if choices and clean[key] is not None and clean[key] not in choices:
             what = getattr(choices, "kind", key)
@@ -84,6 +118,8 @@ def coerce(value: Any, hint: Any) -> Any:
             number = float(value)
         except ValueError:
             raise ValueError(f"'{value}' is not a number") from None
+        if not math.isfinite(number):
+            raise ValueError(f"{value} is not a finite number")
         if hint is int and number != int(number):
             raise ValueError(f"{value} is not a whole number")
         return hint(number)
@@ -136,13 +172,6 @@ def _collect_lines(node: Any, path: tuple[str, ...], lines: dict[tuple[str, ...]
         for key, value in node.value:
             lines[(*path, str(key.value))] = key.start_mark.line + 1
             _collect_lines(value, (*path, str(key.value)), lines)
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raises UsageError for an option that is not greater than 0."""
-    for name in names:
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise UsageError(f"{name} is {getattr(config, name)}: it has to be greater than 0")
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The short form of ``benchmarks/bench_faults.py``: 30 kills and about 100 changed bytes."""
+"""The short form of ``benchmarks/bench_faults.py``: 30 kills, about 100 changed bytes, 6 races."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import killing
+import racing
 
 
 @pytest.mark.slow
@@ -31,3 +32,10 @@ def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
     assert found["flips"] == found["noticed"] >= 100 and not found["unnoticed"], found["unnoticed"]
     assert {"safetensors header", "safetensors data", "json digit", "json mark", "json cut"} <= found["by_class"].keys()
     assert len(found["by_stage"]) == 7
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_are_right_or_refused(tmp_path: Path) -> None:
+    found = racing.start(6, tmp_path / "races.json")
+    assert found["rounds"] == 6 and not found["wrong"], found["wrong"]
+    assert found["ways"].keys() == {"recipe", "search", "shared storage"}

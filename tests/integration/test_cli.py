@@ -176,9 +176,9 @@ def test_wrong_usage(dense: Path, sparse: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     assert "did you mean 'wanda'" in fails(capsys, 2, "sparsify", dense, out, "--method", "wnada")
     assert "did you mean '--sparsity'" in fails(capsys, 2, "sparsify", dense, out, "--sparsty", "0.5")
-    assert "invalid choice" in fails(capsys, 2, "sparsyfy", dense, out)
+    assert "did you mean 'sparsify'" in fails(capsys, 2, "sparsyfy", dense, out)
     for ratio in ("0", "1", "1.5", "-0.1"):
-        assert "between 0 and 1" in fails(capsys, 2, "sparsify", dense, out, f"--sparsity={ratio}")
+        assert "sparsity is" in fails(capsys, 2, "sparsify", dense, out, f"--sparsity={ratio}")
     assert "not a number" in fails(capsys, 2, "sparsify", dense, out, "--sparsity", "half")
     assert "is not N:M" in fails(capsys, 2, "sparsify", dense, out, "--pattern", "4:2")
     assert "does not divide" in fails(capsys, 2, "sparsify", dense, out, "--pattern", "2:5", *FAST)

@@ -99,7 +99,7 @@ def test_wrong_usage(dense: Path, sparse: Path, packed: Path, tmp_path: Path, ca
     assert "scale_bits is 20" in fails(capsys, 2, "quantize", sparse, out, "--scale-bits", 20)
     assert "--then goes with sparsify" in fails(capsys, 2, "merge", sparse, out, "--then", "quantize")
     assert "--then goes with sparsify" in fails(capsys, 2, "sparsify", sparse, out, "--then", "quantise")
-    assert "unrecognized" in fails(capsys, 2, "sparsify", sparse, out, "--then", "quantize", "--bitz", 4)
+    assert "did you mean '--bits'" in fails(capsys, 2, "sparsify", sparse, out, "--then", "quantize", "--bitz", 4)
     assert "is a float model" in fails(capsys, 2, "train", sparse, out, *TRAIN, "--adapter", "sqft")
     assert "is an INT model" in fails(capsys, 2, "train", packed, out, *TRAIN)
     assert "go with adapter qa-sparse-peft" in fails(capsys, 2, "train", sparse, out, *TRAIN, "--learn-scales")

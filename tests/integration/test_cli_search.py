@@ -144,7 +144,7 @@ def test_what_goes_wrong(elastic: Path, trained: Path, sparse: Path, tmp_path: P
         (2, "cannot open storage", ("search", elastic, out, *SCORE, "--storage", "mysqll://x")),
         (2, "screen is 9", ("search", elastic, out, *SCORE, "--screen", "9")),
         (2, "search_space: 'x' is not a number", ("train", sparse, out, "--task", "arithmetic", "--search-space", "x")),
-        (2, "ranks are greater than 0", ("train", sparse, out, "--task", "arithmetic", "--search-space", "0,4")),
+        (2, "search_space is 0: it has to be greater than 0", ("train", sparse, out, "--task", "arithmetic", "--search-space", "0,4")),
         (2, "rank_groups go with", ("train", sparse, out, "--task", "arithmetic", "--rank-groups", "layer")),
         (2, "matches no module", ("train", sparse, out, *ELASTIC, "--rank-groups", "q_proj+x_proj")),
         (2, "rank is fixed", ("merge", trained, out, "--ranks", "median")),

@@ -15,6 +15,7 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
 from synthetic import BEST, SPACE, make_space, score, searcher
 
 import sqft
@@ -282,3 +283,19 @@ def test_a_storages_password_is_neither_written_nor_shown(tmp_path: Path, monkey
     sqft.search(tmp_path / "adapter", config, out=tmp_path / "out")
     assert not [path for path in (tmp_path / "out").iterdir() if b"S3CRET" in path.read_bytes()]
     assert "postgresql://me:***@host/db" in (tmp_path / "out" / "search.json").read_text()
+
+
+def test_a_database_that_another_process_is_just_making_is_opened_later(tmp_path: Path, monkeypatch) -> None:
+    """Of two that make its tables at once one fails: "table trial_values already exists"."""
+    import sqft.searching.study as module
+
+    real, failing = module.RDBStorage, [OperationalError("", {}, Exception("table trials already exists"))] * 2
+    monkeypatch.setattr(
+        module, "RDBStorage", lambda url: (_ for _ in ()).throw(failing.pop()) if failing else real(url)
+    )
+    assert open_study(f"sqlite:///{tmp_path}/trials.db", "s").study_name == "s" and not failing
+    monkeypatch.setattr(
+        module, "RDBStorage", lambda url: (_ for _ in ()).throw(OperationalError("", {}, Exception("no")))
+    )
+    with pytest.raises(sqft.UsageError, match="cannot open storage"):
+        open_study(f"sqlite:///{tmp_path}/trials.db", "s")

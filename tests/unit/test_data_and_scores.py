@@ -14,7 +14,7 @@ from pico import pico_model, pico_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 import sqft
-from sqft.calibration.data import read_records, read_texts, token_blocks, token_stream, with_bos
+from sqft.calibration.data import Record, read_records, read_texts, token_blocks, token_stream, with_bos
 from sqft.compressing.tokens import calibration_tokens
 from sqft.config import SparsifyConfig, TrainConfig
 from sqft.evaluation.generation import cut, generate
@@ -128,11 +128,11 @@ def test_blocks_begin_with_bos_where_the_tokenizer_begins_a_text_with_it() -> No
 
 
 def test_templates() -> None:
-    records = [{"question": "1+1?", "answer": 2}]
-    (example,) = fill_templates(records, "Q: {question}\\nA:", " {answer}", "x.jsonl")
+    records = [Record({"question": "1+1?", "answer": 2}, "x.jsonl:1")]
+    (example,) = fill_templates(records, "Q: {question}\\nA:", " {answer}")
     assert (example.prompt, example.completion) == ("Q: 1+1?\nA:", " 2")
-    with pytest.raises(sqft.UsageError, match=r"record 1 of x.jsonl has no field 'anser'.*question, answer"):
-        fill_templates(records, "{question}", "{anser}", "x.jsonl")
+    with pytest.raises(sqft.UsageError, match=r"x.jsonl:1: the record has no field 'anser'.*question, answer"):
+        fill_templates(records, "{question}", "{anser}")
 
 
 def test_loss_on_the_completion_and_the_end_of_text_only() -> None:
@@ -144,7 +144,7 @@ def test_loss_on_the_completion_and_the_end_of_text_only() -> None:
     assert every["labels"] == every["input_ids"]
     (short,) = tokenize_all([sqft.Example("ab", " c")], tokenizer, TrainConfig(task="arithmetic", max_length=3))
     assert len(short["input_ids"]) == len(short["labels"]) == 3
-    with pytest.raises(sqft.SqftError, match="no completion fits"):
+    with pytest.raises(sqft.SqftError, match="1 without room for their completion"):
         tokenize_all([sqft.Example("abcdef", " c")], tokenizer, TrainConfig(task="arithmetic", max_length=3))
 
 

@@ -203,14 +203,14 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     [
         (("metric: exact-match", "metric: f1"), "unknown metric 'f1'"),
         (("answer: capital", ""), "it needs 'answer'"),
-        (('prompt: "{{country}}', 'prompt: "{{land}}'), "record 1 does not fit its templates ('land' is undefined); it has country, capital"),
+        (('prompt: "{{country}}', 'prompt: "{{land}}'), "1: the record does not fit its templates ('land' is undefined); it has country, capital"),
         (("answer: capital", 'answer: "(("'), "not valid Jinja"),
         (("hub: someone", "hbu: someone"), "unknown option 'hbu'"),
         (("splits: {train: train", "splits: {trian: train"), "splits map train, validation, test"),
         (("splits: {train: train", 'splits: {train: "train[1]"'), "is no split"),
         (("max_new_tokens: 8", 'ignore: ["("]'), "'(' is not a regular expression"),
         (("metric: exact-match", "metric: multiple-choice"), "it needs 'options'"),
-        (("answer: capital", "answer: \"''.__class__.__mro__\""), "record 1"),
+        (("answer: capital", "answer: \"''.__class__.__mro__\""), "1: the record"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_task_is_said(change: tuple[str, str], says: str, tmp_path: Path) -> None:

@@ -4,21 +4,46 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import os
 import random
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
-from sqft.errors import SqftError, UsageError, first_line
+from sqft.errors import Note, SqftError, UsageError, first_line
 from sqft.models.types import Tokenizer
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+LONGEST = 2**24  # bytes of a line, or of a paragraph: a tokenizer takes a hundred times as many
 
 
-def read_records(source: str) -> list[dict[str, Any]]:
+class Record(dict[str, Any]):
+    """The fields of one record, and where it stands: "data.jsonl:3", for messages."""
+
+    def __init__(self, fields: Mapping[str, Any], at: str) -> None:
+        super().__init__(fields)
+        self.at = at
+
+    def text(self, field: str) -> str:
+        """A field as text; a number is written out. Raises SqftError for what is neither (null, NaN, a list)."""
+        value = self[field]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, str) or number:
+            return str(value)
+        kinds = {type(None): "null", float: "NaN", bool: "true or false", list: "a list", dict: "an object"}
+        what = kinds.get(type(value), f"a {type(value).__name__}")
+        raise SqftError(f"{self.at}: field '{field}' is {what}, not text: give it a text, or leave the record out")
+
+
+def read_records(source: str) -> list[Record]:
     """The records of a source, each a dict of fields; a text's paragraphs become ``{"text": ...}``.
 
     Args:
@@ -30,58 +55,127 @@ def read_records(source: str) -> list[dict[str, Any]]:
     if source == "builtin":
         source = str(resources.files("sqft.calibration") / "builtin.txt")
     path = Path(source)
-    if source.endswith(SUFFIXES):
-        return _read_file(path)
-    if path.is_file():
-        raise UsageError(f"{source} is neither text nor JSON lines: name a file ending in {', '.join(SUFFIXES)}")
-    return _read_dataset(source)
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
-            text = stream.read()
-    except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise SqftError(f"cannot read {path}: {error}") from None
-    if ".txt" in path.suffixes[-2:]:
-        records: list[dict[str, Any]] = [{"text": part} for part in text.split("\n\n") if part.strip()]
-    else:
-        records = [_parse(path, i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not source.endswith(SUFFIXES) and (os.path.isdir(path) or not os.path.lexists(path)):
+        return _read_dataset(source)
+    check_regular(path)
+    if not source.endswith(SUFFIXES):
+        raise UsageError(f"{source} is neither text nor JSON lines: name a file ending in {', '.join(SUFFIXES)}, or a "
+                         "folder of .csv or .parquet files")  # fmt: skip
+    records = _paragraphs(path) if ".txt" in path.suffixes[-2:] else _objects(path)
     if not records:
-        raise SqftError(f"{path} is empty")
+        raise SqftError(f"{path} is empty: write a record a line, or paragraphs of text")
     return records
 
 
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+def check_regular(path: Path) -> None:
+    """Raises UsageError for what is no file: a folder, or a pipe or device, which may never end, and is read twice."""
+    if not os.path.lexists(path):
+        raise UsageError(f"there is no file {path}")
+    if not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "a link to nothing, a pipe or a device"
+        raise UsageError(f"{path} is {what}, not a file: write the data to one and name that")
+
+
+def lines_of(path: Path, longest: int = LONGEST) -> Iterator[str]:
+    """The lines of a text file, ending in \\n, without a byte-order mark. Raises SqftError for one that is not UTF-8,
+    and for a longer one: reading or tokenizing it would take all memory."""
+    number = 0
     try:
-        record = json.loads(line)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            while line := stream.readline(longest + 1):
+                number += 1
+                check_length(len(line), f"{path}:{number}", "a line", longest)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n").replace("\r", "\n")
+                if "\0" in text:
+                    raise SqftError(f"{path}:{number}: a zero byte: this is no text in UTF-8")
+                yield text
+    except UnicodeDecodeError as error:
+        raise SqftError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line): convert the file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise SqftError(f"cannot read {path} after line {number}: {error}") from None
+
+
+def read_input(stream: TextIO) -> str:
+    """What standard input holds. Raises SqftError for what is not UTF-8, and for more than a line may have."""
+    try:
+        text = stream.read(LONGEST + 1)
+        text.encode()  # what is no text may have been let pass, as halves of characters
+    except UnicodeError:
+        raise SqftError("standard input is not UTF-8: convert it") from None
+    check_length(len(text), "standard input", "a prompt")
+    return text
+
+
+def check_length(size: int, at: str, what: str, longest: int = LONGEST) -> None:
+    if size > longest:
+        raise SqftError(f"{at}: {what} of more than {longest:,} bytes: break it up")
+
+
+def _paragraphs(path: Path) -> list[Record]:
+    records, number = [], 1
+    for part in "".join(lines_of(path)).split("\n\n"):
+        check_length(len(part), f"{path}:{number}", "a paragraph")
+        if part.strip():
+            records.append(Record({"text": part}, f"{path}:{number}"))
+        number += part.count("\n") + 2
+    return records
+
+
+def _objects(path: Path) -> list[Record]:
+    lines = ((line, f"{path}:{number}") for number, line in enumerate(lines_of(path), 1) if line.strip())
+    return [Record(_object(line, at), at) for line, at in lines]
+
+
+def parse_json(text: str, at: str) -> Any:
+    """Strictly: NaN is no JSON."""
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise SqftError(f"{at}: not JSON of a record (brackets in brackets without end)") from None
     except ValueError as error:
-        raise SqftError(f"{path}:{number}: not JSON ({error})") from None
+        raise SqftError(f"{at}: not JSON ({str(error).split(' for integer string')[0]})") from None
+
+
+def _object(line: str, at: str) -> dict[str, Any]:
+    record = parse_json(line, at)
     if not isinstance(record, dict):
-        raise SqftError(f"{path}:{number}: a line has to be a JSON object with named fields")
+        raise SqftError(f"{at}: a line has to be a JSON object with named fields")
     return record
 
 
-def _read_dataset(source: str) -> list[dict[str, Any]]:
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON; write null, or leave the record out")
+
+
+def _read_dataset(source: str) -> list[Record]:
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     name, _, split = source.partition("@")
     name, _, config = name.partition(":")
     try:
-        return list(datasets.load_dataset(name, config or None, split=split or "train"))  # pyright: ignore
+        rows = list(datasets.load_dataset(name, config or None, split=split or "train"))  # pyright: ignore
     except Exception as error:  # datasets raises many kinds; each is a source that cannot be read
         reason = first_line(error)
         raise SqftError(f"'{source}' is no file, and as a datasets name it does not load: {reason}") from error
+    if not rows:
+        raise SqftError(f"{source} is empty")
+    return [Record(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]  # pyright: ignore
 
 
 def read_texts(source: str) -> list[str]:
-    """The ``text`` field of every record. Raises SqftError if a record has none."""
+    """The ``text`` field of every record that is not blank: how many are is said. Raises SqftError if a record has
+    none, or if all are blank."""
     records = read_records(source)
-    if "text" not in records[0]:
-        raise SqftError(f"records of {source} have no 'text' field but {', '.join(records[0])}")
-    return [record["text"] for record in records if record["text"].strip()]
+    if lacking := next((record for record in records if "text" not in record), None):
+        raise SqftError(f"{lacking.at}: the record has no 'text' field but {', '.join(lacking)}")
+    texts = [text for record in records if (text := record.text("text")).strip()]
+    if not texts:
+        raise SqftError(f"{source} is empty: all of its {len(records)} texts are blank")
+    if blank := len(records) - len(texts):
+        warnings.warn(f"{source}: {blank} of {len(records)} texts are blank, and left out", Note, stacklevel=2)
+    return texts
 
 
 def token_stream(tokenizer: Tokenizer, texts: list[str], enough: int | None = None) -> Tensor:

@@ -55,6 +55,8 @@ def score(model: Any, tokenizer: Tokenizer, task: Task, split: str, limit: int |
           quiet: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """Metrics and one record a problem (prompt, generated, answer, correct), in the task's order."""
     examples = task.examples(split, limit)
+    if not examples:
+        raise SqftError(f"the {split} split of task {task.name} has no problems: there is nothing to score")
     chosen = [i for i, example in enumerate(examples) if example.options]
     written = [i for i, example in enumerate(examples) if not example.options]
     records: dict[int, dict[str, Any]] = {}

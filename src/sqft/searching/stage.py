@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -60,7 +62,7 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
     if out is not None or config.workers > 1 or config.storage:
         raise UsageError("a live model is searched in memory by one process: give its folder for an output, workers or "
                          "a storage")  # fmt: skip
-    searcher = _searcher(open_study(), adapter, tokenizer, config, records, scorer)
+    searcher = _searcher(open_study, adapter, tokenizer, config, records, scorer)
     before = get_ranks(adapter)
     try:
         searcher.run()
@@ -72,8 +74,10 @@ def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | No
     return chosen.ranks
 
 
-def _searcher(study: Study, model: Any, tokenizer: Tokenizer | None, config: SearchConfig,
-              records: Records, scorer: Scorer | None = None, owners: Owners | None = None) -> Search:  # fmt: skip
+def _searcher(study: Callable[[], Study], model: Any, tokenizer: Tokenizer | None, config: SearchConfig,
+              records: Records, scorer: Scorer | None = None,
+              owners: Callable[[], Owners | None] = lambda: None) -> Search:  # fmt: skip
+    """The search; its storage is opened when all else is known to be right."""
     space = Elastic(model).space
     judge = Evaluator(model, tokenizer, config, space, scorer)
     names = (config.start, "maximal", "minimal") if config.strategy in SEARCHES else (config.strategy,)
@@ -83,8 +87,8 @@ def _searcher(study: Study, model: Any, tokenizer: Tokenizer | None, config: Sea
         if ranks not in anchors:
             anchors.append(ranks)
     evaluations = config.evaluations if config.strategy in SEARCHES else 1
-    return Search(study, space, config.strategy, anchors, evaluations, config.seed, judge.score, judge.cost,
-                  judge.screen if config.screen else None, config.screen_keep, owners)  # fmt: skip
+    return Search(study(), space, config.strategy, anchors, evaluations, config.seed, judge.score, judge.cost,
+                  judge.screen if config.screen else None, config.screen_keep, owners())  # fmt: skip
 
 
 def _study_name(config: SearchConfig, key: str) -> str:
@@ -106,9 +110,10 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
         url = config.storage or f"journal:{work / 'journal.log'}"
         model, tokenizer = load(adapter, device=config.device)
         records = read_rank_records(adapter)
-        study, owners = open_study(url, name), Owners(url, work)
-        searcher = _searcher(study, model, tokenizer, config, records, owners=owners)
-        left = owners.take_over(study)
+        searcher = _searcher(partial(open_study, url, name), model, tokenizer, config, records,
+                             owners=partial(Owners, url, work))  # fmt: skip
+        owners = cast(Owners, searcher.owners)
+        left = owners.take_over(searcher.study)
         if config.workers > 1 and searcher.evaluations > 1:
             _share(adapter, replace(config, storage=url), name, left, work)
         else:
@@ -151,9 +156,9 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
     try:
         assert config.storage is not None
         model, tokenizer = load(adapter, device=config.device)
-        study, records = open_study(config.storage, name), read_rank_records(adapter)
         owners = Owners(config.storage, work)
-        _searcher(study, model, tokenizer, config, records, owners=owners).run(left, quiet=not first)
+        _searcher(partial(open_study, config.storage, name), model, tokenizer, config, read_rank_records(adapter),
+                  owners=lambda: owners).run(left, quiet=not first)  # fmt: skip
         owners.leave()
     except SqftError as error:
         print(f"sqft: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import DatabaseError
 from tqdm.auto import tqdm
 
 from sqft.adapters.groups import Ranks
@@ -89,11 +90,21 @@ def open_storage(url: str) -> BaseStorage:
             path = Path(url.removeprefix("journal:"))
             path.parent.mkdir(parents=True, exist_ok=True)
             return JournalStorage(Journal(str(path)))
-        return RDBStorage(url)
+        return _database(url)
     except Exception as error:  # Optuna and SQLAlchemy raise many kinds
         reason = without_password(first_line(error))
         raise UsageError(f"cannot open storage '{without_password(url)}' ({reason}): write journal:PATH or "
                          "sqlite:///PATH") from None  # fmt: skip
+
+
+def _database(url: str) -> RDBStorage:
+    """Of processes that make a new database's tables at the same time all but one fail, and find them there later."""
+    for pause in (0.1, 0.3, 1.0):
+        try:
+            return RDBStorage(url)
+        except DatabaseError:
+            time.sleep(pause)
+    return RDBStorage(url)
 
 
 def open_study(url: str | None = None, name: str | None = None) -> Study:

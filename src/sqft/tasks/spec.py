@@ -6,7 +6,6 @@ lm-evaluation-harness; the mathematical word problems have those of LLM-Adapters
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
-from sqft.calibration.data import read_records
+from sqft.calibration.data import Record, check_regular, lines_of, parse_json, read_records
 from sqft.errors import SqftError, UsageError, did_you_mean
 from sqft.options import from_dict, load_yaml
 from sqft.tasks.base import SPLITS, Example, Task
@@ -138,16 +137,16 @@ class SpecTask(TaskSpec):
             raise UsageError(f"task {self.name}: its split '{split}' ({self.splits[split]}) has no examples: the data "
                              "is too short")  # fmt: skip
         make = _maker(self)
-        return [self._example(make, record, number) for number, record in enumerate(records[:limit], 1)]
+        return [self._example(make, record) for record in records[:limit]]
 
-    def _example(self, make: Callable[[dict[str, Any]], Example], record: dict[str, Any], number: int) -> Example:
+    def _example(self, make: Callable[[dict[str, Any]], Example], record: Record) -> Example:
         try:
             return make(record)
         except (jinja2.TemplateError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"task {self.name}: record {number} does not fit its templates ({error}); it has "
+            raise UsageError(f"task {self.name}: {record.at}: the record does not fit its templates ({error}); it has "
                              f"{', '.join(record)}") from None  # fmt: skip
 
-    def records(self, split: str) -> list[dict[str, Any]]:
+    def records(self, split: str) -> list[Record]:
         """The records of the data's 'train', say, or of a slice of it as in 'train[:-500]'.
 
         A local split is FOLDER/SPLIT.jsonl, .jsonl.gz, or .json (a list). Raises UsageError naming the file that is
@@ -162,19 +161,19 @@ class SpecTask(TaskSpec):
             return records
         return records[int(start) if start else None : int(stop) if stop else None]
 
-    def _local(self, stem: str, data_dir: Path) -> list[dict[str, Any]]:
+    def _local(self, stem: str, data_dir: Path) -> list[Record]:
         if not data_dir.is_dir():
             raise UsageError(f"there is no folder {data_dir} (data_dir)")
         folder, stem = data_dir / self.folder, self.files.get(stem, stem)
         for suffix in FILES:
             path = folder / f"{stem}{suffix}"
-            if path.is_file():
+            if path.exists():
                 return _json_list(path) if suffix == ".json" else read_records(str(path))
         there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
         has = f"{folder} has {', '.join(there)}" if there else f"there is no folder {folder}"
         raise UsageError(f"task {self.name} needs {folder / stem}.jsonl (or .jsonl.gz, .json), but {has}")
 
-    def _hub(self, stem: str) -> list[dict[str, Any]]:
+    def _hub(self, stem: str) -> list[Record]:
         if self.hub is None:
             raise UsageError(f"the data of task {self.name} is on no hub: give data_dir, a folder with "
                              f"{self.folder}/{stem}.jsonl")  # fmt: skip
@@ -199,14 +198,14 @@ class SpecTask(TaskSpec):
         return text.lower().strip()
 
 
-def _json_list(path: Path) -> list[dict[str, Any]]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SqftError(f"cannot read {path}: {error}") from None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records) or not records:
-        raise SqftError(f"{path} is not a list of JSON objects")
-    return records
+def _json_list(path: Path) -> list[Record]:
+    check_regular(path)
+    records = parse_json("".join(lines_of(path, longest=2**40)), str(path))
+    if not isinstance(records, list) or not records:
+        raise SqftError(f"{path} is not a list of JSON objects, or an empty one")
+    if wrong := next((n for n, record in enumerate(records, 1) if not isinstance(record, dict)), None):
+        raise SqftError(f"{path}, record {wrong}: not a JSON object with named fields")
+    return [Record(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
 
 
 def find_answer(spec: TaskSpec, generated: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,14 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sqft.calibration.data import read_records
+from sqft.calibration.data import Record, read_records
 from sqft.config import TrainConfig
-from sqft.errors import SqftError, UsageError
+from sqft.errors import Note, SqftError, UsageError
 from sqft.models.types import Tokenizer
 from sqft.tasks.base import Example, Task, without_duplicates
 from sqft.tasks.lookup import get_task
 
 IGNORED = -100  # label of a token without loss, as in transformers
+
+_SAID = {"empty_completions": "without a completion (left out)", "cut": "cut",
+         "cut_to_nothing": "without room for their completion (left out)"}  # fmt: skip
 
 Row = dict[str, list[int]]  # input_ids and labels of one sequence; perhaps its index, alone in a list
 
@@ -36,10 +40,10 @@ def load_examples(config: TrainConfig) -> TrainingData:
         return _of_task(config, get_task(config.task, config.data_dir))
     if not config.data:
         raise UsageError("nothing to train on: give a task (e.g. gsm8k) or data (a file or datasets name)")
-    train = fill_templates(read_records(config.data), config.prompt, config.completion, config.data)
+    train = fill_templates(read_records(config.data), config.prompt, config.completion)
     evaluation = []
     if config.eval_data:
-        evaluation = fill_templates(read_records(config.eval_data), config.prompt, config.completion, config.eval_data)
+        evaluation = fill_templates(read_records(config.eval_data), config.prompt, config.completion)
     return TrainingData(train[: config.limit], evaluation[: config.eval_limit], {})
 
 
@@ -55,6 +59,9 @@ def _of_task(config: TrainConfig, task: Task) -> TrainingData:
     examples = task.examples("train")
     kept = without_duplicates(examples, others)
     notes["duplicates_left_out"] = len(examples) - len(kept)
+    if not kept:
+        raise SqftError(f"all {len(examples)} training examples of task {task.name} are in its validation or test "
+                        "split too: nothing is left to train on")  # fmt: skip
     return TrainingData(first_of_each(kept, config.limit), first_of_each(evaluation, config.eval_limit), notes)
 
 
@@ -69,19 +76,35 @@ def first_of_each(examples: Sequence[Example], limit: int | None) -> list[Exampl
     return chosen
 
 
-def fill_templates(records: Sequence[dict[str, Any]], prompt: str, completion: str, source: str) -> list[Example]:
+def fill_templates(records: Sequence[Record], prompt: str, completion: str) -> list[Example]:
     r"""Fills ``{field}`` in both templates from each record; ``\n`` in a template is a line break. Raises UsageError
-    for a field that a record lacks."""
-    prompt, completion = prompt.replace("\\n", "\n"), completion.replace("\\n", "\n")
-    fields = {name for template in (prompt, completion) for _, name, _, _ in string.Formatter().parse(template) if name}
-    for number, record in enumerate(records, 1):
-        lacking = fields - record.keys()
-        if lacking:
-            raise UsageError(
-                f"record {number} of {source} has no field '{min(lacking)}' that the template asks for: "
-                f"it has {', '.join(record)}"
+    for a template that is none, and for a field that a record lacks, SqftError for one that is no text."""
+    parsed = [_parse("prompt", prompt), _parse("completion", completion)]
+    fields = {field for template in parsed for _, field in template if field is not None}
+    filled = []
+    for record in records:
+        if lacking := fields - record.keys():
+            raise UsageError(f"{record.at}: the record has no field '{min(lacking)}' that the template asks for: it "
+                             f"has {', '.join(record)}")  # fmt: skip
+        texts: dict[str | None, str] = {None: "", **{field: record.text(field) for field in fields}}
+        before, after = ("".join(text + texts[field] for text, field in template) for template in parsed)
+        filled.append(Example(before, after))
+    return filled
+
+
+def _parse(name: str, template: str) -> list[tuple[str, str | None]]:
+    """A template as texts, each with the field that follows it. Raises UsageError, naming the option."""
+    try:
+        parts = list(string.Formatter().parse(template.replace("\\n", "\n")))
+        if wrong := next((part for part in parts if part[2] or part[3] or part[1] == ""), None):
+            raise ValueError(
+                f"'{{{wrong[1]}}}' with '{wrong[2] or wrong[3]}'" if wrong[1] else "a field without a name"
             )
-    return [Example(prompt.format(**record), completion.format(**record)) for record in records]
+    except ValueError as error:
+        raise UsageError(
+            f"{name} '{template}' is no template ({error}): fields are {{name}}, braces {{{{ and }}}}"
+        ) from None
+    return [(text, field) for text, field, _, _ in parts]
 
 
 def tokenize(example: Example, tokenizer: Tokenizer, completion_only: bool = True) -> Row:
@@ -101,16 +124,29 @@ def tokenize(example: Example, tokenizer: Tokenizer, completion_only: bool = Tru
     return {"input_ids": ids, "labels": labels}
 
 
-def tokenize_all(examples: Sequence[Example], tokenizer: Tokenizer, config: TrainConfig) -> list[Row]:
-    """All examples, cut to ``max_length``, or blocks of it when packing. Raises SqftError if no token is left to learn
-    from."""
-    rows = [tokenize(example, tokenizer, config.completion_only) for example in examples]
-    rows = [{key: values[: config.max_length] for key, values in row.items()} for row in rows]
-    if config.packing:
-        rows = pack_rows(rows, config.max_length)
-    rows = [row for row in rows if is_learnt(row)]
+def tokenize_all(examples: Sequence[Example], tokenizer: Tokenizer, config: TrainConfig,
+                 notes: dict[str, Any] | None = None) -> list[Row]:  # fmt: skip
+    """All examples that have something to learn, cut to ``max_length``, or blocks of it when packing. How many were
+    left out or cut is said, and put into ``notes``. Raises SqftError if no token is left to learn from."""
+    kept = [e for e in examples if e.completion.strip() or (e.prompt.strip() and not config.completion_only)]
+    whole = [tokenize(example, tokenizer, config.completion_only) for example in kept]
+    cut = [{key: values[: config.max_length] for key, values in row.items()} for row in whole]
+    rows = [row for row in (pack_rows(cut, config.max_length) if config.packing else cut) if is_learnt(row)]
+    longer = sum(len(row["input_ids"]) > config.max_length for row in whole)
+    nothing = 0 if config.packing else len(cut) - len(rows)
+    counts = {"empty_completions": len(examples) - len(kept), "cut_to_nothing": nothing, "cut": longer - nothing}
+    said = ", ".join(f"{count} {_SAID[name]}" for name, count in counts.items() if count > 0)
     if not rows:
-        raise SqftError(f"no completion fits into max_length {config.max_length}: raise it, or check the templates")
+        raise SqftError(f"nothing to learn: of {len(examples)} examples {said}: raise max_length "
+                        f"({config.max_length}), or check the templates")  # fmt: skip
+    if said:
+        warnings.warn(f"of {len(examples)} examples {said}; max_length is {config.max_length}", Note, stacklevel=2)
+    if notes is not None:
+        notes.update({name: count for name, count in counts.items() if count > 0})
+    if tokenizer.eos_token_id is None:
+        warnings.warn(
+            "the tokenizer has no end-of-text token: completions are learnt without an end", Note, stacklevel=2
+        )
     return rows
 
 

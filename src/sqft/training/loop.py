@@ -8,12 +8,14 @@ import json
 import math
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
@@ -26,7 +28,7 @@ from sqft.adapters.peft_bridge import adapter_layers, attach, start_from
 from sqft.config import TrainConfig
 from sqft.elastic.handle import RECORDS, Elastic
 from sqft.elastic.scheduler import RankScheduler
-from sqft.errors import UsageError
+from sqft.errors import Note, SqftError, UsageError, is_out_of_memory
 from sqft.folders import is_adapter, load, write_files
 from sqft.formats.checkpoint import packed_layers
 from sqft.kernels.dispatch import peak_memory, pick_device
@@ -93,6 +95,8 @@ def train(model: Any, config: TrainConfig | None = None, data: Sequence[Example]
         if data is not None:
             given["examples"] = hashlib.sha256(repr([*data, *eval_data]).encode()).hexdigest()
         return _train_folder(str(model), config, examples, given, Path(out), overwrite)
+    if config.auto_batch:
+        raise UsageError("auto_batch trains a folder, which it can begin anew from: give that, or a smaller batch_size")
     if tokenizer is None or out is not None:
         raise UsageError("a live model is trained in place with its tokenizer, and written with sqft.save")
     if config.parallel == "fsdp" and count() > 1:
@@ -127,33 +131,57 @@ def _opened(model: Any, kind: Kind) -> Iterator[None]:
 
 def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: dict[str, Any], out: Path,
                   overwrite: bool) -> dict[str, Any]:  # fmt: skip
+    if config.auto_batch and count() > 1:
+        raise UsageError("auto_batch is for one process: the others would not know that memory ran out in one")
     with artifact.stage("train", config, out, source, given=given, overwrite=overwrite) as made:
         if is_adapter(source):
             raise UsageError(f"{source} is an adapter: give the sparse model that it belongs to")
-        base, tokenizer = load(source, mask=config.mask)
-        kind = KINDS[config.adapter]
-        check_kind(base, kind, source)
-        set_seed(config.seed)
-        model: Any = base if kind.whole else attach(base, adapter_config(config, base))
-        if config.start_from:
-            start_from(model, config.start_from)
-        config = whole.precision_of(model, config) if kind.whole else config
-        work = made.work("training")
-        checkpoint = alone(lambda: _start(work))
-        if config.parallel == "fsdp" and count() > 1:
-            if checkpoint:
-                start_from(model, checkpoint)
-            shard(model, training_device(config))
-            made.metrics["held_bytes"] = held_bytes(model)
-        with _opened(model, kind):
-            trainer = make_trainer(model, tokenizer, config, data, work)
-            made.metrics.update(_run(trainer, model, checkpoint and Path(checkpoint), config) | data.notes)
-        probed = {} if kind.whole else probe(model, tokenizer)
-        if is_sharded(model):
-            gather(model)
-        if is_main_process():
-            _write(trainer, model, tokenizer, config, work, made, probed)
+        pieces = 1
+        while not _attempt(source, config, data, made, pieces):
+            clear_device_cache(garbage_collection=True)
+            pieces = next(n for n in range(2 * pieces, config.batch_size + 1) if config.batch_size % n == 0)
+            made.metrics["micro_batch"] = config.batch_size // pieces
+            warnings.warn(f"out of memory: again, with {config.batch_size // pieces} sequences at a time and "
+                          f"{config.gradient_accumulation * pieces} times a step, which is of the same "
+                          f"{config.gradient_accumulation * config.batch_size}", Note, stacklevel=2)  # fmt: skip
     return made.metrics
+
+
+def _attempt(source: str, config: TrainConfig, data: TrainingData, made: artifact.Writing, pieces: int) -> bool:
+    """Trains a folder and writes the result, each batch in ``pieces`` that are accumulated. False if memory ran out,
+    and with more pieces it may not."""
+    base, tokenizer = load(source, mask=config.mask)
+    kind = KINDS[config.adapter]
+    check_kind(base, kind, source)
+    set_seed(config.seed)
+    model: Any = base if kind.whole else attach(base, adapter_config(config, base))
+    if config.start_from:
+        start_from(model, config.start_from)
+    config = whole.precision_of(model, config) if kind.whole else config
+    work = made.work("training")
+    checkpoint = alone(lambda: _start(work))
+    if config.parallel == "fsdp" and count() > 1:
+        if checkpoint:
+            start_from(model, checkpoint)
+        shard(model, training_device(config))
+        made.metrics["held_bytes"] = held_bytes(model)
+    with _opened(model, kind):
+        trainer = make_trainer(model, tokenizer, config, data, work, pieces=pieces)
+        if pieces > 1 and not trainer.model_accepts_loss_kwargs:
+            raise SqftError("out of memory, and this model's loss is a mean of each piece of a batch: pieces would "
+                            "change the result; lower batch_size")  # fmt: skip
+        try:
+            made.metrics.update(_run(trainer, model, checkpoint and Path(checkpoint), config) | data.notes)
+        except (RuntimeError, MemoryError) as error:
+            if config.auto_batch and pieces < config.batch_size and is_out_of_memory(error):
+                return False
+            raise
+    probed = {} if kind.whole else probe(model, tokenizer)
+    if is_sharded(model):
+        gather(model)
+    if is_main_process():
+        _write(trainer, model, tokenizer, config, work, made, probed)
+    return True
 
 
 def _start(work: Path) -> str | None:
@@ -201,10 +229,11 @@ def _recomputing(config: TrainConfig) -> dict[str, Any]:
 
 
 def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: TrainingData,
-                 work: Path, checkpoints: bool = True) -> Trainer:  # fmt: skip
-    """A Hugging Face Trainer with this config; ``work`` takes event files and, unless switched off, checkpoints."""
+                 work: Path, checkpoints: bool = True, pieces: int = 1) -> Trainer:  # fmt: skip
+    """A Hugging Face Trainer with this config; ``work`` takes event files and, unless switched off, checkpoints. Each
+    batch is taken in ``pieces``."""
     device = training_device(config)
-    rows = tokenize_all(data.examples, tokenizer, config)
+    rows = tokenize_all(data.examples, tokenizer, config, data.notes)
     eval_rows = tokenize_all(data.evaluation, tokenizer, config) if data.evaluation else None
     rows, distilling = distillation_of(config, model, tokenizer, rows, work, device)
     steps_an_epoch = math.ceil(len(rows) / (config.batch_size * config.gradient_accumulation))
@@ -213,9 +242,9 @@ def make_trainer(model: Any, tokenizer: Tokenizer, config: TrainConfig, data: Tr
     kind = next(map(layer_kind, layers.values()), KINDS[config.adapter])
     arguments = TrainingArguments(
         output_dir=str(work),
-        per_device_train_batch_size=share(config),
+        per_device_train_batch_size=share(config) // pieces,
         per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        gradient_accumulation_steps=config.gradient_accumulation * pieces,
         **_recomputing(config),
         learning_rate=config.learning_rate or kind.learning_rate,
         lr_scheduler_type=config.scheduler,
