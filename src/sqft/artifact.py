@@ -22,11 +22,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sqft.errors import SqftError, UsageError
+from sqft.errors import SqftError, UsageError, did_you_mean, shown
 from sqft.keys import FORMAT, MANIFEST, contents_key, file_digest, folder_key, read_values, sealed_text, stage_key
 from sqft.options import recorded
 from sqft.outputs import WRITING, beside, check_place, locked, put, sweep, synchronize, work_folder
 from sqft.processes import alone, is_main_process
+from sqft.strict import plain_name
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _VERSIONED = ("sqft", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -55,6 +56,13 @@ class Manifest:
     created: str = ""
     format: int = FORMAT
     digest: str = ""
+
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("stage", "parent_key", "base_key", "key", "created", "digest"), (str,)), "format": (int,),
+    **dict.fromkeys(("config", "metrics", "files", "versions"), (dict,)), "seed": (int, type(None)),
+    **dict.fromkeys(("parent", "base"), (str, type(None))),
+}  # fmt: skip
 
 
 class Writing:
@@ -171,12 +179,28 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         raise SqftError(f"{folder} has no {MANIFEST}: it was not written by sqft")
     try:
-        manifest = Manifest(**read_values(Path(folder)))
-        if (type(manifest.stage), type(manifest.metrics), type(manifest.config)) != (str, dict, dict):
-            raise TypeError("stage, metrics or config is of a wrong type")
-        return manifest
-    except TypeError as error:
+        values = read_values(Path(folder))
+        _check(values)
+        return Manifest(**values)
+    except ValueError as error:
         raise SqftError(f"{path} is corrupt ({error}): run the stage again") from None
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a manifest has what ``Manifest`` holds, and names files of its own folder alone."""
+    if "stage" not in values:
+        raise ValueError("it has no 'stage'")
+    for name, value in values.items():
+        if name not in _FIELDS:
+            raise ValueError(f"unknown field '{shown(name)}': {did_you_mean(name, _FIELDS)}")
+        if type(value) not in _FIELDS[name]:
+            raise ValueError(f"{name} is {shown(repr(value))}")
+    for name, entry in values.get("files", {}).items():
+        if not plain_name(name):
+            raise ValueError(f"'{shown(name)}' is no file of this folder")
+        whole = isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}
+        if not (whole and type(entry["bytes"]) is int and isinstance(entry["sha256"], str)):
+            raise ValueError(f"of '{shown(name)}' it has no bytes and sha256")
 
 
 def is_stage(folder: str | Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from sqft.models.tensors import MAX_SHARD_BYTES
 from sqft.models.types import Tokenizer
 from sqft.models.weights import stored_state
 from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
+from sqft.strict import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -70,10 +70,11 @@ def _load_model(source: str | Path, dtype: str) -> tuple[Any, dict[str, Tensor]]
 def _adapter_config(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / ADAPTER_CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = read_object(file)
+    except (OSError, ValueError) as error:
         raise SqftError(f"{file} is corrupt ({error})") from None
+    if not isinstance(config.get("base_model_name_or_path"), str):
+        raise SqftError(f"{file} is corrupt (base_model_name_or_path is no text)")
     return config
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from sqft.errors import SqftError, UsageError
 from sqft.keys import file_digest
 from sqft.processes import is_main_process
+from sqft.strict import read_object
 
 LOCK, WRITING, OLD = "sqft-lock", "sqft-writing", "sqft-old"
 _WORK = r"(?:training|searching|repairing)-[0-9a-f]+"
@@ -172,7 +173,7 @@ def seal(folder: Path) -> None:
 def broken(folder: Path) -> str:
     """What keeps a folder from being what was sealed: nothing, ``UNFINISHED``, or what is wrong with it."""
     try:
-        digests = json.loads((folder / SEAL).read_text())
+        digests = read_object(folder / SEAL)
         wrong = [name for name, digest in digests.items()
                  if not (folder / name).is_file() or file_digest(folder / name) != digest]  # fmt: skip
     except FileNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import random
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sqft.errors import SqftError, UsageError, first_line
 from sqft.models.types import Tokenizer
+from sqft.strict import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
@@ -56,7 +56,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line, data=True)
     except ValueError as error:
         raise SqftError(f"{path}:{number}: not JSON ({error})") from None
     if not isinstance(record, dict):

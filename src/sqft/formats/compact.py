@@ -33,6 +33,7 @@ from sqft.models.weights import Weight, block_index
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import FORMATS
 from sqft.sparsity.masks import as_bits, as_stored, load_masks, save_masks
+from sqft.strict import read_object
 
 TYPE, VERSION = "sqft-compact", 1
 MASK, VALUES, SHAPE = "compact_mask", "compact_values", "compact_shape"
@@ -41,8 +42,8 @@ ROW_VALUES, ROW_SCALES = "row_values", "row_scales"
 
 def is_compact(folder: str | Path) -> bool:
     try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"] == TYPE
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_object(Path(folder) / "config.json").get("model_type") == TYPE
+    except (OSError, ValueError):
         return False
 
 
@@ -54,7 +55,7 @@ def open_weights(folder: str | Path) -> SafetensorsReader:
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json``. Raises SqftError."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return read_object(folder / "config.json")
     except (OSError, ValueError) as error:
         raise SqftError(f"{folder / 'config.json'} cannot be read ({error})") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from sqft.errors import SqftError, UsageError, first_line
 from sqft.models.experts import unstack
 from sqft.models.reader import SafetensorsReader
 from sqft.models.types import PreTrainedModel, Tokenizer
+from sqft.strict import read_object
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -124,8 +124,7 @@ def locate(source: str | Path) -> tuple[str, str | None]:
 def quant_method(folder: str | Path) -> str | None:
     """What a folder's config says that its weights are quantized by, or None."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return str(config["quantization_config"]["quant_method"])
+        return str(read_object(Path(folder) / "config.json")["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
