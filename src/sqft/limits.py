@@ -23,6 +23,7 @@ from sqft.errors import SqftError, UsageError, first_line
 
 T = TypeVar("T")
 SECONDS, BYTES = 1.0, 2**28  # of the processor for a record, and of memory besides what is there
+AT_ONCE = 32  # records, on their way back
 TEXT, TEXTS = 2**20, 2**28  # the most characters of a record's texts, and of all that have less than 16,384 a record
 
 
@@ -41,18 +42,18 @@ def each(prepare: Callable[[], Callable[[T], Any]], records: Iterable[T], where:
         total, count = 0, 0
         with os.fdopen(reader, "rb") as stream:
             for line in stream:
-                total, count = total + len(line), count + 1
-                if total > TEXTS + 16_384 * count:
-                    raise UsageError(f"{where}the texts that its templates make are too long")
                 found, problem = json.loads(line)
                 if problem:
                     raise UsageError(problem.replace("\0", where))
                 if found is None:
                     break
-                yield found[0]
+                total, count = total + len(line), count + len(found)
+                if total > TEXTS + 16_384 * count:
+                    raise UsageError(f"{where}the texts that its templates make are too long")
+                yield from found
             else:
                 status = os.waitpid(child, 0)[1]
-                raise UsageError(f"{where}a template {_why(status)} (record {count + 1})")
+                raise UsageError(f"{where}a template {_why(status)}")
     finally:
         if status is None:
             with contextlib.suppress(ProcessLookupError):
@@ -76,13 +77,17 @@ def _work(prepare: Callable[[], Callable[[T], Any]], records: Iterable[T], write
         with os.fdopen(writer, "w", closefd=False) as stream:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             made, problem = _one(prepare)
+            done: list[Any] = []
             for record in () if problem else records:
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)
                 found, problem = _one(partial(made, record))
                 if problem:
                     break
-                stream.write(json.dumps([[found], ""]) + "\n")
-            stream.write(json.dumps([None, problem]) + "\n")
+                done.append(found)
+                if len(done) == AT_ONCE:
+                    stream.write(json.dumps([done, ""]) + "\n")
+                    done = []
+            stream.write(json.dumps([done, ""]) + "\n" + json.dumps([None, problem]) + "\n")
         code = 0
     finally:
         os._exit(code)
