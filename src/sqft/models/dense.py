@@ -11,6 +11,7 @@ import huggingface_hub
 import torch
 
 from sqft.errors import SqftError, UsageError, first_line
+from sqft.models.bounds import check_config, check_size
 from sqft.models.experts import unstack
 from sqft.models.reader import SafetensorsReader
 from sqft.models.types import PreTrainedModel, Tokenizer
@@ -28,13 +29,20 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
     from transformers import AutoConfig
 
     folder, gguf = locate(source)
+    layout = None
     if gguf is None and Path(folder).is_dir():
-        SafetensorsReader(folder)  # every file is whole
+        layout = SafetensorsReader(folder).layout  # every file is whole
+        check_config(folder, layout)
         if (method := quant_method(folder)) is not None:
             raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        if layout is not None:
+            with torch.device("meta"):
+                check_size(auto_class(config).from_config(config, trust_remote_code=False), folder, layout, packed=False)
         model = auto_class(config).from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False)
+    except SqftError:
+        raise
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
         raise SqftError(f"cannot load a model from {source}: {reason(error)}") from error
     if gguf is not None:
@@ -57,6 +65,7 @@ def skeleton(source: str | Path) -> Any:
     from transformers import AutoConfig
 
     folder, gguf = locate(source)
+    check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
         vars(config).pop("quantization_config", None)
