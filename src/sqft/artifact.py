@@ -27,7 +27,7 @@ from sqft.keys import FORMAT, MANIFEST, contents_key, file_digest, folder_key, r
 from sqft.options import recorded
 from sqft.outputs import WRITING, beside, check_place, locked, put, sweep, synchronize, work_folder
 from sqft.processes import alone, is_main_process
-from sqft.strict import plain_name
+from sqft.strict import plain_name, plain_path
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 _VERSIONED = ("sqft", "torch", "transformers", "peft", "accelerate", "safetensors")
@@ -195,6 +195,9 @@ def _check(values: Mapping[str, Any]) -> None:
             raise ValueError(f"unknown field '{shown(name)}': {did_you_mean(name, _FIELDS)}")
         if type(value) not in _FIELDS[name]:
             raise ValueError(f"{name} is {shown(repr(value))}")
+    for name in ("parent", "base"):
+        if not plain_path(values.get(name) or ""):
+            raise ValueError(f"{name} is {shown(repr(values[name]))}, which is no path")
     for name, entry in values.get("files", {}).items():
         if not plain_name(name):
             raise ValueError(f"'{shown(name)}' is no file of this folder")
@@ -352,4 +355,4 @@ def relative_parent(parent: str | Path, out: str | Path) -> str:
 def resolve_parent(folder: str | Path, parent: str) -> str:
     """Inverse of ``relative_parent``."""
     candidate = Path(folder) / parent
-    return os.path.normpath(candidate) if candidate.exists() else parent
+    return os.path.normpath(candidate) if os.path.exists(candidate) else parent

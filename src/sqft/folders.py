@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sqft import artifact
-from sqft.errors import SqftError
+from sqft.errors import SqftError, shown
 from sqft.formats.checkpoint import is_packed_folder, load_packed, load_weights, packed_layers, save_packed
 from sqft.formats.compact import CompactReader, is_compact
 from sqft.formats.fractions import attach_fractions, load_fractions, save_fractions, stored_fractions
@@ -18,7 +18,7 @@ from sqft.models.tensors import MAX_SHARD_BYTES
 from sqft.models.types import Tokenizer
 from sqft.models.weights import stored_state
 from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
-from sqft.strict import read_object
+from sqft.strict import plain_path, read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -73,8 +73,9 @@ def _adapter_config(folder: str | Path) -> dict[str, Any]:
         config = read_object(file)
     except (OSError, ValueError) as error:
         raise SqftError(f"{file} is corrupt ({error})") from None
-    if not isinstance(config.get("base_model_name_or_path"), str):
-        raise SqftError(f"{file} is corrupt (base_model_name_or_path is no text)")
+    base = config.get("base_model_name_or_path")
+    if not (isinstance(base, str) and plain_path(base)):
+        raise SqftError(f"{file} is corrupt (base_model_name_or_path is {shown(repr(base))})")
     return config
 
 

@@ -14,7 +14,7 @@ from dataclasses import MISSING
 from typing import Any, TypeVar
 
 from sqft.errors import UsageError, did_you_mean, shown
-from sqft.strict import LARGEST
+from sqft.strict import LARGEST, plain_path
 
 T = TypeVar("T")
 
@@ -52,6 +52,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "", lines: dict
             clean[key] = coerce(value, hints[key])
         except ValueError as error:
             raise UsageError(f"{at}{key}: {error}") from None
+        if spec.metadata.get("kind", "plain") not in ("plain", "machine") and not plain_path(str(clean[key])):
+            raise UsageError(f"{at}{key} is {shown(repr(clean[key]))}, which is no path or name")
         choices = spec.metadata.get("choices")
         if choices and clean[key] is not None and clean[key] not in choices:
             what = getattr(choices, "kind", key)

@@ -19,7 +19,7 @@ from sqft.outputs import locked, sweep
 from sqft.processes import alone
 from sqft.registry import KINDS
 from sqft.stages import RUN, STAGES
-from sqft.strict import read_yaml
+from sqft.strict import plain_path, read_yaml
 from sqft.tasks.lookup import get_task
 
 DEMO_MODEL = "demo-model"
@@ -103,7 +103,7 @@ def load_recipe(source: str | Path) -> Recipe:
                 raise UsageError(f"{at}: {key} knows {', '.join(names)}, not '{shown(wrong[0] if wrong else value)}'; "
                                  "write a list")  # fmt: skip
             built[key] = tuple(value)
-        elif isinstance(value, str) and 0 < len(value) < 4096 and "\0" not in value:
+        elif isinstance(value, str) and value and plain_path(value):
             built[key] = value
         else:
             raise UsageError(f"{at}: {key} is {shown(repr(value))}: name a folder (a number in quotes)")
@@ -186,7 +186,11 @@ def run(recipe: Recipe | str | Path, *, model: str | None = None, output: str | 
     recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).at(model, output)
     check_data(recipe)
     with locked(Path(recipe.output) / "run", recipe.output):
-        return {step.name: run_stage(step.stage, step.config, step.source, step.folder, say) for step in steps(recipe)}
+        todo, home = steps(recipe), Path(recipe.output).resolve()
+        if outside := [step.folder for step in todo if not step.folder.resolve().is_relative_to(home)]:
+            raise UsageError(f"{outside[0]} is a link to {outside[0].resolve()}, outside of {recipe.output}: nothing "
+                             "is written there; remove the link")  # fmt: skip
+        return {step.name: run_stage(step.stage, step.config, step.source, step.folder, say) for step in todo}
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ def read_object(path: Path, data: bool = False) -> dict[str, Any]:
 
 
 def parse_json(text: str, data: bool = False) -> Any:
-    """What a JSON text says. ``data``: of records and measurements, in which NaN is a number and the last of equal names
-    counts, as Python has it. Raises ValueError saying in one line what is wrong."""
+    """What a JSON text says. ``data``: of records and measurements, in which NaN is a number and the last of equal
+    names counts, as Python has it. Raises ValueError saying in one line what is wrong."""
     opened = text.count("[") + text.count("{")
     if opened + text.count(",") > VALUES:
         raise ValueError(f"it has more than {VALUES:,} values")
@@ -104,6 +104,15 @@ def _check_depth(value: Any) -> None:
 def plain_name(name: Any) -> bool:
     """Whether it names a file in or below a folder: relative, without '..'."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def plain_path(path: str) -> bool:
+    """Whether the system can look a path up: it is no longer than one can be, and has no NUL or half of a character."""
+    try:
+        data = path.encode()
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in data and len(data) <= 1024 and all(len(part) <= 255 for part in data.split(b"/"))
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:

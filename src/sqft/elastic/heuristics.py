@@ -30,8 +30,8 @@ def resolve_ranks(model: Any, choice: str, folder: str | Path = "") -> Ranks:
     ranks, lines = read_yaml(path)  # JSON is YAML too
     for name, rank in ranks.items():
         if type(rank) is not int:
-            raise UsageError(f"{path}:{lines[name,]}: '{shown(name)}' is {shown(repr(rank))}: write 'group: rank' lines, as in the "
-                             "ranks.yaml that a search writes")  # fmt: skip
+            raise UsageError(f"{path}:{lines[name,]}: '{shown(name)}' is {shown(repr(rank))}: write 'group: rank' "
+                             "lines, as in the ranks.yaml that a search writes")  # fmt: skip
     return {**heuristic("maximal", space), **ranks}
 
 

@@ -81,9 +81,10 @@ class CompactReader(SafetensorsReader):
         if config.get("version") != VERSION:
             raise SqftError(f"{folder} has compact weights of version {config.get('version')}, this sqft reads "
                             f"{VERSION}: update sqft")  # fmt: skip
-        self.config, self._masked = config.get("config"), bool(config.get("masks"))
-        if not isinstance(self.config, dict):
+        inner, self._masked = config.get("config"), bool(config.get("masks"))
+        if not isinstance(inner, dict):
             raise SqftError(f"{folder} has no configuration of its model: config.json is corrupt")
+        self.config: dict[str, Any] = inner
         self._coded = coder_of(self.config)
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
         self._files: Mapping[str, Tensor] = self.layout

@@ -12,7 +12,6 @@ from torch import Tensor
 from sqft.errors import SqftError, shown
 from sqft.quantization.linear import QuantLinear
 
-
 _INTEGERS = (torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -46,8 +45,8 @@ class Format:
 
 
 def take(tensors: Mapping[str, Tensor], name: str, module: str, dimensions: int, key: str = "") -> Tensor:
-    """A module's tensor, which ``tensors`` has as ``key``. Raises SqftError if the checkpoint lacks it, or it has not so
-    many dimensions."""
+    """A module's tensor, which ``tensors`` has as ``key``. Raises SqftError if the checkpoint lacks it, or it has not
+    so many dimensions."""
     found = tensors.get(key or name)
     if found is None:
         raise SqftError(f"the checkpoint has no {module}.{name}: it is incomplete")
@@ -118,7 +117,9 @@ def expect(module: str, name: str, tensor: Tensor, shape: tuple[int, ...], integ
 def need(config: Mapping[str, Any], key: str) -> Any:
     """A value of ``quantization_config``. Raises SqftError if it is missing."""
     if not isinstance(config, Mapping):
-        raise SqftError(f"quantization_config has {shown(repr(config))} where a mapping belongs: config.json is corrupt")
+        raise SqftError(
+            f"quantization_config has {shown(repr(config))} where a mapping belongs: config.json is corrupt"
+        )
     if key not in config:
         raise SqftError(f"quantization_config has no '{key}': config.json is incomplete")
     return config[key]

@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from sqft.errors import SqftError, shown
+from sqft.models.reader import SafetensorsReader
 from sqft.strict import read_object
 
+RANK = 2**12  # of an adapter
 LAYERS, EXPERTS, SIZE, NUMBER = 1024, 4096, 2**24, 2**40  # where no weights say less
 LISTED, LENGTH = 2**20, 4096  # of a list its numbers (tokens, say), and how many; of a text its characters
 TABLES = 2**28  # bytes of what a model computes for itself, such as a causal mask of all its positions
@@ -27,8 +29,8 @@ _CODE = re.compile(r"_?(attn|experts)_implementation")
 
 
 def check_config(folder: str | Path, layout: Mapping[str, Tensor] | None = None) -> None:
-    """Raises SqftError for a ``config.json`` that cannot be read, has numbers that no model has, or more layers than its
-    weight files (``layout``) have tensors. A folder without one passes: it is a hub name, or GGUF."""
+    """Raises SqftError for a ``config.json`` that cannot be read, has numbers that no model has, or more layers than
+    its weight files (``layout``) have tensors. A folder without one passes: it is a hub name, or GGUF."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         return
@@ -86,14 +88,31 @@ def _product(values: Mapping[str, Any]) -> int:
     return layers * max((value for name, value in numbers if _EXPERTS.fullmatch(name)), default=1)
 
 
+def check_adapter(folder: str | Path) -> None:
+    """Raises SqftError unless an adapter's weights are a safetensors file, and its ranks no larger than these."""
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise SqftError(f"{folder} has no {file.name}: another kind of file is not loaded; train again, or convert it")
+    sizes = [size for tensor in SafetensorsReader(file).layout.values() for size in tensor.shape]
+    most = max([RANK, *sizes])
+    try:
+        for name, value in _numbers(read_object(Path(folder) / "adapter_config.json", data=True)):
+            if not name.endswith("()") and abs(value) > most:
+                raise ValueError(f"{shown(name)} is {shown(value)}: expected at most {most}, as in its weights")
+    except (OSError, ValueError) as error:
+        raise SqftError(f"{folder}/adapter_config.json cannot be read: {error}") from None
+
+
 def check_size(model: nn.Module, folder: str | Path, layout: Mapping[str, Tensor], packed: bool) -> None:
-    """Raises SqftError if a model, which lies on the device ``meta``, has more parameters than its weight files, or makes
-    larger tables for itself than they are."""
+    """Raises SqftError if a model, which lies on the device ``meta``, has more parameters than its weight files, or
+    makes larger tables for itself than they are."""
     have = sum(tensor.numel() for tensor in layout.values())
     want = sum(parameter.numel() for parameter in model.parameters())
     if want > have * (PACKED if packed else 1):
-        raise SqftError(f"{folder}: config.json says {want:,} parameters, the weight files have {have:,} numbers: they do "
-                        "not belong together")  # fmt: skip
+        raise SqftError(f"{folder}: config.json says {want:,} parameters, the weight files have {have:,} numbers: they "
+                        "do not belong together")  # fmt: skip
     tables = sum(buffer.nbytes for buffer in model.buffers())
     if tables > TABLES + sum(tensor.nbytes for tensor in layout.values()):
-        raise SqftError(f"{folder}: config.json asks for tables of {tables:,} bytes: its positions are not this model's")
+        raise SqftError(
+            f"{folder}: config.json asks for tables of {tables:,} bytes: its positions are not this model's"
+        )

@@ -10,12 +10,12 @@ from typing import Any
 import huggingface_hub
 import torch
 
-from sqft.errors import SqftError, UsageError, first_line
+from sqft.errors import SqftError, UsageError, first_line, shown
 from sqft.models.bounds import check_config, check_size
 from sqft.models.experts import unstack
 from sqft.models.reader import SafetensorsReader
 from sqft.models.types import PreTrainedModel, Tokenizer
-from sqft.strict import read_object
+from sqft.strict import plain_path, read_object
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,7 +39,9 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
         if layout is not None:
             with torch.device("meta"):
-                check_size(auto_class(config).from_config(config, trust_remote_code=False), folder, layout, packed=False)
+                check_size(
+                    auto_class(config).from_config(config, trust_remote_code=False), folder, layout, packed=False
+                )
         model = auto_class(config).from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False)
     except SqftError:
         raise
@@ -110,6 +112,8 @@ def save_settings(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) ->
 
 def locate(source: str | Path) -> tuple[str, str | None]:
     """(folder or hub name, GGUF file name or None). Raises UsageError for a path that holds no model."""
+    if not plain_path(str(source)):
+        raise UsageError(f"{shown(source)} is no path or name")
     path = Path(source)
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), path.name

@@ -49,7 +49,13 @@ class SafetensorsReader:
                 dtype = TORCH_DTYPES.get(part.get_dtype()) or stream.get_tensor(name).dtype
                 self._streams[name] = stream
                 yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
-        except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:  # a shape or kind that torch lacks
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # a shape or kind that torch lacks
             raise SqftError(f"{file} is corrupt or truncated ({error}): fetch or write the model again") from None
 
     def get(self, name: str) -> Tensor:

@@ -40,7 +40,7 @@ class StageFolder:
     def __post_init__(self) -> None:
         self.kind, self.config, self.metrics = self.manifest.stage, self.manifest.config, self.manifest.metrics
         self.numbers = numbers(self.metrics)
-        self.is_adapter = (self.folder / "adapter_config.json").is_file()
+        self.is_adapter = os.path.isfile(self.folder / "adapter_config.json")
         self.is_adapted = self.kind == "merge" or (self.kind == "train" and not self.is_adapter)  # one model
 
 
@@ -99,7 +99,9 @@ class Section:
 
     def read_lines(self, path: Path) -> list[dict[str, Any]]:
         """The objects of a JSON lines file; empty, with a note, if it cannot be read."""
-        lines = self.read(path, lambda text: [parse_json(line, data=True) for line in text.split("\n") if line.strip()], [])
+        lines = self.read(
+            path, lambda text: [parse_json(line, data=True) for line in text.split("\n") if line.strip()], []
+        )
         return [line for line in lines if isinstance(line, dict)]
 
     def serving_bytes(self, stage: StageFolder) -> int | None:

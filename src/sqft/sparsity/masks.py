@@ -162,7 +162,8 @@ def as_bits(weight: Weight, positions: Tensor) -> Tensor:
         return positions
     mask_OI = weight.nonzero().contiguous()
     flat, places = mask_OI.view(-1), positions.long().to(mask_OI.device)
-    if places.ndim != 1 or places.numel() and (places.min() < 0 or places.max() >= flat.numel() or flat[places].any()):
+    outside = bool(((places < 0) | (places >= flat.numel())).any())
+    if places.ndim != 1 or outside or flat[places].any():
         raise SqftError(f"mask of '{weight.name}' does not fit the model's zeros: masks of another model?")
     flat[places] = True
     return pack_mask(mask_OI)

@@ -148,8 +148,11 @@ class SpecTask(TaskSpec):
             raise UsageError(f"task {self.name}: its split '{split}' ({self.splits[split]}) has no examples: the data "
                              "is too short")  # fmt: skip
         numbered = enumerate(records[:limit], 1)
-        return [Example(start, end, answer, tuple((context, text) for context, text in options), gold, self.name)
-                for start, end, answer, options, gold in each(self._prepare, numbered, f"task {self.name}: ")]  # fmt: skip
+        made = each(self._prepare, numbered, f"task {self.name}: ")
+        return [
+            Example(start, end, answer, tuple((context, text) for context, text in options), gold, self.name)
+            for start, end, answer, options, gold in made
+        ]
 
     def _prepare(self) -> Callable[[tuple[int, dict[str, Any]]], Texts]:
         make = _maker(self)
@@ -160,8 +163,8 @@ class SpecTask(TaskSpec):
             except (MemoryError, RecursionError):
                 raise
             except Exception as error:  # a template and a record of a stranger's can raise anything
-                raise UsageError(f"task {self.name}: record {record[0]} does not fit its templates ({shown(error)}); it "
-                                 f"has {', '.join(record[1])}") from None  # fmt: skip
+                raise UsageError(f"task {self.name}: record {record[0]} does not fit its templates ({shown(error)}); "
+                                 f"it has {', '.join(record[1])}") from None  # fmt: skip
 
         return from_numbered
 
