@@ -70,6 +70,11 @@ def parse_json(text: str, data: bool = False) -> Any:
     return value
 
 
+def parse_lines(text: str) -> list[Any]:
+    """``parse_json`` of every line that is not blank, as data. Raises ValueError."""
+    return [parse_json(line, data=True) for line in text.split("\n") if line.strip()]
+
+
 def _integer(text: str) -> int:
     if len(text) > DIGITS:
         raise ValueError(f"a number has {len(text):,} digits")

@@ -37,12 +37,15 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
             raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        kind = auto_class(config)
         if layout is not None:
             with torch.device("meta"):
-                check_size(
-                    auto_class(config).from_config(config, trust_remote_code=False), folder, layout, packed=False
-                )
-        model = auto_class(config).from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False)
+                check_size(kind.from_config(config, trust_remote_code=False), folder, layout, packed=False)
+        model, found = kind.from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False,
+                                            output_loading_info=True)  # fmt: skip
+        if missing := sorted(found["missing_keys"]):  # transformers draws them at random
+            raise SqftError(f"{source} is incomplete: it lacks {missing[0]}, of {len(missing)} weights that its "
+                            "configuration asks for")  # fmt: skip
     except SqftError:
         raise
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded

@@ -13,7 +13,7 @@ from typing import Any
 from sqft import artifact
 from sqft.errors import SqftError, UsageError
 from sqft.measuring.size import serving_bytes as size_of
-from sqft.strict import parse_json, read_text
+from sqft.strict import parse_json, parse_lines, read_text
 
 RESULT = "compare.json"  # of a comparison
 LOOKS = ("evaluate", "measure")  # stages that look at a folder and make no model
@@ -99,9 +99,7 @@ class Section:
 
     def read_lines(self, path: Path) -> list[dict[str, Any]]:
         """The objects of a JSON lines file; empty, with a note, if it cannot be read."""
-        lines = self.read(
-            path, lambda text: [parse_json(line, data=True) for line in text.split("\n") if line.strip()], []
-        )
+        lines = self.read(path, parse_lines, [])
         return [line for line in lines if isinstance(line, dict)]
 
     def serving_bytes(self, stage: StageFolder) -> int | None:
