@@ -26,9 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1]
-if str(TESTS) not in sys.path:
-    sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import yaml
@@ -400,8 +398,8 @@ def page(world: World, rng: random.Random) -> Any:
 
 # How often each is drawn: those that build models or start processes are slow.
 TARGETS: dict[Callable[[World, random.Random], Any], int] = {
-    recipe: 40, ranks: 80, options: 160, command_line: 100, manifest: 150, overwrite: 20, task: 60, jinja: 6, records: 100,
-    config: 10, whole_model: 2, headers: 120, masks: 80, packed: 120, compact: 10, adapter: 25, page: 4,
+    recipe: 25, ranks: 100, options: 200, command_line: 120, manifest: 150, overwrite: 8, task: 40, jinja: 6, records: 100,
+    config: 8, whole_model: 2, headers: 140, masks: 60, packed: 140, compact: 4, adapter: 15, page: 1,
 }  # fmt: skip
 
 
