@@ -89,7 +89,9 @@ class Writing:
     def work(self, kind: str) -> Path:
         """The folder for what an interruption must not lose, which is removed when the stage is done."""
         assert self.out is not None, "nothing is kept"
-        return work_folder(self.out, kind, self.key)
+        if (found := work_folder(self.out, kind, self.key)).is_symlink():
+            raise SqftError(f"{found} is a link, to which nothing is written: remove it")
+        return found
 
     def finish(self) -> dict[str, Any]:
         """Writes the manifest and puts the folder in its place. Returns the metrics."""
@@ -298,6 +300,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = beside(path, WRITING)
     with locked(path):
         try:
+            temporary.unlink(missing_ok=True)  # of a dead process, or a link to elsewhere
             temporary.write_text(text, encoding="utf-8")
             synchronize(temporary)
             temporary.replace(path)

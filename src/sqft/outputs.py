@@ -77,7 +77,7 @@ def locked(out: Path, name: str | Path = "") -> Iterator[None]:
 def hold(file: Path, wait: bool = False) -> int | None:
     """Locks a file, made if need be; closing the handle lets go of it. None if it was removed meanwhile: try again.
     Raises BlockingIOError if another has it, unless it is to ``wait``."""
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(handle), os.stat(file)):

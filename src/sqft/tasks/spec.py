@@ -29,7 +29,7 @@ METRICS = ("multiple-choice", "exact-match", "number")
 FILES = (".jsonl", ".jsonl.gz", ".json")
 TOLERANCE = 1e-3  # of two numbers that count as equal, as in LLM-Adapters
 RECORD_BYTES, MOST_TOKENS = 2**31, 2**20
-_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(-?[0-9]*):(-?[0-9]*)\])?")
 
 
