@@ -53,14 +53,14 @@ def read_object(path: Path, data: bool = False) -> dict[str, Any]:
 
 
 def parse_json(text: str, data: bool = False) -> Any:
-    """What a JSON text says. ``data``: of records and measurements, in which NaN is a number and the last of equal
-    names counts, as Python has it. Raises ValueError saying in one line what is wrong."""
+    """What a JSON text says. ``data``: of records and measurements, in which NaN is a number, a search space may have a
+    size of 100 digits, and the last of equal names counts, as Python has it. Raises ValueError saying in one line what
+    is wrong."""
     opened = text.count("[") + text.count("{")
     if opened + text.count(",") > VALUES:
         raise ValueError(f"it has more than {VALUES:,} values")
-    hooks: dict[str, Any] = {"parse_int": _integer}
-    if not data:
-        hooks |= {"object_pairs_hook": _once, "parse_constant": _finite, "parse_float": _finite}
+    hooks = {} if data else {"object_pairs_hook": _once, "parse_constant": _finite, "parse_float": _finite,
+                             "parse_int": _integer}  # fmt: skip
     try:
         value = json.loads(text, **hooks)
     except RecursionError:

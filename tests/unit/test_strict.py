@@ -204,7 +204,9 @@ def test_manifests(tmp_path: Path, values: dict, words: str) -> None:
     one_line(lambda: artifact.read_manifest(folder), "sqft.json is corrupt", words)
 
 
-def test_a_metric_may_be_nan(tmp_path: Path) -> None:
+def test_a_metric_may_be_nan_or_very_large(tmp_path: Path) -> None:
+    size = 3**224  # of a search space
+    assert artifact.read_manifest(sealed(tmp_path, metrics={"space": size})).metrics == {"space": size}
     assert str(artifact.read_manifest(sealed(tmp_path, metrics={"loss": float("nan")})).metrics["loss"]) == "nan"
 
 
