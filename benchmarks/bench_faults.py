@@ -13,9 +13,10 @@ import json
 import subprocess
 import sys
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
 
-from common import RESULTS, check, write_results
+from common import RESULTS, check, machine, write_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "faults"))
 
@@ -30,7 +31,7 @@ def markdown() -> str:
     kills, flips = content["results"]["kills"], content["results"]["flips"]
     kinds = sorted({name.split(" ", 1)[1] for name in flips["by_class"]})
     return "\n".join([
-        f"`benchmarks/results/faults.json`, {content['date'][:10]}, {content['machine']['processor']}: a pico recipe of "
+        f"`benchmarks/results/faults.json`, {kills['date'][:10]}, {kills['machine']['processor']}: a pico recipe of "
         f"{kills['operations']} operations on files that ends with {kills['files']} files and folders; {flips['files']} files of "
         f"{len(flips['by_stage'])} stages, {len(flips['by_class'])} classes of bytes ({', '.join(kinds)}).", "",
         "| what was done | times | what was seen |", "|---|---|---|",
@@ -75,7 +76,9 @@ def main() -> None:
     file = RESULTS / "faults.json"
     before = json.loads(file.read_text()) if file.is_file() else {"results": {}, "checks": []}
     fuzzed = [entry for entry in before["checks"] if entry["name"].startswith("fuzz: ")]  # of bench_fuzz.py
-    write_results("faults", {**before["results"], "kills": kills, "flips": flips}, checks + fuzzed)
+    here = {"machine": machine(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    results = {**before["results"], "kills": {**kills, **here}, "flips": {**flips, **here}}
+    write_results("faults", results, checks + fuzzed)
 
 
 if __name__ == "__main__":

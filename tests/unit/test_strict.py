@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pico import pico_tokenizer
 
 from sqft import artifact
 from sqft.config import SparsifyConfig
+from sqft.deployment import GenerateConfig
 from sqft.elastic.handle import RECORDS
 from sqft.elastic.heuristics import read_rank_records
 from sqft.errors import SqftError, UsageError
@@ -22,6 +26,7 @@ from sqft.keys import sealed_text
 from sqft.limits import SECONDS
 from sqft.options import from_dict
 from sqft.recipe import Recipe, load_recipe, run
+from sqft.serving.generate import _tokens
 from sqft.strict import parse_json, plain_name, read_json, read_yaml
 from sqft.tasks.lookup import get_task
 
@@ -37,7 +42,8 @@ def one_line(call, *words: str, kind: type[SqftError] = SqftError) -> str:
     with pytest.raises(kind) as error:
         call()
     text = str(error.value)
-    assert "\n" not in text and len(text) < 2500 and all(word in text for word in words), text
+    assert len(text) < 2500 and all(word in text for word in words), text
+    assert not any(unicodedata.category(character) == "Cc" for character in text), text
     return text
 
 
@@ -355,3 +361,17 @@ def test_records_of_training(tmp_path: Path) -> None:
     for text in ('{"records": 3}', '{"records": [[1]]}', "[]", '{"records": [[["x"], 1]]}', "[" * 10_000):
         put(tmp_path / RECORDS, text)
         one_line(lambda: read_rank_records(tmp_path), "is corrupt")
+
+
+def test_chat_templates(tmp_path: Path) -> None:
+    """The same tokens as transformers gives, or one line."""
+    tokenizer = pico_tokenizer()
+    tokenizer.chat_template = "<bos>{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    messages = [{"role": "user", "content": "2 + 2"}]
+    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+    assert torch.equal(_tokens(tokenizer, "2 + 2", GenerateConfig()), theirs)
+    for template in (ENDLESS[0], LARGE[0], REFUSED[1], "{{ raise_exception('no') }}", "{{ nothing.x }}"):
+        tokenizer.chat_template = template
+        one_line(lambda: _tokens(tokenizer, "2 + 2", GenerateConfig()), "chat template", kind=UsageError)
