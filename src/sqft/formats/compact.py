@@ -42,7 +42,7 @@ ROW_VALUES, ROW_SCALES = "row_values", "row_scales"
 
 def is_compact(folder: str | Path) -> bool:
     try:
-        return read_object(Path(folder) / "config.json").get("model_type") == TYPE
+        return read_object(Path(folder) / "config.json", data=True).get("model_type") == TYPE
     except (OSError, ValueError):
         return False
 
@@ -55,7 +55,7 @@ def open_weights(folder: str | Path) -> SafetensorsReader:
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json``. Raises SqftError."""
     try:
-        return read_object(folder / "config.json")
+        return read_object(folder / "config.json", data=True)
     except (OSError, ValueError) as error:
         raise SqftError(f"{folder / 'config.json'} cannot be read ({error})") from None
 

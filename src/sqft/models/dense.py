@@ -140,7 +140,7 @@ def locate(source: str | Path) -> tuple[str, str | None]:
 def quant_method(folder: str | Path) -> str | None:
     """What a folder's config says that its weights are quantized by, or None."""
     try:
-        return str(read_object(Path(folder) / "config.json")["quantization_config"]["quant_method"])
+        return str(read_object(Path(folder) / "config.json", data=True)["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
