@@ -9,6 +9,7 @@ case's folder. Input ``n`` of a seed is always the same: ``fuzz(target, n)``.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -118,7 +119,7 @@ def value_of(rng: random.Random, value: Any) -> Any:
     for _ in range(rng.randint(1, 3)):
         places = list(_places(value))
         if not places:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))
         holder, key = rng.choice(places)
         kind = rng.randrange(5)
         if kind == 0:
@@ -126,11 +127,11 @@ def value_of(rng: random.Random, value: Any) -> Any:
         elif kind == 1 and isinstance(holder, dict):
             holder[str(rng.choice([key + "x", key[:-1], *TEXTS]))] = holder.pop(key)
         elif kind == 2 and isinstance(holder, dict):
-            holder[rng.choice(TEXTS)] = rng.choice(VALUES)
-        elif kind == 3 and type(holder[key]) in (int, float):
+            holder[rng.choice(TEXTS)] = copy.deepcopy(rng.choice(VALUES))
+        elif kind == 3 and type(holder[key]) in (int, float) and abs(holder[key]) < 1e300:
             holder[key] = holder[key] * rng.choice([-1, 0, 2, 10, 10**6, 10**12, 0.5])
         else:
-            holder[key] = rng.choice(VALUES)
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
     return value
 
 
