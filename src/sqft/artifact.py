@@ -22,11 +22,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sqft.errors import SqftError, UsageError
+from sqft.errors import SqftError, UsageError, did_you_mean, shown
 from sqft.keys import FORMAT, MANIFEST, contents_key, file_digest, folder_key, read_values, sealed_text, stage_key
 from sqft.options import recorded
 from sqft.outputs import WRITING, beside, check_place, locked, put, sweep, synchronize, work_folder
 from sqft.processes import alone, is_main_process
+from sqft.strict import plain_name, plain_path
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 # What decides the numbers: arithmetic, tokens, data and their templates, proposals.
@@ -59,6 +60,13 @@ class Manifest:
     digest: str = ""
 
 
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("stage", "parent_key", "base_key", "key", "created", "digest"), (str,)), "format": (int,),
+    **dict.fromkeys(("config", "metrics", "files", "versions"), (dict,)), "seed": (int, type(None)),
+    **dict.fromkeys(("parent", "base"), (str, type(None))),
+}  # fmt: skip
+
+
 class Writing:
     """A stage folder that is being made: ``key``, ``metrics`` to fill, and ``folder`` to write files to."""
 
@@ -83,7 +91,9 @@ class Writing:
     def work(self, kind: str) -> Path:
         """The folder for what an interruption must not lose, which is removed when the stage is done."""
         assert self.out is not None, "nothing is kept"
-        return work_folder(self.out, kind, self.key)
+        if (found := work_folder(self.out, kind, self.key)).is_symlink():
+            raise SqftError(f"{found} is a link, to which nothing is written: remove it")
+        return found
 
     def finish(self) -> dict[str, Any]:
         """Writes the manifest and puts the folder in its place. Returns the metrics."""
@@ -173,12 +183,31 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         raise SqftError(f"{folder} has no {MANIFEST}: it was not written by sqft")
     try:
-        manifest = Manifest(**read_values(Path(folder)))
-        if (type(manifest.stage), type(manifest.metrics), type(manifest.config)) != (str, dict, dict):
-            raise TypeError("stage, metrics or config is of a wrong type")
-        return manifest
-    except TypeError as error:
+        values = read_values(Path(folder))
+        _check(values)
+        return Manifest(**values)
+    except ValueError as error:
         raise SqftError(f"{path} is corrupt ({error}): run the stage again") from None
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a manifest has what ``Manifest`` holds, and names files of its own folder alone."""
+    if "stage" not in values:
+        raise ValueError("it has no 'stage'")
+    for name, value in values.items():
+        if name not in _FIELDS:
+            raise ValueError(f"unknown field '{shown(name)}': {did_you_mean(name, _FIELDS)}")
+        if type(value) not in _FIELDS[name]:
+            raise ValueError(f"{name} is {shown(repr(value))}")
+    for name in ("parent", "base"):
+        if not plain_path(values.get(name) or ""):
+            raise ValueError(f"{name} is {shown(repr(values[name]))}, which is no path")
+    for name, entry in values.get("files", {}).items():
+        if not plain_name(name):
+            raise ValueError(f"'{shown(name)}' is no file of this folder")
+        whole = isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}
+        if not (whole and type(entry["bytes"]) is int and isinstance(entry["sha256"], str)):
+            raise ValueError(f"of '{shown(name)}' it has no bytes and sha256")
 
 
 def is_stage(folder: str | Path) -> bool:
@@ -274,6 +303,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = beside(path, WRITING)
     with locked(path):
         try:
+            temporary.unlink(missing_ok=True)  # of a dead process, or a link to elsewhere
             temporary.write_text(text, encoding="utf-8")
             synchronize(temporary)
             temporary.replace(path)
@@ -331,4 +361,4 @@ def relative_parent(parent: str | Path, out: str | Path) -> str:
 def resolve_parent(folder: str | Path, parent: str) -> str:
     """Inverse of ``relative_parent``."""
     candidate = Path(folder) / parent
-    return os.path.normpath(candidate) if candidate.exists() else parent
+    return os.path.normpath(candidate) if os.path.exists(candidate) else parent

@@ -328,7 +328,7 @@ def _verify(arguments: argparse.Namespace) -> Any:
     if problems := [problem for row in rows for problem in row["problems"]]:
         if arguments.json:
             print(json.dumps(rows, indent=2))
-        raise SqftError("\n  ".join([f"{len(problems)} of {arguments.folder} is not as it should be:", *problems]))
+        raise SqftError(f"{len(problems)} of {arguments.folder} is not as it should be: {'; '.join(problems)}")
     return rows
 
 

@@ -24,6 +24,7 @@ from sqft.recipe import Recipe, check_data, load_recipe, resolve_model, run_stag
 from sqft.registry import KINDS
 from sqft.reporting.collect import RESULT
 from sqft.stages import STAGES
+from sqft.strict import parse_json
 
 Say = Callable[[str], None]
 
@@ -226,7 +227,7 @@ def _compare_with(rows: list[dict[str, Any]], reference: str, sparsity: float, o
 def read_correct(evaluation: Path) -> list[bool]:
     """Which problems an evaluation's folder says were solved, in the task's order."""
     lines = (evaluation / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["correct"] for line in lines]
+    return [parse_json(line, data=True)["correct"] for line in lines]
 
 
 def _write(recipe: Recipe, rows: list[dict[str, Any]], out: Path) -> dict[str, Any]:

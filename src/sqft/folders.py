@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from sqft import artifact
-from sqft.errors import SqftError
+from sqft.errors import SqftError, shown
 from sqft.formats.checkpoint import is_packed_folder, load_packed, load_weights, packed_layers, save_packed
 from sqft.formats.compact import CompactReader, is_compact
 from sqft.formats.fractions import attach_fractions, load_fractions, save_fractions, stored_fractions
@@ -19,6 +18,7 @@ from sqft.models.tensors import MAX_SHARD_BYTES
 from sqft.models.types import Tokenizer
 from sqft.models.weights import stored_state
 from sqft.sparsity.masks import attach_masks, ensure_masks, load_masks, save_masks, stored_masks
+from sqft.strict import plain_path, read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -70,10 +70,12 @@ def _load_model(source: str | Path, dtype: str) -> tuple[Any, dict[str, Tensor]]
 def _adapter_config(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / ADAPTER_CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = read_object(file)
+    except (OSError, ValueError) as error:
         raise SqftError(f"{file} is corrupt ({error})") from None
+    base = config.get("base_model_name_or_path")
+    if not (isinstance(base, str) and plain_path(base)):
+        raise SqftError(f"{file} is corrupt (base_model_name_or_path is {shown(repr(base))})")
     return config
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.errors import SqftError, UsageError
+from sqft.strict import parse_json, read_text
 
 MANIFEST = "sqft.json"
 MASKS = Path("masks") / "masks.safetensors"  # a folder of its own: loaders that read *.safetensors must not find it
@@ -120,8 +121,8 @@ def read_values(folder: Path) -> dict[str, Any]:
     written."""
     path = folder / MANIFEST
     try:
-        text = path.read_bytes().decode()
-        values = json.loads(text)
+        text = read_text(path)
+        values = parse_json(text, data=True)  # metrics may be NaN; a name that is given twice changes the text
         found = values.get("format", FORMAT)
         if isinstance(found, int) and found > FORMAT:
             raise SqftError(f"{path} has format {found}, this sqft reads {FORMAT}: update sqft")

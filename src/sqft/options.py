@@ -11,12 +11,10 @@ import typing
 import warnings
 from collections.abc import Iterable
 from dataclasses import MISSING
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from sqft.errors import UsageError, did_you_mean
+from sqft.errors import UsageError, did_you_mean, shown
+from sqft.strict import LARGEST, plain_path
 
 T = TypeVar("T")
 COUNT, SEED = "(0, 1e9]", "[0, 4294967295]"  # where numbers may lie; numpy takes no larger seed
@@ -78,7 +76,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "", lines: dict
             warnings.warn(f"{at}'{key}' is now called '{aliases[key]}'", RenamedOption, stacklevel=2)
             key = aliases[key]
         if key not in hints:
-            raise UsageError(f"{at}unknown option '{key}' of {stage_name(cls)}: {did_you_mean(key, hints)}")
+            raise UsageError(f"{at}unknown option '{shown(key)}' of {stage_name(cls)}: {did_you_mean(key, hints)}")
         spec = next(f for f in dataclasses.fields(cls) if f.name == key)  # pyright: ignore[reportArgumentType]
         try:
             clean[key] = coerce(value, hints[key])
@@ -87,10 +85,13 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "", lines: dict
             raise UsageError(f"{at}{key}: {error}") from None
         except UsageError as error:
             raise UsageError(f"{at}{error}") from None
+        if spec.metadata.get("kind", "plain") not in ("plain", "machine") and not plain_path(str(clean[key])):
+            raise UsageError(f"{at}{key} is {shown(repr(clean[key]))}, which is no path or name")
         choices = spec.metadata.get("choices")
         if choices and clean[key] is not None and clean[key] not in choices:
             what = getattr(choices, "kind", key)
-            raise UsageError(f"{at}unknown {what} '{clean[key]}': {did_you_mean(str(clean[key]), choices)}")
+            near = did_you_mean(str(clean[key]), choices)
+            raise UsageError(f"{at}unknown {what} '{shown(clean[key])}': {near}")
     try:
         return cls(**clean)
     except UsageError as error:
@@ -114,16 +115,24 @@ def coerce(value: Any, hint: Any) -> Any:
     if hint is str and isinstance(value, str):
         return value
     if hint in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except ValueError:
-            raise ValueError(f"'{value}' is not a number") from None
-        if not math.isfinite(number):
-            raise ValueError(f"{value} is not a finite number")
-        if hint is int and number != int(number):
-            raise ValueError(f"{value} is not a whole number")
-        return hint(number)
-    raise ValueError(f"{value!r} is not of type {getattr(hint, '__name__', hint)}")
+        return _number(value, hint)
+    raise ValueError(f"{shown(repr(value))} is not of type {getattr(hint, '__name__', hint)}")
+
+
+def _number(value: int | float | str, hint: type) -> int | float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"'{shown(value)}' is not a number") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{shown(value)} is not a finite number")
+    if abs(number) >= LARGEST:
+        raise ValueError(f"{shown(value)} is too large a number")
+    if hint is int and number != int(number):
+        raise ValueError(f"{value} is not a whole number")
+    return value if hint is int and isinstance(value, int) else hint(number)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -146,32 +155,6 @@ def without_password(text: str) -> str:
 def stage_name(cls: type) -> str:
     """SparsifyConfig -> 'sparsify'."""
     return cls.__name__.removesuffix("Config").lower()
-
-
-def load_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """A YAML mapping and the line of each key, keyed by the key's path. Raises UsageError with the line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is a mapping of stages, e.g. 'sparsify: {{sparsity: 0.5}}'")
-    lines: dict[tuple[str, ...], int] = {}
-    _collect_lines(node, (), lines)
-    return values, lines
-
-
-def _collect_lines(node: Any, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            lines[(*path, str(key.value))] = key.start_mark.line + 1
-            _collect_lines(value, (*path, str(key.value)), lines)
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:

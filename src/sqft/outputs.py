@@ -24,6 +24,7 @@ from pathlib import Path
 from sqft.errors import SqftError, UsageError
 from sqft.keys import file_digest
 from sqft.processes import is_main_process
+from sqft.strict import read_object
 
 LOCK, WRITING, OLD = "sqft-lock", "sqft-writing", "sqft-old"
 _WORK = r"(?:training|searching|compressing)-[0-9a-f]+"
@@ -76,7 +77,7 @@ def locked(out: Path, name: str | Path = "") -> Iterator[None]:
 def hold(file: Path, wait: bool = False) -> int | None:
     """Locks a file, made if need be; closing the handle lets go of it. None if it was removed meanwhile: try again.
     Raises BlockingIOError if another has it, unless it is to ``wait``."""
-    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(handle), os.stat(file)):
@@ -172,7 +173,7 @@ def seal(folder: Path) -> None:
 def broken(folder: Path) -> str:
     """What keeps a folder from being what was sealed: nothing, ``UNFINISHED``, or what is wrong with it."""
     try:
-        digests = json.loads((folder / SEAL).read_text())
+        digests = read_object(folder / SEAL)
         wrong = [name for name, digest in digests.items()
                  if not (folder / name).is_file() or file_digest(folder / name) != digest]  # fmt: skip
     except FileNotFoundError:

@@ -17,6 +17,7 @@ from sqft.calibration.data import read_texts, token_blocks
 from sqft.errors import SqftError, VerificationError
 from sqft.kernels.halves import fast_halves
 from sqft.models.types import Tokenizer
+from sqft.strict import read_object
 
 PROBE = "probe.json"
 SAMPLE_SHAPE = (4, 64)  # windows and tokens
@@ -97,7 +98,7 @@ def check_probe(before: Tensor, folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        expected = torch.tensor(json.loads(path.read_text())["largest_logits"])
+        expected = torch.tensor(read_object(path, data=True)["largest_logits"])
         difference = float((before.float().amax(-1) - expected).abs().max())
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise SqftError(f"{path} is corrupt ({error}): train again") from None

@@ -12,13 +12,14 @@ from typing import Any
 
 from sqft import artifact
 from sqft.config import CompareConfig, MergeConfig, QuantizeConfig, TrainConfig, for_kind
-from sqft.errors import SqftError, UsageError, did_you_mean
+from sqft.errors import SqftError, UsageError, did_you_mean, shown
 from sqft.keys import folder_key, stage_key
-from sqft.options import from_dict, load_yaml
+from sqft.options import from_dict
 from sqft.outputs import locked, sweep
 from sqft.processes import alone
 from sqft.registry import KINDS
 from sqft.stages import RUN, STAGES
+from sqft.strict import plain_path, read_yaml
 from sqft.tasks.lookup import get_task
 
 DEMO_MODEL = "demo-model"
@@ -83,13 +84,13 @@ def load_recipe(source: str | Path) -> Recipe:
         path = Path(str(resources.files("sqft.recipes") / f"{source}.yaml"))
     if not path.is_file():
         raise UsageError(f"there is no recipe {source}: {did_you_mean(str(source), shipped_recipes())}")
-    values, lines = load_yaml(path)
+    values, lines = read_yaml(path)
     built: dict[str, Any] = {"configs": {}}
     known = ("model", "output", "evaluate_on", "order", *SECTIONS)
     for key, value in values.items():
         at = f"{path}:{lines[(key,)]}"
         if key not in known:
-            raise UsageError(f"{at}: unknown key '{key}': {did_you_mean(str(key), known)}")
+            raise UsageError(f"{at}: unknown key '{shown(key)}': {did_you_mean(key, known)}")
         if key in SECTIONS:
             if value is not None and not isinstance(value, dict):
                 raise UsageError(f"{at}: '{key}' takes a mapping of options, e.g. {key}: {{}}")
@@ -97,13 +98,15 @@ def load_recipe(source: str | Path) -> Recipe:
             built["configs"][key] = from_dict(SECTIONS[key], value or {}, str(path), inner)
         elif key in ("evaluate_on", "order"):
             names = RUN if key == "order" else ("model", TEACHER, *RUN)
-            wrong = [v for v in value or () if v not in names]
+            wrong = [v for v in value if v not in names] if isinstance(value, list) else []
             if wrong or not isinstance(value, list):
-                raise UsageError(f"{at}: {key} knows {', '.join(names)}, not '{wrong[0] if wrong else value}'; write a "
-                                 "list")  # fmt: skip
+                raise UsageError(f"{at}: {key} knows {', '.join(names)}, not '{shown(wrong[0] if wrong else value)}'; "
+                                 "write a list")  # fmt: skip
             built[key] = tuple(value)
+        elif isinstance(value, str) and value and plain_path(value):
+            built[key] = value
         else:
-            built[key] = str(value)
+            raise UsageError(f"{at}: {key} is {shown(repr(value))}: name a folder (a number in quotes)")
     for key in ("model", "output"):
         if key not in built:
             raise UsageError(f"{path}: a recipe needs '{key}'")
@@ -183,7 +186,11 @@ def run(recipe: Recipe | str | Path, *, model: str | None = None, output: str | 
     recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).at(model, output)
     check_data(recipe)
     with locked(Path(recipe.output) / "run", recipe.output):
-        return {step.name: run_stage(step.stage, step.config, step.source, step.folder, say) for step in steps(recipe)}
+        todo, home = steps(recipe), Path(recipe.output).resolve()
+        if outside := [step.folder for step in todo if not step.folder.resolve().is_relative_to(home)]:
+            raise UsageError(f"{outside[0]} is a link to {outside[0].resolve()}, outside of {recipe.output}: nothing "
+                             "is written there; remove the link")  # fmt: skip
+        return {step.name: run_stage(step.stage, step.config, step.source, step.folder, say) for step in todo}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The short form of ``benchmarks/bench_faults.py``: 30 kills, about 100 changed bytes, 6 races."""
+"""The short form of ``benchmarks/bench_faults.py`` and ``bench_fuzz.py``: 30 kills, about 100 changed bytes, 6 races, 10,000
+files."""
 
 from __future__ import annotations
 
@@ -39,3 +40,39 @@ def test_two_processes_at_once_are_right_or_refused(tmp_path: Path) -> None:
     found = racing.start(6, tmp_path / "races.json")
     assert found["rounds"] == 6 and not found["wrong"], found["wrong"]
     assert found["ways"].keys() == {"recipe", "search", "shared storage"}
+
+
+@pytest.mark.slow
+def test_files_of_strangers_end_in_a_result_or_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "fuzz.json"
+    subprocess.run([sys.executable, Path(__file__).parent / "fuzzing.py", "10000", file], check=True)
+    found = json.loads(file.read_text())
+    assert found["inputs"] == 10_000 and not found["wrong"], found["wrong"]
+    assert 4_000 < found["refused"] < 9_900  # it reaches the inside of what reads them
+    assert len(found["by_target"]) == 17 and min(found["by_target"].values()) > 0
+
+
+def test_what_fuzzing_calls_wrong(tmp_path: Path) -> None:
+    """A crash, a message of two lines, a file outside: a tool that finds nothing finds these."""
+    import fuzzing
+
+    def two_lines(world: fuzzing.World, rng: object) -> None:
+        error = fuzzing.SqftError("x")
+        error.args = ("a\nb",)
+        raise error
+
+    def crash(world: fuzzing.World, rng: object) -> None:
+        raise IndexError("x")
+
+    def outside(world: fuzzing.World, rng: object) -> None:
+        (world.outside / "x").write_text("x")
+
+    world = object.__new__(fuzzing.World)
+    world.root, world.at, world.outside = tmp_path, tmp_path / "case", tmp_path / "outside"
+    world.outside.mkdir()
+    (world.outside / "kept").write_text("kept")
+    (tmp_path / "here").mkdir()
+    assert fuzzing.attempt(world, lambda world, rng: None, 0) == ""
+    assert "not one line" in fuzzing.attempt(world, two_lines, 0)
+    assert "IndexError" in fuzzing.attempt(world, crash, 0)
+    assert "outside" in fuzzing.attempt(world, outside, 0)

@@ -231,7 +231,7 @@ def test_wrong_models(dense: Path, sparse: Path, trained: Path, tmp_path: Path, 
     (broken / "config.json").write_text("{")
     (broken / "model.safetensors.index.json").unlink()
     (broken / "model.safetensors").write_bytes(data)
-    assert "cannot load a model" in fails(capsys, 1, "sparsify", broken, out)
+    assert "config.json cannot be read" in fails(capsys, 1, "sparsify", broken, out)
     cut = tmp_path / "cut"
     shutil.copytree(sparse, cut)
     masks = cut / "masks" / "masks.safetensors"
@@ -292,7 +292,7 @@ def test_recipe_errors_name_the_line(tmp_path: Path, capsys) -> None:
     assert "needs 'output'" in message("model: m\n")
     assert "recipe.yaml:2: not valid YAML" in message("model: m\n  output: [\n")
     assert "needs 'train'" in message(head + "merge: {}\n")
-    assert "a recipe is a mapping" in message("- model\n")
+    assert "it has to be a mapping" in message("- model\n")
     assert "evaluate_on knows" in message(head + "evaluate_on: [dense]\n")
 
 

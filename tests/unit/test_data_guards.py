@@ -22,7 +22,9 @@ from sqft.recipe import SECTIONS
 from sqft.stages import ROWS
 from sqft.training.data import load_examples, padding, tokenize_all
 
-CONFIGS = {*SECTIONS.values(), *(row.config for row in ROWS), sqft.GenerateConfig, sqft.ServeConfig, sqft.BenchConfig}
+CONFIGS = dict.fromkeys(
+    [*SECTIONS.values(), *(row.config for row in ROWS), sqft.GenerateConfig, sqft.ServeConfig, sqft.BenchConfig]
+)
 
 
 def numeric(hint: object) -> bool:

@@ -158,7 +158,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     trials = [{"number": i, "ranks": {}, "score": i, "cost": i, "kind": evil} for i in range(3)]
     (found / "search.json").write_text(json.dumps({"points": trials}))
     evaluation(root / "evaluate", f"../{name}", 0.5, [(evil, True), ("x", False)], task=evil)
-    edit(root / "a", versions={evil: evil}, seed=evil, created=[evil])
+    edit(root / "a", versions={evil: evil}, created=evil)
     rows = [
         {"name": evil, "method": evil, "precision": evil, "accuracy": 0.1 * i, "size": i, "folder": evil}
         for i in (1, 2)
@@ -170,6 +170,20 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         assert "<script" not in text
         page = Page(text)
         assert "script" not in page.tags and page.addresses == ["data:,", "#s0", "#s1"] and evil in page.words
+
+
+def test_the_page_may_load_and_send_nothing(run: Path) -> None:
+    text = Path(report([run])["report"]).read_text()
+    allowed = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{allowed}">' in text.split("<style>")[0]
+
+
+@pytest.mark.parametrize("parent", ["x" * 300, "x" * 5000, "../" + "y" * 300, "/" + "z/" * 3000, "a\0b", "../" * 2000])
+def test_a_parent_that_is_no_path_does_not_stop_the_report(run: Path, parent: str) -> None:
+    for name in ("parent", "base"):
+        stage(run / "odd" / name, "merge", "gone", {})
+        edit(run / "odd" / name, **{name: parent})
+    assert "no path" in report([run])["notes"] and "train" in Page((run / "report.html").read_text()).words
 
 
 def test_samples_show_each_pattern_once_before_more_of_the_same(run: Path) -> None:

@@ -30,6 +30,7 @@ from sqft.adapters.norms import train_rounded
 from sqft.adapters.quant_aware import FLOAT_BASE
 from sqft.adapters.sparse import give_mask
 from sqft.errors import SqftError, UsageError, first_line
+from sqft.models.bounds import check_adapter
 from sqft.models.dense import load_dense
 from sqft.models.discover import Architecture, describe, norms, resolve_targets
 from sqft.models.types import PreTrainedModel
@@ -133,6 +134,7 @@ def _set_float_bases(modules: Mapping[str, Any], config: SqftConfig) -> None:
 def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
     """Loads an adapter folder, ours or PEFT's LoRA, onto its base. Raises SqftError if it does not fit."""
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # pyright: ignore[reportArgumentType]
+    check_adapter(folder)
     try:
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(str(folder))]
         config: Any = kind.from_pretrained(str(folder))
@@ -174,6 +176,7 @@ def start_from(model: PeftModel, folder: str | Path) -> None:
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UsageError(f"{folder} is not an adapter folder: give one that 'sqft train' wrote to start from")
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SqftConfig  # pyright: ignore[reportArgumentType]
+    check_adapter(folder)
     try:
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftConfig._get_peft_type(str(folder))]
         theirs, state = kind.from_pretrained(str(folder)), load_peft_weights(str(folder), device="cpu")

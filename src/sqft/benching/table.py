@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from sqft.drawing import Chart, Series
@@ -11,6 +11,7 @@ from sqft.measuring.size import human
 from sqft.reporting.collect import Section, numbers
 from sqft.reporting.figures import Figure
 from sqft.reporting.tables import Column, Table, percent
+from sqft.strict import parse_json
 
 COLUMNS = (
     Column("model", "model"), Column("runtime", "runtime"), Column("size", "bytes", human),
@@ -34,7 +35,7 @@ def part(section: Section) -> tuple[Table, list[Figure]]:
     """Of the ``bench.json`` files in a section's folder: the table, and tokens a second over size."""
     rows = []
     for file in sorted(section.root.rglob("bench.json")):
-        found = section.read(file, json.loads, {}).get("rows")
+        found = section.read(file, partial(parse_json, data=True), {}).get("rows")
         rows += [_clean(row) for row in found if isinstance(row, dict)] if isinstance(found, list) else []
     runtimes = list(dict.fromkeys(str(row.get("runtime")) for row in rows))
     marks = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import os
 import random
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from sqft.errors import Note, SqftError, UsageError, first_line
 from sqft.models.types import Tokenizer
+from sqft.strict import parse_json
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 LONGEST = 2**24  # bytes of a line, or of a paragraph: a tokenizer takes a hundred times as many
@@ -126,25 +126,19 @@ def _objects(path: Path) -> list[Record]:
     return [Record(_object(line, at), at) for line, at in lines]
 
 
-def parse_json(text: str, at: str) -> Any:
-    """Strictly: NaN is no JSON."""
+def parse_record(text: str, at: str) -> Any:
+    """JSON, in which NaN is nothing. Raises SqftError."""
     try:
-        return json.loads(text, parse_constant=_no_number)
-    except RecursionError:
-        raise SqftError(f"{at}: not JSON of a record (brackets in brackets without end)") from None
+        return parse_json(text, data=True, nan=False, most=len(text))
     except ValueError as error:
         raise SqftError(f"{at}: not JSON ({str(error).split(' for integer string')[0]})") from None
 
 
 def _object(line: str, at: str) -> dict[str, Any]:
-    record = parse_json(line, at)
+    record = parse_record(line, at)
     if not isinstance(record, dict):
         raise SqftError(f"{at}: a line has to be a JSON object with named fields")
     return record
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON; write null, or leave the record out")
 
 
 def _read_dataset(source: str) -> list[Record]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sqft.adapters.groups import Ranks
 from sqft.elastic.handle import RECORDS, Elastic, SearchSpace
-from sqft.errors import SqftError, UsageError, did_you_mean
+from sqft.errors import SqftError, UsageError, did_you_mean, shown
+from sqft.strict import read_object, read_yaml
 
 Records = Sequence[tuple[Sequence[int], float]]  # of training: each group's choice, and the loss under them
 HEURISTICS = ("maximal", "minimal", "median", "most-frequent", "min-loss")
@@ -29,12 +27,11 @@ def resolve_ranks(model: Any, choice: str, folder: str | Path = "") -> Ranks:
     path = Path(choice)
     if not path.is_file():
         raise UsageError(f"'{choice}' is neither a file nor one of {', '.join(HEURISTICS)}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        ranks = {str(name): int(rank) for name, rank in values.items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is not a list of ranks ({str(error).splitlines()[0]}): write 'group: rank' lines, as "
-                         "in the ranks.yaml that a search writes") from None  # fmt: skip
+    ranks, lines = read_yaml(path)  # JSON is YAML too
+    for name, rank in ranks.items():
+        if type(rank) is not int:
+            raise UsageError(f"{path}:{lines[name,]}: '{shown(name)}' is {shown(repr(rank))}: write 'group: rank' "
+                             "lines, as in the ranks.yaml that a search writes")  # fmt: skip
     return {**heuristic("maximal", space), **ranks}
 
 
@@ -42,9 +39,15 @@ def read_rank_records(folder: str | Path) -> Records:
     """What training recorded beside an adapter; empty if it did not."""
     path = Path(folder) / RECORDS
     try:
-        return json.loads(path.read_text())["records"] if path.is_file() else []
-    except (OSError, ValueError, KeyError) as error:
+        return _records(read_object(path, data=True)["records"]) if path.is_file() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SqftError(f"{path} is corrupt ({error}): train again") from None
+
+
+def _records(values: Any) -> Records:
+    """Raises ValueError or TypeError."""
+    found = [([int(choice) for choice in choices], float(loss)) for choices, loss in values]
+    return found
 
 
 def heuristic(name: str, space: SearchSpace, records: Records = ()) -> Ranks:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqft.errors import SqftError
 from sqft.exporters.source import Source
+from sqft.strict import read_object
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # llama.cpp's, by model_type
 # How llama.cpp calls the ways to split text before byte-pair encoding, by what tokenizer.json says.
@@ -67,7 +68,7 @@ def _tokenizer(source: Source) -> dict[str, Any]:
     """What ``GGUFWriter.add_*`` is to be called with."""
     file = source.reader.folder / "tokenizer.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_object(file)
         model, added = content["model"], {token["id"]: token for token in content.get("added_tokens", [])}
         by_id = {index: token for token, index in model["vocab"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

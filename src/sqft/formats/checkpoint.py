@@ -14,6 +14,7 @@ from sqft.errors import SqftError
 from sqft.formats.gptq import GPTQ
 from sqft.formats.settings import Format, Settings
 from sqft.models import experts
+from sqft.models.bounds import check_config, check_size
 from sqft.models.dense import DTYPES, auto_class, quant_method, reason, save_settings
 from sqft.models.discover import describe
 from sqft.models.embeddings import exact_dtypes, widen_embeddings
@@ -129,7 +130,7 @@ def load_weights(reader: Reader, dtype: str = "auto", settings: Mapping[str, Any
     that are put in instead of being read. Raises SqftError for a format that is not read, or a checkpoint that does
     not fit.
     """
-    model, packed = _empty(reader.folder, settings)
+    model, packed = _empty(reader, settings)
     for name, module in (ready or {}).items():
         put_module(model, name, module)
     state = {n: reader.get(n) for n in reader.layout if n.rpartition(".")[0] not in (ready or ())}
@@ -141,7 +142,10 @@ def load_weights(reader: Reader, dtype: str = "auto", settings: Mapping[str, Any
         format = read.version if coder is GPTQ else format
         state = _take_packed(model, state, coder, read)
     tied = set(model.all_tied_weights_keys or ())
-    result = model.load_state_dict(state, strict=False, assign=True)
+    try:
+        result = model.load_state_dict(state, strict=False, assign=True)
+    except RuntimeError as error:  # a shape is another
+        raise SqftError(f"{reader.folder} does not fit its config.json: {error}") from None
     layers = packed_layers(model)
     known = {*layers, *(ready or ())}
     missing = [n for n in result.missing_keys if n not in tied and n.rpartition(".")[0] not in known]
@@ -158,23 +162,31 @@ def load_weights(reader: Reader, dtype: str = "auto", settings: Mapping[str, Any
     return (model if dtype == "auto" else model.to(DTYPES[dtype])).eval()  # pyright: ignore[reportArgumentType]
 
 
-def _empty(folder: Path, settings: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+def _empty(reader: Reader, settings: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
     """The model of a folder's settings, without weights, and its ``quantization_config``."""
     from accelerate import init_empty_weights
     from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
+    folder = reader.folder
+    check_config(folder, reader.layout)
     try:
         config: Any = (AutoConfig.from_pretrained(folder, trust_remote_code=False) if settings is None
                        else CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings)))  # fmt: skip
         packed = config.__dict__.pop("quantization_config", None)
+        with torch.device("meta"):
+            check_size(auto_class(config).from_config(config, trust_remote_code=False), folder, reader.layout, True)
         with init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(config, trust_remote_code=False)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except SqftError:
+        raise
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
         raise SqftError(f"cannot load a model from {folder}: {reason(error)}") from error
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     unstack(model)
-    return model, None if packed is None else dict(packed)
+    if packed is not None and not isinstance(packed, dict):
+        raise SqftError(f"{folder}: quantization_config of config.json is no mapping")
+    return model, packed
 
 
 def _take_packed(model: nn.Module, state: dict[str, Tensor], coder: Format, settings: Settings) -> dict[str, Tensor]:

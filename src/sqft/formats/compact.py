@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sqft.errors import SqftError, VerificationError
+from sqft.errors import SqftError, VerificationError, shown
 from sqft.formats.checkpoint import write_quantize_config
-from sqft.formats.settings import Format, Settings, group_columns
+from sqft.formats.settings import Format, Settings, check_groups, expect, group_columns, need, take
 from sqft.kernels.compact import WIDTH, Compact, pack, packed_mask, starts, unpack
 from sqft.kernels.packed import pack_mask, pack_words
 from sqft.kernels.rows import Rows, as_rows
@@ -33,6 +33,7 @@ from sqft.models.weights import Weight, block_index
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import FORMATS
 from sqft.sparsity.masks import as_bits, as_stored, load_masks, save_masks
+from sqft.strict import read_object
 
 TYPE, VERSION = "sqft-compact", 1
 MASK, VALUES, SHAPE = "compact_mask", "compact_values", "compact_shape"
@@ -41,8 +42,8 @@ ROW_VALUES, ROW_SCALES = "row_values", "row_scales"
 
 def is_compact(folder: str | Path) -> bool:
     try:
-        return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"] == TYPE
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_object(Path(folder) / "config.json", data=True).get("model_type") == TYPE
+    except (OSError, ValueError):
         return False
 
 
@@ -54,7 +55,7 @@ def open_weights(folder: str | Path) -> SafetensorsReader:
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json``. Raises SqftError."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return read_object(folder / "config.json", data=True)
     except (OSError, ValueError) as error:
         raise SqftError(f"{folder / 'config.json'} cannot be read ({error})") from None
 
@@ -63,7 +64,10 @@ def coder_of(config: Mapping[str, Any]) -> tuple[Format, Settings] | None:
     """How a model's weights are packed, by its ``config.json``; None: they are floats."""
     if not (packed := config.get("quantization_config")):
         return None
-    coder: Format = FORMATS[packed["quant_method"]]
+    method = need(packed, "quant_method")
+    if not isinstance(method, str) or method not in FORMATS:
+        raise SqftError(f"weights that are quantized by '{shown(method)}' are not read: known are {', '.join(FORMATS)}")
+    coder: Format = FORMATS[method]
     return coder, coder.read_config(packed)
 
 
@@ -77,7 +81,10 @@ class CompactReader(SafetensorsReader):
         if config.get("version") != VERSION:
             raise SqftError(f"{folder} has compact weights of version {config.get('version')}, this sqft reads "
                             f"{VERSION}: update sqft")  # fmt: skip
-        self.config, self._masked = config["config"], config["masks"]
+        inner, self._masked = config.get("config"), bool(config.get("masks"))
+        if not isinstance(inner, dict):
+            raise SqftError(f"{folder} has no configuration of its model: config.json is corrupt")
+        self.config: dict[str, Any] = inner
         self._coded = coder_of(self.config)
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
         self._files: Mapping[str, Tensor] = self.layout
@@ -115,7 +122,7 @@ class CompactReader(SafetensorsReader):
         """A module's weight as it lies in the file."""
         mask, values = (super(CompactReader, self).get(f"{module}.{leaf}") for leaf in (MASK, VALUES))
         found = Compact(mask, values, self._shape(module)[1], self._coded[1].bits if self._coded else 0)
-        if values.numel() != int(starts(found)[-1]):
+        if values.ndim != 1 or values.numel() != int(starts(found)[-1]) or _beyond(found):
             raise SqftError(f"{module}.{VALUES} of {self.folder} does not fit its mask: the file is corrupt")
         return found
 
@@ -132,9 +139,13 @@ class CompactReader(SafetensorsReader):
 
     def _shape(self, module: str) -> tuple[int, int]:
         """(O, I). Raises SqftError if the module's tensors do not fit it."""
+        shape = take(self._files, SHAPE, module, 1, f"{module}.{SHAPE}")
+        expect(module, SHAPE, shape, (2,), True)
         outputs, inputs = super().get(f"{module}.{SHAPE}").tolist()
         mask, scales = self._files[f"{module}.{MASK}"], self._files.get(f"{module}.scales")
-        fits = mask.dtype == torch.int64 and mask.shape == (outputs, -(-inputs // WIDTH))
+        values = take(self._files, VALUES, module, 1, f"{module}.{VALUES}")
+        fits = mask.dtype == torch.int64 and mask.shape == (outputs, -(-inputs // WIDTH)) and inputs > 0
+        fits = fits and (values.dtype == torch.uint8 if self._coded is not None else values.dtype.is_floating_point)
         if self._coded is not None:
             columns = group_columns(module, inputs, self._coded[1].group_size)
             fits = fits and scales is not None and scales.shape == (inputs // columns, outputs)
@@ -168,6 +179,11 @@ class CompactReader(SafetensorsReader):
         layer = QuantLinear(inputs, outputs, settings.bits, settings.group_size, "bias" in state,
                             device="meta" if empty else None)  # fmt: skip
         layer.symmetric = settings.symmetric
+        groups = layer.scales.shape[0]
+        for leaf, tensor in state.items():
+            expect(module, leaf, tensor, tuple(getattr(layer, leaf).shape), leaf in ("qzeros", "g_idx"))
+        if "g_idx" in state:
+            check_groups(module, "g_idx", state["g_idx"], inputs, groups)
         if not empty:
             state.setdefault("qzeros", _middle(layer))
         layer.load_state_dict(state, strict=False, assign=True)
@@ -283,6 +299,12 @@ class Packer:
                   "qzeros": None if torch.equal(layer.qzeros, _middle(layer)) else layer.qzeros,
                   "g_idx": None if layer.groups_are_contiguous else layer.g_idx}  # fmt: skip
         return _named(made, weight.shape) | {leaf: t.detach() for leaf, t in beside.items() if t is not None}
+
+
+def _beyond(found: Compact) -> bool:
+    """Whether a mask has bits beyond the last column."""
+    left = -found.inputs % WIDTH
+    return bool(left and (found.mask_OB[:, -1] >> (WIDTH - left)).any())
 
 
 def _middle(layer: QuantLinear) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft.errors import SqftError
-from sqft.formats.settings import Format, Settings, expect, group_columns, make_layer, need, take
+from sqft.errors import SqftError, shown
+from sqft.formats.settings import Format, Settings, expect, group_columns, make_layer, need, take, whole_number
 from sqft.kernels.packed import pack_words, word_count
 from sqft.quantization.linear import QuantLinear
 
@@ -59,20 +59,22 @@ def decode(module: str, tensors: Mapping[str, Tensor], settings: Settings) -> Qu
 
 def read_config(config: Mapping[str, Any]) -> Settings:
     """The settings of a ``quantization_config``. Raises SqftError for a variant that is not read."""
-    groups = list(need(config, "config_groups").values())
-    formats = {config.get("format"), *(group.get("format") for group in groups)} - {None}
+    named = need(config, "config_groups")
+    groups = list(named.values()) if isinstance(named, Mapping) else [named]
+    formats = {str(one.get("format")) for one in (config, *groups) if isinstance(one, Mapping)} - {"None"}
     if formats != {VERSION} or len(groups) != 1:
         raise SqftError(f"a compressed-tensors checkpoint of format {', '.join(map(str, formats))} with {len(groups)} "
                         "groups is not read: only pack-quantized with one group")  # fmt: skip
     weights = need(groups[0], "weights")
-    if groups[0].get("input_activations") or weights.get("type") != "int":
+    if groups[0].get("input_activations") or need(weights, "type") != "int":
         raise SqftError("this checkpoint quantizes activations, or to floats: only integer weights are read")
-    if weights["strategy"] not in ("group", "channel"):
-        raise SqftError(f"quantization strategy '{weights['strategy']}' is not read, only group and channel")
-    if weights["num_bits"] not in (2, 3, 4, 8):
-        raise SqftError(f"pack-quantized weights of {weights['num_bits']} bits are not read, only of 2, 3, 4 and 8")
-    size = -1 if weights["strategy"] == "channel" else int(weights["group_size"])
-    return Settings(int(weights["num_bits"]), size, bool(weights["symmetric"]), VERSION)
+    strategy, bits = need(weights, "strategy"), whole_number(weights, "num_bits")
+    if strategy not in ("group", "channel"):
+        raise SqftError(f"quantization strategy '{shown(strategy)}' is not read, only group and channel")
+    if bits not in (2, 3, 4, 8):
+        raise SqftError(f"pack-quantized weights of {bits} bits are not read, only of 2, 3, 4 and 8")
+    size = -1 if strategy == "channel" else whole_number(weights, "group_size")
+    return Settings(bits, size, bool(need(weights, "symmetric")), VERSION)
 
 
 def make_config(layers: Mapping[str, QuantLinear], float_linears: Iterable[str], version: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sqft.errors import SqftError
-from sqft.formats.settings import Format, Settings, expect, group_columns, make_layer, need, take
+from sqft.formats.settings import Format, Settings, expect, group_columns, make_layer, take, whole_number
 from sqft.kernels.packed import pack_words, unpack_words, word_count
 from sqft.quantization.linear import QuantLinear
 
@@ -61,12 +61,13 @@ def read_config(config: Mapping[str, Any]) -> Settings:
     version = config.get("checkpoint_format", config.get("format", "gptq"))
     if version not in VERSIONS:
         raise SqftError(f"GPTQ checkpoint format '{version}' is not read, only gptq and gptq_v2: convert it first")
-    if config.get("dynamic") and any(not str(rule).startswith("-:") for rule in config["dynamic"]):
+    rules = config.get("dynamic") or {}
+    if not isinstance(rules, Mapping) or any(not rule.startswith("-:") for rule in rules):
         raise SqftError("this GPTQ checkpoint has other bits or groups for some modules ('dynamic'), which is not read")
-    bits = need(config, "bits")
+    bits = whole_number(config, "bits")
     if bits not in (2, 3, 4, 8):
         raise SqftError(f"GPTQ weights of {bits} bits are not read, only of 2, 3, 4 and 8")
-    return Settings(int(bits), int(need(config, "group_size")), bool(config.get("sym", True)), version)
+    return Settings(bits, whole_number(config, "group_size"), bool(config.get("sym", True)), version)
 
 
 def make_config(layers: Mapping[str, QuantLinear], float_linears: Iterable[str], version: str) -> dict[str, Any]:

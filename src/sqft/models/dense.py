@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ from typing import Any
 import huggingface_hub
 import torch
 
-from sqft.errors import SqftError, UsageError, first_line
+from sqft.errors import SqftError, UsageError, first_line, shown
+from sqft.models.bounds import check_config, check_size
 from sqft.models.experts import unstack
 from sqft.models.reader import SafetensorsReader
 from sqft.models.types import PreTrainedModel, Tokenizer
+from sqft.strict import plain_path, read_object
 
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,13 +29,25 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
     from transformers import AutoConfig
 
     folder, gguf = locate(source)
+    layout = None
     if gguf is None and Path(folder).is_dir():
-        SafetensorsReader(folder)  # every file is whole
+        layout = SafetensorsReader(folder).layout  # every file is whole
+        check_config(folder, layout)
         if (method := quant_method(folder)) is not None:
             raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
-        model = auto_class(config).from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False)
+        kind = auto_class(config)
+        if layout is not None:
+            with torch.device("meta"):
+                check_size(kind.from_config(config, trust_remote_code=False), folder, layout, packed=False)
+        model, found = kind.from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False,
+                                            output_loading_info=True)  # fmt: skip
+        if missing := sorted(found["missing_keys"]):  # transformers draws them at random
+            raise SqftError(f"{source} is incomplete: it lacks {missing[0]}, of {len(missing)} weights that its "
+                            "configuration asks for")  # fmt: skip
+    except SqftError:
+        raise
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
         raise SqftError(f"cannot load a model from {source}: {reason(error)}") from error
     if gguf is not None:
@@ -57,6 +70,7 @@ def skeleton(source: str | Path) -> Any:
     from transformers import AutoConfig
 
     folder, gguf = locate(source)
+    check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
         vars(config).pop("quantization_config", None)
@@ -101,6 +115,8 @@ def save_settings(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) ->
 
 def locate(source: str | Path) -> tuple[str, str | None]:
     """(folder or hub name, GGUF file name or None). Raises UsageError for a path that holds no model."""
+    if not plain_path(str(source)):
+        raise UsageError(f"{shown(source)} is no path or name")
     path = Path(source)
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), path.name
@@ -124,8 +140,7 @@ def locate(source: str | Path) -> tuple[str, str | None]:
 def quant_method(folder: str | Path) -> str | None:
     """What a folder's config says that its weights are quantized by, or None."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        return str(config["quantization_config"]["quant_method"])
+        return str(read_object(Path(folder) / "config.json", data=True)["quantization_config"]["quant_method"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

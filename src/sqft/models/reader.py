@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sqft.errors import SqftError, VerificationError
+from sqft.errors import SqftError, VerificationError, shown
 from sqft.models.tensors import INDEX, SINGLE_FILE, TORCH_DTYPES
+from sqft.strict import plain_name, read_object
 
 
 class Reader(Protocol):
@@ -49,7 +49,13 @@ class SafetensorsReader:
                 dtype = TORCH_DTYPES.get(part.get_dtype()) or stream.get_tensor(name).dtype
                 self._streams[name] = stream
                 yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
-        except (SafetensorError, OSError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            ValueError,
+            RuntimeError,
+            TypeError,
+        ) as error:  # a shape or kind that torch lacks
             raise SqftError(f"{file} is corrupt or truncated ({error}): fetch or write the model again") from None
 
     def get(self, name: str) -> Tensor:
@@ -92,10 +98,12 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return sorted({folder / name for name in names})
+            names = set(read_object(index)["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise SqftError(f"{index} is corrupt or truncated ({error}): fetch or write the model again") from None
+        if outside := [name for name in names if not plain_name(name)]:
+            raise SqftError(f"{index} lists {shown(outside[0])}, which is no file of this folder: it is not read")
+        return sorted(folder / name for name in names)
     if not (folder / SINGLE_FILE).is_file():
         other = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
         hint = f"; {other[0].name} is a pickle file, which sqft does not load: convert it" if other else ""

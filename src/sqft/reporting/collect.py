@@ -3,17 +3,17 @@ cannot be read (missing, cut off, of another version) becomes a sentence in ``Se
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from sqft import artifact
 from sqft.errors import SqftError, UsageError
 from sqft.measuring.size import serving_bytes as size_of
+from sqft.strict import parse_json, parse_lines, read_text
 
 RESULT = "compare.json"  # of a comparison
 LOOKS = ("evaluate", "measure")  # stages that look at a folder and make no model
@@ -40,7 +40,7 @@ class StageFolder:
     def __post_init__(self) -> None:
         self.kind, self.config, self.metrics = self.manifest.stage, self.manifest.config, self.manifest.metrics
         self.numbers = numbers(self.metrics)
-        self.is_adapter = (self.folder / "adapter_config.json").is_file()
+        self.is_adapter = os.path.isfile(self.folder / "adapter_config.json")
         self.is_adapted = self.kind == "merge" or (self.kind == "train" and not self.is_adapter)  # one model
 
 
@@ -91,7 +91,7 @@ class Section:
     def read(self, path: Path, parse: Callable[[str], Any], default: Any) -> Any:
         """What a file holds, if it is of the type of ``default``; that, with a note, if it cannot be read."""
         try:
-            value = parse(path.read_text(encoding="utf-8")) if path.is_file() else default
+            value = parse(read_text(path)) if path.is_file() else default
             return value if isinstance(value, type(default)) else default
         except (OSError, ValueError) as error:
             self.note(f"{path} is corrupt ({error}) and is left out")
@@ -99,7 +99,7 @@ class Section:
 
     def read_lines(self, path: Path) -> list[dict[str, Any]]:
         """The objects of a JSON lines file; empty, with a note, if it cannot be read."""
-        lines = self.read(path, lambda text: [json.loads(line) for line in text.splitlines() if line.strip()], [])
+        lines = self.read(path, parse_lines, [])
         return [line for line in lines if isinstance(line, dict)]
 
     def serving_bytes(self, stage: StageFolder) -> int | None:
@@ -164,7 +164,7 @@ def read_section(root: Path, title: str = "") -> Section:
         source = _key(artifact.resolve_parent(folder, parent)) if parent and isinstance(parent, str) else ""
         stage = StageFolder(_key(str(folder)), name, folder, manifest, source)
         (section.evaluations if stage.kind in LOOKS else made).append(stage)
-    section.comparison = section.read(root / RESULT, json.loads, {})
+    section.comparison = section.read(root / RESULT, partial(parse_json, data=True), {})
     known = {stage.key for stage in made}
     outside = dict.fromkeys(s.source for s in made + section.evaluations if s.source and s.source not in known)
     starts = [

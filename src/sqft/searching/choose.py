@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from sqft.errors import SqftError, UsageError
 from sqft.folders import base_of, is_adapter, load
 from sqft.probe import probe, write_probe
 from sqft.searching.picking import PICKS, Evaluated, pick
+from sqft.strict import read_object
 
 TRIALS = "search.json"  # in the folder that a search writes: every trial, and which was chosen
 
@@ -31,7 +31,7 @@ def read_points(folder: str | Path) -> list[Evaluated]:
     if not path.is_file():
         raise UsageError(f"{folder} was not written by a search: it has no {TRIALS}")
     try:
-        return [Evaluated(**point) for point in json.loads(path.read_text(encoding="utf-8"))["points"]]
+        return [Evaluated(**point) for point in read_object(path, data=True)["points"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SqftError(f"{path} is corrupt ({error}): search again") from None
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sqft.deployment import GenerateConfig
-from sqft.errors import UsageError
+from sqft.errors import UsageError, shown
 from sqft.folders import is_adapter, load
+from sqft.limits import each
 from sqft.models.discover import input_device
 from sqft.serving.decoder import Decoder
 from sqft.serving.prepare import load_prepared
@@ -73,12 +74,19 @@ def pick(logits_V: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 
 def _tokens(tokenizer: Any, prompt: str, config: GenerateConfig) -> Tensor:
     """[1, T]: the prompt in the model's chat template, if it has one and is not told otherwise."""
     if tokenizer.chat_template and not config.plain:
-        messages = [{"role": "user", "content": prompt}]
-        found = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return found["input_ids"]
+        render = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
+        (text,) = each(lambda: partial(_render, render), [[{"role": "user", "content": prompt}]], "chat template: ")
+        return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return tokenizer(prompt, return_tensors="pt")["input_ids"]
+
+
+def _render(render: Callable[[Any], str], messages: list[dict[str, str]]) -> str:
+    try:
+        return render(messages)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:  # a template of a stranger's can raise anything
+        raise UsageError(f"the model's chat template does not work ({shown(error)}): use --plain") from None
 
 
 class _Clock:

@@ -149,7 +149,9 @@ def attach_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:
             raise SqftError(f"there is a mask of '{name}' but no such linear module: masks of another model?")
         weight = Weight(name, module)
         packed = as_bits(weight, stored)
-        if packed.shape != (weight.shape[0], -(-weight.shape[1] // 8)):
+        rows, columns = weight.shape
+        fits = packed.dtype == torch.uint8 and packed.shape == (rows, -(-columns // 8))
+        if not fits or (columns % 8 and bool((packed[:, -1] >> (columns % 8)).any())):  # kernels count all bits
             raise SqftError(f"mask of '{name}' {tuple(packed.shape)} does not fit the model: masks of another model?")
         weight.set_packed_mask(packed)
 
@@ -160,7 +162,8 @@ def as_bits(weight: Weight, positions: Tensor) -> Tensor:
         return positions
     mask_OI = weight.nonzero().contiguous()
     flat, places = mask_OI.view(-1), positions.long().to(mask_OI.device)
-    if places.numel() and (places.min() < 0 or places.max() >= flat.numel() or flat[places].any()):
+    outside = bool(((places < 0) | (places >= flat.numel())).any())
+    if places.ndim != 1 or outside or flat[places].any():
         raise SqftError(f"mask of '{weight.name}' does not fit the model's zeros: masks of another model?")
     flat[places] = True
     return pack_mask(mask_OI)

@@ -17,14 +17,19 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
-from sqft.calibration.data import Record, check_regular, lines_of, parse_json, read_records
-from sqft.errors import SqftError, UsageError, did_you_mean
-from sqft.options import from_dict, load_yaml
+from sqft.calibration.data import Record, check_regular, lines_of, parse_record, read_records
+from sqft.errors import SqftError, UsageError, did_you_mean, shown
+from sqft.limits import compiled, each, patience
+from sqft.options import from_dict
+from sqft.strict import plain_name, read_yaml
 from sqft.tasks.base import SPLITS, Example, Task
 
+Texts = tuple[str, str, str, tuple[tuple[str, str], ...], int]  # of an ``Example``, without its task
 METRICS = ("multiple-choice", "exact-match", "number")
 FILES = (".jsonl", ".jsonl.gz", ".json")
 TOLERANCE = 1e-3  # of two numbers that count as equal, as in LLM-Adapters
+MOST_TOKENS = 2**20
+_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 _SPLIT = re.compile(r"([\w.-]+)(?:\[(-?[0-9]*):(-?[0-9]*)\])?")
 
 
@@ -83,9 +88,15 @@ def make_task(spec: TaskSpec, data_dir: str | Path | None, where: str) -> SpecTa
         raise UsageError(f"{where}splits map train, validation, test to where they are, e.g. {{test: validation}}")
     for pattern in (spec.extract, *spec.ignore):
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UsageError(f"{where}'{pattern}' is not a regular expression: {error}") from None
+            compiled(pattern)
+        except ValueError as error:
+            raise UsageError(f"{where}'{shown(pattern)}' is not a regular expression: {error}") from None
+    if (spec.folder and not plain_name(spec.folder)) or not all(map(plain_name, (spec.name, *spec.files.values()))):
+        raise UsageError(f"{where}name, folder and files are names in the data's folder, without '..' or a leading /")
+    if spec.hub is not None and not _HUB.fullmatch(spec.hub):
+        raise UsageError(f"{where}hub is '{shown(spec.hub)}': write owner/name or owner/name:config")
+    if not 0 < spec.max_new_tokens <= MOST_TOKENS:
+        raise UsageError(f"{where}max_new_tokens is {spec.max_new_tokens}: it has to lie between 1 and {MOST_TOKENS}")
     lacking = [key for key in ("folder", "answer") if not getattr(spec, key)]
     if spec.metric == "multiple-choice" and not (spec.options or spec.contexts):
         lacking.append("options")
@@ -102,7 +113,7 @@ def shipped_file(name: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     """The file's values, checked and of their types, over those of its ``base``."""
-    values, lines = load_yaml(path)
+    values, lines = read_yaml(path)
     maps = {key: values.pop(key) for key in ("splits", "files") if key in values}
     if wrong := [key for key, value in maps.items() if not isinstance(value, dict)]:
         raise UsageError(f"{path}:{lines[wrong[0],]}: {wrong[0]} is a mapping, e.g. {{train: train}}")
@@ -136,15 +147,25 @@ class SpecTask(TaskSpec):
         if not records:
             raise UsageError(f"task {self.name}: its split '{split}' ({self.splits[split]}) has no examples: the data "
                              "is too short")  # fmt: skip
-        make = _maker(self)
-        return [self._example(make, record) for record in records[:limit]]
+        made = each(self._prepare, records[:limit], f"task {self.name}: ")
+        return [
+            Example(start, end, answer, tuple((context, text) for context, text in options), gold, self.name)
+            for start, end, answer, options, gold in made
+        ]
 
-    def _example(self, make: Callable[[dict[str, Any]], Example], record: Record) -> Example:
-        try:
-            return make(record)
-        except (jinja2.TemplateError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"task {self.name}: {record.at}: the record does not fit its templates ({error}); it has "
-                             f"{', '.join(record)}") from None  # fmt: skip
+    def _prepare(self) -> Callable[[Record], Texts]:
+        make = _maker(self)
+
+        def from_record(record: Record) -> Texts:
+            try:
+                return make(record)
+            except (MemoryError, RecursionError):
+                raise
+            except Exception as error:  # a template and a record of a stranger's can raise anything
+                raise UsageError(f"task {self.name}: {record.at}: the record does not fit its templates "
+                                 f"({shown(error)}); it has {', '.join(record)}") from None  # fmt: skip
+
+        return from_record
 
     def records(self, split: str) -> list[Record]:
         """The records of the data's 'train', say, or of a slice of it as in 'train[:-500]'.
@@ -184,7 +205,11 @@ class SpecTask(TaskSpec):
                             "(--data-dir)") from error  # fmt: skip
 
     def is_correct(self, generated: str, example: Example) -> bool:
-        """Whether a generated text gives the example's answer."""
+        """Whether a generated text gives the example's answer. Raises UsageError for a pattern that takes too long."""
+        with patience(f"task {self.name}: 'extract' or 'ignore'"):
+            return self._is_correct(generated, example)
+
+    def _is_correct(self, generated: str, example: Example) -> bool:
         if self.metric == "multiple-choice":
             return self._plain(generated) == self._plain(example.answer)
         found = find_answer(self, generated)
@@ -200,7 +225,7 @@ class SpecTask(TaskSpec):
 
 def _json_list(path: Path) -> list[Record]:
     check_regular(path)
-    records = parse_json("".join(lines_of(path, longest=2**40)), str(path))
+    records = parse_record("".join(lines_of(path, longest=2**40)), str(path))
     if not isinstance(records, list) or not records:
         raise SqftError(f"{path} is not a list of JSON objects, or an empty one")
     if wrong := next((n for n, record in enumerate(records, 1) if not isinstance(record, dict)), None):
@@ -219,21 +244,23 @@ def find_answer(spec: TaskSpec, generated: str) -> str | None:
     return next((group for group in match.groups() if group), match.group()).strip()
 
 
-def _maker(spec: TaskSpec) -> Callable[[dict[str, Any]], Example]:
-    """The function from a record to an example, its templates compiled once."""
+def _maker(spec: TaskSpec) -> Callable[[dict[str, Any]], Texts]:
+    """The function from a record to an example's texts, its templates compiled once."""
     environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["regex_replace"] = lambda text, pattern, by: re.sub(pattern, by, text)
     try:
         prompt, completion = environment.from_string(spec.prompt), environment.from_string(spec.completion)
         options, contexts, answer = (environment.compile_expression(text or "none", undefined_to_none=False)
                                      for text in (spec.options, spec.contexts, spec.answer))  # fmt: skip
-    except jinja2.TemplateSyntaxError as error:
-        raise UsageError(f"task {spec.name}: a template is not valid Jinja: {error}") from None
+    except (jinja2.TemplateError, SyntaxError, ValueError, OverflowError) as error:
+        raise UsageError(f"task {spec.name}: a template is not valid Jinja: {shown(error)}") from None
 
-    def make(record: dict[str, Any]) -> Example:
+    def make(record: dict[str, Any]) -> Texts:
         right = _defined(answer(record))
         if spec.metric != "multiple-choice":
-            return Example(prompt.render(record), completion.render(record), str(right), task=spec.name)
+            if spec.metric == "number":
+                float(str(right).replace(",", ""))
+            return prompt.render(record), completion.render(record), str(right), (), -1
         if spec.contexts:
             tail = completion.render(record)
             pairs = [(str(context), tail) for context in _defined(contexts(record))]
@@ -244,7 +271,7 @@ def _maker(spec: TaskSpec) -> Callable[[dict[str, Any]], Example]:
         if not 0 <= gold < len(pairs):
             raise ValueError(f"the answer is {gold}, of {len(pairs)} options")
         text = pairs[gold][0] if spec.contexts else pairs[gold][1].strip()
-        return Example(*pairs[gold], text, tuple(pairs), gold, spec.name)
+        return *pairs[gold], text, tuple(pairs), gold
 
     return make
 
