@@ -56,7 +56,10 @@ def _load(path: str) -> Any:
 
 
 def _calibrated(config: Any) -> bool:
-    return config.repair == "layer" or (config.repair == "none" and config.method not in ("magnitude", "rtn"))
+    """Whether there is something to divide, and as many batches of one size as processes."""
+    size = next(size for size in range(min(config.batch_size, config.samples), 0, -1) if config.samples % size == 0)
+    walks = config.repair == "layer" or (config.repair == "none" and config.method not in ("magnitude", "rtn"))
+    return walks and config.samples // size >= count()
 
 
 _MODEL = "folder, .gguf file or hub name"

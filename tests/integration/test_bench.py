@@ -95,7 +95,7 @@ def test_a_runtime_that_fails_is_a_row_and_the_others_go_on(folder: Path, tmp_pa
 
 def test_wrong_usage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (([str(tmp_path / "none")], "there is no folder"), ([str(folder), "--runtimes", "opnevino"], "did you mean"),
-                               ([str(folder), "--python", "vllm"], "write NAME=PATH"), ([str(folder), "--batch", "0"], "1 or more")):  # fmt: skip
+                               ([str(folder), "--python", "vllm"], "write NAME=PATH"), ([str(folder), "--batch", "0"], "batch is 0: it has to be greater than 0")):  # fmt: skip
         assert main(["bench", *arguments, "--out", str(tmp_path / "out")]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(UsageError, match="is not installed here: pip install vllm"):

@@ -107,7 +107,7 @@ def test_wrong_comparisons(dense: Path, data: Path, tmp_path: Path, capsys) -> N
     recipe.write_text(RECIPE.format(model=dense, out=tmp_path / "out"))
     run = ("compare", recipe, "--data-dir", data)
     assert "unknown method 'loar'" in fails(capsys, 2, *run, "--methods", "loar")
-    assert "sparsity is 1.5" in fails(capsys, 2, *run, "--sparsity", "0.5,1.5")
+    assert "sparsities is 1.5" in fails(capsys, 2, *run, "--sparsity", "0.5,1.5")
     assert "takes a recipe, or two folders" in fails(capsys, 2, "compare", "a", "b", "c")
     assert "there is no folder" in fails(capsys, 2, "compare", tmp_path / "a", tmp_path / "b")
     assert "was written by sqft" in fails(capsys, 2, "compare", tmp_path, tmp_path)

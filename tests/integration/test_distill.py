@@ -373,7 +373,7 @@ def test_teachers_that_do_not_fit(sparse: Path, dense: Path, uneven: list[sqft.E
         cached(dense, distill_blocks=1.0)
     with pytest.raises(sqft.UsageError, match="rank_strategy sandwich"):
         options("fixed", distill_ranks=True)
-    with pytest.raises(sqft.UsageError, match="not all of them 0"):
+    with pytest.raises(sqft.UsageError, match="one of them has to be more"):
         options("fixed", distill_loss=0.0, distill_logits=0.0, distill_blocks=0.0)
     model, _, _ = fresh(sparse, "ranks")
     arguments = TrainingArguments(**arguments_of(tmp_path, 1))

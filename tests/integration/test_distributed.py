@@ -188,7 +188,7 @@ def test_a_run_of_all_stages(dense: Path, tmp_path: Path) -> None:
     data = [json.dumps({"prompt": f"{i}?", "completion": f" {i}"}) for i in range(16)]
     (tmp_path / "data.jsonl").write_text("\n".join(data))
     recipe = {
-        "model": str(dense), "output": "runs", "sparsify": {"samples": 4, "length": 24},
+        "model": str(dense), "output": "runs", "sparsify": {"samples": 4, "length": 24, "batch_size": 2},
         "train": {"data": "data.jsonl", "prompt": "{prompt}", "completion": "{completion}", "r": 4, "max_steps": 2,
                   "batch_size": 4}, "merge": {}, "evaluate": {"text": "builtin", "max_tokens": 64, "length": 32},
     }  # fmt: skip

@@ -298,7 +298,7 @@ def test_wrong_ranks_are_refused(supers, trained: Path, tmp_path: Path) -> None:
     with pytest.raises(sqft.UsageError, match="neither a file nor one of"):
         sqft.extract(supers["lora"], "meidan", tmp_path / "out")
     (tmp_path / "bad.yaml").write_text("- 1\n- 2\n")
-    with pytest.raises(sqft.UsageError, match="not a list of ranks"):
+    with pytest.raises(sqft.UsageError, match="it has to be a mapping"):
         sqft.merge(supers["sparse-peft"], sqft.MergeConfig(ranks=str(tmp_path / "bad.yaml")), out=tmp_path / "out")
     with pytest.raises(sqft.UsageError, match="rank_groups go with"):
         sqft.SqftConfig(rank_groups=["layer"])

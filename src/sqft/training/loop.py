@@ -31,7 +31,7 @@ from sqft.elastic.scheduler import RankScheduler
 from sqft.errors import Note, SqftError, UsageError, is_out_of_memory
 from sqft.folders import is_adapter, load, write_files
 from sqft.formats.checkpoint import packed_layers
-from sqft.kernels.dispatch import peak_memory, pick_device
+from sqft.kernels.dispatch import peak_memory, pick_device, release_memory
 from sqft.kernels.halves import fast_halves
 from sqft.models.types import Tokenizer
 from sqft.models.weights import linear_weights
@@ -139,6 +139,7 @@ def _train_folder(source: str, config: TrainConfig, data: TrainingData, given: d
         pieces = 1
         while not _attempt(source, config, data, made, pieces):
             clear_device_cache(garbage_collection=True)
+            release_memory()
             pieces = next(n for n in range(2 * pieces, config.batch_size + 1) if config.batch_size % n == 0)
             made.metrics["micro_batch"] = config.batch_size // pieces
             warnings.warn(f"out of memory: again, with {config.batch_size // pieces} sequences at a time and "
