@@ -118,7 +118,9 @@ def compressed(symmetric: bool, bits: int = 4, sparse: bool = True) -> Any:
                          [(True, 4, True, "CompactLinear", 2e-3), (False, 4, True, "CompactLinear", 2e-3),
                           (False, 8, True, "CompactLinear", 2e-3), (False, 4, False, "CompactLinear", 2e-3),
                           (False, 2, True, "Linear", 1e-5)])  # fmt: skip
-def test_a_prepared_model_answers_the_same(symmetric: bool, bits: int, sparse: bool, kind: str, error: float) -> None:
+def test_a_prepared_model_answers_the_same(symmetric: bool, bits: int, sparse: bool, kind: str, error: float,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr("sqft.kernels.cpu.library.FEW_TOKENS", 32)
     tokens = torch.arange(40)[None] % 250
     wanted = compressed(symmetric, bits, sparse)(tokens).logits.detach()
     model = compressed(symmetric, bits, sparse)
