@@ -21,6 +21,11 @@ class OnDevice(Options):
                          kind="machine")  # fmt: skip
 
 
+def even(count: int, most: int) -> int:
+    """The largest size up to ``most`` of which ``count`` things make whole batches."""
+    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
+
+
 @dataclass(frozen=True)
 class Compressing(OnDevice):
     """Of stages that change a model's weights block by block."""

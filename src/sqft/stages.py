@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqft import config, deployment
+from sqft.config import even
 from sqft.errors import UsageError, did_you_mean
 from sqft.processes import alone, count
 
@@ -57,9 +58,9 @@ def _load(path: str) -> Any:
 
 def _calibrated(config: Any) -> bool:
     """Whether there is something to divide, and as many batches of one size as processes."""
-    size = next(size for size in range(min(config.batch_size, config.samples), 0, -1) if config.samples % size == 0)
-    walks = config.repair == "layer" or (config.repair == "none" and config.method not in ("magnitude", "rtn"))
-    return walks and config.samples // size >= count()
+    chooses = config.method not in ("magnitude", "rtn") and not getattr(config, "mask", None)
+    walks = config.repair == "layer" or (config.repair == "none" and chooses)
+    return walks and config.samples // even(config.samples, config.batch_size) >= count()
 
 
 _MODEL = "folder, .gguf file or hub name"

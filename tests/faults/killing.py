@@ -67,27 +67,37 @@ def start(kills: int, result: Path, seconds: float = 1e9) -> dict[str, Any] | No
     return json.loads(result.read_text())
 
 
+def begin(work: Callable[[], Any], log: Path) -> int:
+    """Starts it in a child, whose errors go to the log."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1), os.dup2(file, 2)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def forked(work: Callable[[], Any], log: Path, kill_at: int = 0, after: float | None = None) -> tuple[bool, int]:
     """Runs it in a child: whether that was killed (before its operation ``kill_at``, or ``after`` some seconds), and how
     many operations it did if not. Raises RuntimeError for one that failed."""
     shim = ctypes.CDLL(os.environ["FAULTS_SHIM"])
     shim.faults_count.restype = ctypes.c_long
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            null = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(null, 1), os.dup2(null, 2)
-            shim.faults_arm(ctypes.c_long(kill_at))
-            work()
-            os.write(writer, str(shim.faults_count()).encode())
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
+
+    def counted() -> None:
+        shim.faults_arm(ctypes.c_long(kill_at))
+        work()
+        os.write(writer, str(shim.faults_count()).encode())
+
+    child = begin(counted, log)
     os.close(writer)
     handle = os.pidfd_open(child)
     ended = bool(select.select([handle], [], [], HANGS if after is None else after)[0])

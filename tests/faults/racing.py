@@ -18,14 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
 
-from killing import contents  # noqa: E402
+from killing import begin, contents  # noqa: E402
 
 RECIPE = """
 model: {root}/dense
@@ -48,24 +47,6 @@ def start(rounds: int, result: Path, seconds: float = 1e9) -> dict[str, Any]:
                    "HF_HUB_OFFLINE": "1"}  # fmt: skip
     subprocess.run([sys.executable, __file__, str(rounds), result, str(seconds)], env=environment, check=True)
     return json.loads(result.read_text())
-
-
-def begin(work: Callable[[], Any], log: Path) -> int:
-    """Starts it in a child, whose errors go to the log."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1), os.dup2(file, 2)
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def ended(child: int) -> int:

@@ -11,22 +11,23 @@ weights in the same way.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 import greenlet
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
+from sqft.config import even
 from sqft.errors import SqftError, UsageError
-from sqft.kernels.dispatch import product, release_memory
-from sqft.kernels.halves import fast_halves
+from sqft.kernels.dispatch import release_memory
+from sqft.kernels.halves import fast_halves, fast_products
 from sqft.models.discover import Architecture, Block
 from sqft.processes import count, mine
 
@@ -99,7 +100,7 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
         known = calls is not None and earlier is not None and earlier.known(block)
         anew = None if known or calls is None else rebuild
         inputs = list(calls.hidden) if calls is not None and anew is not None else []
-        with torch.no_grad(), _fast_products(block) if fast else fast_halves(block.module):
+        with torch.no_grad(), _multiplying(block, fast):
             if calls is None:
                 change(block, {})
             elif known and earlier is not None:
@@ -117,8 +118,8 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
                     replay(block.module, index, calls, target, keep=True)
         if anew is not None and calls is not None and dense is not None:
             calls.hidden = inputs
-            anew.change(block, functools.partial(_output, block.module, index, calls, target), dense.hidden)
-            with torch.no_grad(), _fast_products(block) if fast else fast_halves(block.module):
+            anew.change(block, partial(_output, block.module, index, calls, target), dense.hidden)
+            with torch.no_grad(), _multiplying(block, fast):
                 replay(block.module, index, calls, target, keep=True)
         if target != home:
             block.module.to(home)
@@ -134,27 +135,9 @@ def _places(module: nn.Module, device: torch.device) -> tuple[torch.device | Non
     return home, device if home.type == "cpu" else home
 
 
-@contextlib.contextmanager
-def _fast_products(block: Block) -> Iterator[None]:
-    """Lets the block's linear layers multiply by the fastest library: these passes are most of the work."""
-    modules = (weight.module for weight in block.weights.values())
-    chosen: list[Any] = [
-        module for module in modules if isinstance(module, nn.Linear) and "forward" not in vars(module)
-    ]
-
-    def forward(linear: nn.Linear, x: Tensor) -> Tensor:
-        if x.dtype != linear.weight.dtype:
-            return F.linear(x, linear.weight, linear.bias)
-        y = product(x.reshape(-1, x.shape[-1]), linear.weight, linear.bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    for linear in chosen:
-        linear.forward = functools.partial(forward, linear)
-    try:
-        yield
-    finally:
-        for linear in chosen:
-            del linear.forward
+def _multiplying(block: Block, fast: bool) -> AbstractContextManager[None]:
+    """How the block's linear layers multiply: if ``fast`` by the fastest library: these passes are most of the work."""
+    return fast_products(weight.module for weight in block.weights.values()) if fast else fast_halves(block.module)
 
 
 def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | None, new_statistic: NewStatistic,
@@ -179,7 +162,7 @@ def _in_groups(block: Block, index: int, calls: Calls, device: torch.device | No
     leaders = [block.weights[names[0]].module for names in groups.values()]
     handles = [leader.register_forward_pre_hook(stop) for leader in leaders]
     forwards, beside = (
-        [greenlet.greenlet(functools.partial(replay, block.module, index, stream, device, True, range(i, i + 1)))
+        [greenlet.greenlet(partial(replay, block.module, index, stream, device, True, range(i, i + 1)))
          for i in range(len(stream.hidden))] if stream else [] for stream in (calls, dense))  # fmt: skip
     changed: set[nn.Module] = set()
 
@@ -273,7 +256,7 @@ def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Call
 
     first: list[Tensor] = []
     # Batches of one size: then nearly all that blocks are called with is the same for all of them.
-    size = next(size for size in range(min(batch_size, len(tokens)), 0, -1) if len(tokens) % size == 0)
+    size = even(len(tokens), batch_size)
     batches = tokens.split(size)
     if len(batches) < count():
         raise UsageError(f"{len(batches)} calibration batches of {size} cannot be divided among {count()} processes: "

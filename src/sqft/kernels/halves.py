@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sqft.kernels.dispatch import is_slow_half, product
 
 
 class _Product(torch.autograd.Function):
-    """``x w^T + bias`` of a frozen weight, which is widened anew for the backward pass instead of being kept."""
+    """``x w^T + bias`` of a frozen weight; where halves are widened, the weight is so anew for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -32,21 +33,24 @@ class _Product(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def fast_halves(model: nn.Module) -> Iterator[None]:
-    """Lets the linear layers of ``model`` that lie on such a CPU in half precision multiply in float32 meanwhile."""
-    slow: list[Any] = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and "forward" not in vars(module)
-        and module.weight.device.type == "cpu" and is_slow_half(module.weight.dtype)
-    ]  # fmt: skip
-    for linear in slow:
+def fast_products(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Lets those of the modules that are linear layers multiply by the fastest library meanwhile."""
+    chosen: list[Any] = [each for each in modules if isinstance(each, nn.Linear) and "forward" not in vars(each)]
+    for linear in chosen:
         linear.forward = functools.partial(_forward, linear)
     try:
         yield
     finally:
-        for linear in slow:
+        for linear in chosen:
             del linear.forward
+
+
+def fast_halves(model: nn.Module) -> AbstractContextManager[None]:
+    """``fast_products`` of the linear layers of ``model`` that lie on such a CPU in half precision."""
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return fast_products(
+        each for each in linears if each.weight.device.type == "cpu" and is_slow_half(each.weight.dtype)
+    )
 
 
 def _forward(linear: nn.Linear, x: Tensor) -> Tensor:
