@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pico import pico_model
+from support.rounding import of_16_bits
 from torch import Tensor
 
 import sqft
@@ -57,8 +58,7 @@ def check(weight: CompactWeight, meant: Tensor, tokens: int, variant: int) -> No
     wanted, size = x.double() @ meant.T, x.double().abs() @ meant.abs().T
     allowed = 1e-6 * size
     if weight.compact.bits and variant == library.VARIANTS.index("avx512"):  # it rounds x to 16 bits
-        groups = F.pad(x, (0, -x.shape[1] % 64)).view(tokens, -1, 64).abs().amax(-1).double()
-        allowed += 2.0**-16 * groups.repeat_interleave(64, 1)[:, : x.shape[1]] @ meant.abs().T
+        allowed += of_16_bits(x, meant)
     found = library.run(x, weight, variant)
     assert bool(((found - wanted).abs() <= allowed).all())
     assert torch.allclose(compact.linear(x, weight).double(), wanted, rtol=1e-4, atol=1e-5 * float(size.max()))

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from pico import pico_model
+from support.rounding import of_16_bits
 from torch import Tensor, nn
 
 import sqft
 from sqft.kernels import compact, dispatch, ops
+from sqft.kernels.cpu.library import FEW_TOKENS
 from sqft.kernels.packed import Packed, pack_mask, unpack_mask
 from sqft.kernels.reference import Adapter
 from sqft.quantization.grid import Grid, GridSpec
@@ -173,9 +175,13 @@ def check_compact_linear(run: Any, device: str, dtype: torch.dtype) -> None:
     nothing = torch.zeros(0, device=device)
     for made, *rest, w in ((compact.pack(to(p.q_OI, device), packed, 4), *grid, p.base()),
                            (compact.pack(floats, packed), nothing, nothing, 0, p.w.half().double())):  # fmt: skip
-        for tokens in (2, T):
-            found = run(p.dx[:tokens], compact.CompactWeight(made, compact.starts(made), *rest))
-            near(found, p.x[:tokens].double() @ w.mT, dtype)
+        for tokens in (2, T, FEW_TOKENS + 1):
+            x = p.x.repeat(tokens // T + 1, 1)[:tokens]
+            found = run(to(x, device), compact.CompactWeight(made, compact.starts(made), *rest)).cpu().double()
+            exact = x.double() @ w.mT
+            if made.bits:  # a kernel may round x
+                exact += (found - exact).clamp(-(most := of_16_bits(x, w)), most)
+            near(found, exact, dtype)
 
 
 CASES = [

@@ -23,9 +23,7 @@ from sqft.kernels.dispatch import cache_folder, cpu_kernel_options, cpu_kernels_
 
 SOURCE = Path(__file__).with_name("library.cpp")
 VARIANTS = ("portable", "avx2", "avx512")  # as the library counts them
-FEW_TOKENS = (
-    1024  # up to so many, weights are decoded for each eight of them; for more, once, and multiplied as a matrix
-)
+FEW_TOKENS = 1024  # up to so many, weights are decoded for each eight of them; else once, and multiplied as a matrix
 
 logger = logging.getLogger(__name__)
 
