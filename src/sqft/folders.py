@@ -14,6 +14,7 @@ from sqft.formats.compact import CompactReader, is_compact
 from sqft.formats.fractions import attach_fractions, load_fractions, save_fractions, stored_fractions
 from sqft.kernels.dispatch import pick_device
 from sqft.models.dense import load_dense, load_tokenizer
+from sqft.models.gguf import parsed_once
 from sqft.models.tensors import MAX_SHARD_BYTES
 from sqft.models.types import Tokenizer
 from sqft.models.weights import stored_state
@@ -50,12 +51,14 @@ def load(source: str | Path, *, dtype: str = "auto", device: str = "cpu", mask: 
         base, tokenizer = load(base_source, dtype=dtype, device=device, mask=mask)
         return load_adapter(base, source, trainable).eval(), tokenizer
     artifact.check_input(source)
-    model, masks = _load_model(source, dtype)
+    with parsed_once(source):
+        model, masks = _load_model(source, dtype)
+        tokenizer = load_tokenizer(source)
     model.to(target)
     attach_masks(model, masks)
     attach_fractions(model, load_fractions(source))
     ensure_masks(model, mask)
-    return model, load_tokenizer(source)
+    return model, tokenizer
 
 
 def _load_model(source: str | Path, dtype: str) -> tuple[Any, dict[str, Tensor]]:

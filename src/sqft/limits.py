@@ -61,6 +61,53 @@ def each(prepare: Callable[[], Callable[[T], Any]], records: Iterable[T], where:
             os.waitpid(child, 0)
 
 
+class Apart:
+    """``each`` for a process that is going to have threads, of which a copy is not whole: a copy that is made now waits
+    for records, one at a time, and ends with this process."""
+
+    def __init__(self, prepare: Callable[[], Callable[[Any], Any]], where: str) -> None:
+        (asked, ask), (hear, told) = os.pipe(), os.pipe()
+        self._child = os.fork()
+        if self._child == 0:
+            os.close(ask)
+            os.close(hear)
+            _wait(prepare, where, asked, told)
+        os.close(asked)
+        os.close(told)
+        self._ask, self._hear, self._turn = os.fdopen(ask, "w"), os.fdopen(hear), threading.Lock()
+
+    def __call__(self, record: Any) -> Any:
+        """What ``prepare()(record)`` makes. Raises UsageError as ``each`` does."""
+        with self._turn:
+            self._ask.write(json.dumps(record) + "\n")
+            self._ask.flush()
+            found, problem = json.loads(self._hear.readline())
+        if problem:
+            raise UsageError(problem)
+        return found
+
+    def close(self) -> None:
+        self._ask.close()
+        self._hear.close()
+        os.waitpid(self._child, 0)
+
+
+def _wait(prepare: Callable[[], Callable[[Any], Any]], where: str, asked: int, told: int) -> None:
+    """What the copy of ``Apart`` does; it never returns."""
+    try:
+        gc.disable()
+        with os.fdopen(asked) as records, os.fdopen(told, "w") as answers:
+            for line in records:
+                try:
+                    answer = [*each(prepare, [json.loads(line)], where), ""]
+                except UsageError as error:
+                    answer = [None, str(error)]
+                answers.write(json.dumps(answer) + "\n")
+                answers.flush()
+    finally:
+        os._exit(0)
+
+
 def _why(status: int) -> str:
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
         return f"took more than {SECONDS:g} s"

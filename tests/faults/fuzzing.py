@@ -15,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import yaml
+from gguf import GGUFReader
 from mutating import NUMBERS, PARTS, TEMPLATES, TEXTS, VALUES, bytes_of, tensors_of, value_of
 from pico import pico_folder, pico_model
 from safetensors.torch import save
@@ -88,6 +90,9 @@ class World:
         self.model = pico_model()
         live, _ = load(self.root / "int4")
         self.layer = next(module for module in live.modules() if isinstance(module, QuantLinear))
+        sqft.export(self.root / "dense", sqft.ExportConfig(to="gguf"), out=self.root / "gguf")
+        self.gguf = (file := self.root / "gguf" / "model.gguf").read_bytes()
+        self.gguf_header = min(int(t.data_offset) for t in GGUFReader(file).tensors)
         self.settings = {name: quantization_config(live, {"model.layers.0.mlp.up_proj": self.layer}, name)
                          for name in ("gptq", "compressed-tensors")}  # fmt: skip
         self.parser = cli.build_parser()
@@ -246,6 +251,18 @@ def headers(world: World, rng: random.Random) -> Any:
         tensor.sum() if tensor.numel() and not tensor.is_complex() and tensor.element_size() > 1 else None
 
 
+def gguf(world: World, rng: random.Random) -> Any:
+    data = world.gguf
+    if rng.random() < 0.7:  # a number of the header
+        kind, at = rng.choice("IQ"), rng.randrange(4, world.gguf_header)
+        number = rng.choice([0, 1, 2, 255, 2**20, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1, rng.randrange(2**16)])
+        changed = struct.pack(f"<{kind}", number % (2**32 if kind == "I" else 2**64))
+        data = data[:at] + changed + data[at + len(changed) :]
+    else:
+        data = bytes_of(rng, data[: world.gguf_header]) + data[world.gguf_header :]
+    skeleton(world.put(world.at / "model.gguf", data))
+
+
 def masks(world: World, rng: random.Random) -> Any:
     file = world.at / "masks" / "masks.safetensors"
     world.put(file, save(tensors_of(rng, world.masks)) if rng.random() < 0.8 else bytes_of(rng, world.files["masks"]))
@@ -296,7 +313,7 @@ def page(world: World, rng: random.Random) -> Any:
 # How often each is drawn: those that build models or start processes are slow.
 TARGETS: dict[Callable[[World, random.Random], Any], int] = {
     recipe: 25, ranks: 100, options: 200, command_line: 120, manifest: 150, overwrite: 8, task: 40, jinja: 6, records: 100,
-    config: 8, whole_model: 2, headers: 140, masks: 60, packed: 140, compact: 4, adapter: 15, page: 1,
+    config: 8, whole_model: 2, headers: 140, gguf: 20, masks: 60, packed: 140, compact: 4, adapter: 15, page: 1,
 }  # fmt: skip
 
 

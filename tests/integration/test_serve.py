@@ -16,7 +16,7 @@ import sqft
 from sqft.cli import main
 from sqft.deployment import GenerateConfig
 from sqft.serving.prepare import load_prepared
-from sqft.serving.serve import use_decoder
+from sqft.serving.serve import confined, use_decoder
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,31 @@ def test_batches_are_answered_by_the_decoder_as_by_transformers(folder: Path, mo
     assert torch.equal(live.generate(ids, greedy, attention_mask=mask), expected)
     with pytest.raises(pytest.fail.Exception):  # padded on the right
         live.generate(ids, greedy, attention_mask=mask.flip(-1))
+
+
+@pytest.mark.parametrize("template", [
+    "{% for a in range(10 ** 9) %}{% for b in range(10 ** 9) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * 2000000 }}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}", "{% set x = namespace(",
+])  # fmt: skip
+def test_a_strangers_chat_template_is_a_bad_request_and_the_next_one_is_answered(template: str) -> None:
+    from fastapi import HTTPException
+
+    tokenizer = pico_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{{ word }}{% if tools %}{{ tools[0].function.name }}{% endif %}{% endfor %}"
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    asked = {
+        "conversation": [{"role": "user", "content": "one two"}],
+        "tools": tools,
+        "word": "x",
+        "return_tensors": "pt",
+    }
+    expected = tokenizer.apply_chat_template(**asked)
+    with confined(tokenizer):
+        for _ in range(2):
+            assert torch.equal(tokenizer.apply_chat_template(**asked)["input_ids"], expected["input_ids"])
+            with pytest.raises(HTTPException) as refused:
+                tokenizer.apply_chat_template(**asked, chat_template=template)
+            assert refused.value.status_code == 400 and refused.value.detail.startswith("the model's chat template: ")
 
 
 def test_a_taken_port_and_wrong_options_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

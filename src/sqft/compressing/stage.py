@@ -25,6 +25,7 @@ from sqft.formats.fractions import save_fractions, stored_fractions
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Block, describe
 from sqft.models.embeddings import exact_dtypes, planned_dtypes, round_embeddings
+from sqft.models.gguf import parsed_once
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
 from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.processes import is_main_process
@@ -95,7 +96,8 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     with artifact.stage(last.stage, last.config, out, model, given=given, overwrite=overwrite) as result:
         for each in passes:
             each.kept = Kept(result.work("compressing") / each.stage)
-        live, tokenizer = load_dense(model, last.config.dtype), load_tokenizer(model)
+        with parsed_once(model):
+            live, tokenizer = load_dense(model, last.config.dtype), load_tokenizer(model)
         attach_masks(live, load_masks(model))
         blocks = _walk(live, passes, calibration, tokenizer)
         if is_main_process():

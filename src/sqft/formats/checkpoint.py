@@ -182,7 +182,7 @@ def _empty(reader: Reader, settings: Mapping[str, Any] | None) -> tuple[Any, dic
     except SqftError:
         raise
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
-        raise SqftError(f"cannot load a model from {folder}: {reason(error)}") from error
+        raise SqftError(f"cannot load a model from {folder}: {reason(error, folder)}") from error
     unstack(model)
     if packed is not None and not isinstance(packed, dict):
         raise SqftError(f"{folder}: quantization_config of config.json is no mapping")

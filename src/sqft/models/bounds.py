@@ -24,7 +24,10 @@ TABLES = 2**28  # bytes of what a model computes for itself, such as a causal ma
 PACKED = 64  # weights a stored number: of a compact mask a word has so many
 _LAYERS = re.compile(r"(num|n)_?.*layers?|(encoder|decoder)_layers|depth|layers|.*pattern\(\)")
 _EXPERTS = re.compile(r".*experts")
-_SIZES = re.compile(r".*(size|dim|width|heads?|rank|channels|inner|n_embd|d_model|d_state|d_conv|d_inner|expand|ratio)")
+_SIZES = re.compile(
+    r".*(size|dim|width|heads?|rank|channels|inner|length|head_count|head_count_kv|n_embd|d_model|d_state|d_conv|d_inner|"
+    r"expand|ratio)"
+)
 _CODE = re.compile(r"_?(attn|experts)_implementation")
 
 
@@ -38,7 +41,7 @@ def check_config(folder: str | Path, layout: Mapping[str, Tensor] | None = None)
         values = read_object(file, data=True)
         most = LAYERS if layout is None else min(LAYERS, len(layout))
         for name, value in _numbers(values):
-            _check_number(name, value, most)
+            check_number(name, value, most)
         if _product(values) > LAYERS * 256:
             raise ValueError("it has more than 262,144 experts in all layers")
     except (OSError, ValueError) as error:
@@ -63,7 +66,8 @@ def _numbers(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, values
 
 
-def _check_number(name: str, value: float, layers: int) -> None:
+def check_number(name: str, value: float, layers: int) -> None:
+    """Raises ValueError for a number that no model has by this name; ``layers`` are the most that it may have."""
     low, most = -NUMBER, NUMBER
     if name.endswith("[]"):
         most = LISTED

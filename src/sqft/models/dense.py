@@ -13,6 +13,7 @@ import torch
 from sqft.errors import SqftError, UsageError, first_line, shown
 from sqft.models.bounds import check_config, check_size
 from sqft.models.experts import unstack
+from sqft.models.gguf import parsed_once, read_layout
 from sqft.models.reader import SafetensorsReader
 from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.strict import plain_path, read_object
@@ -29,27 +30,28 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
     from transformers import AutoConfig
 
     folder, gguf = locate(source)
-    layout = None
+    layout = None if gguf is None else read_layout(Path(folder) / gguf)
     if gguf is None and Path(folder).is_dir():
         layout = SafetensorsReader(folder).layout  # every file is whole
         check_config(folder, layout)
         if (method := quant_method(folder)) is not None:
             raise SqftError(f"{folder} is quantized ({method}): this needs the float model that it was made from")
     try:
-        config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
-        kind = auto_class(config)
-        if layout is not None:
-            with torch.device("meta"):
-                check_size(kind.from_config(config, trust_remote_code=False), folder, layout, packed=False)
-        model, found = kind.from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False,
-                                            output_loading_info=True)  # fmt: skip
+        with parsed_once(source):
+            config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+            kind = auto_class(config)
+            if layout is not None:
+                with torch.device("meta"):
+                    check_size(kind.from_config(config, trust_remote_code=False), folder, layout, packed=False)
+            model, found = kind.from_pretrained(folder, gguf_file=gguf, dtype=DTYPES[dtype], trust_remote_code=False,
+                                                output_loading_info=True)  # fmt: skip
         if missing := sorted(found["missing_keys"]):  # transformers draws them at random
             raise SqftError(f"{source} is incomplete: it lacks {missing[0]}, of {len(missing)} weights that its "
                             "configuration asks for")  # fmt: skip
     except SqftError:
         raise
     except Exception as error:  # transformers raises many kinds; each is a source that cannot be loaded
-        raise SqftError(f"cannot load a model from {source}: {reason(error)}") from error
+        raise SqftError(f"cannot load a model from {source}: {reason(error, source)}") from error
     if gguf is not None:
         model = _without_gguf_config(model)
     unstack(model)
@@ -71,12 +73,18 @@ def skeleton(source: str | Path) -> Any:
 
     folder, gguf = locate(source)
     check_config(folder)
+    layout = None if gguf is None else read_layout(Path(folder) / gguf)
     try:
         config = AutoConfig.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
         vars(config).pop("quantization_config", None)
         dtype = torch.float32 if gguf else getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
-            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+        if layout is not None:
+            check_size(model, source, layout, packed=False)
+        return model
+    except SqftError:
+        raise
     except Exception as error:  # transformers raises many kinds; each means that there is nothing to count
         raise SqftError(f"the configuration of {source} is not here: {first_line(error)}") from error
 
@@ -86,10 +94,12 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     folder, gguf = locate(source)
+    if gguf is not None:
+        read_layout(Path(folder) / gguf)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
     except Exception as error:
-        raise SqftError(f"cannot load a tokenizer from {source}: {reason(error)}") from error
+        raise SqftError(f"cannot load a tokenizer from {source}: {reason(error, source)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -145,7 +155,7 @@ def quant_method(folder: str | Path) -> str | None:
         return None
 
 
-def reason(error: Exception) -> str:
+def reason(error: Exception, source: str | Path) -> str:
     """The first line of what transformers says, or what it means."""
     if "trust_remote_code" in str(error):
         return (
@@ -154,7 +164,7 @@ def reason(error: Exception) -> str:
     if "sqft-compact" in str(error):
         return "it is in compact form: unpack it first (sqft unpack)"
     first = first_line(error)
-    if huggingface_hub.is_offline_mode() or "connect" in str(error).lower():
+    if not Path(source).exists() and (huggingface_hub.is_offline_mode() or "connect" in str(error).lower()):
         first += " (the hub cannot be reached; a local folder would work)"
     return first
 

@@ -19,6 +19,8 @@ from sqft.models.discover import input_device
 from sqft.serving.decoder import Decoder
 from sqft.serving.prepare import load_prepared
 
+CHAT_TEMPLATE = "the model's chat template: "
+
 
 @torch.no_grad()
 def generate(model: str | Path, prompt: str, config: GenerateConfig | None = None, *,
@@ -75,18 +77,23 @@ def _tokens(tokenizer: Any, prompt: str, config: GenerateConfig) -> Tensor:
     """[1, T]: the prompt in the model's chat template, if it has one and is not told otherwise."""
     if tokenizer.chat_template and not config.plain:
         render = partial(tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=False)
-        (text,) = each(lambda: partial(_render, render), [[{"role": "user", "content": prompt}]], "chat template: ")
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            (text,) = each(lambda: partial(rendered, render), [{"conversation": messages}], CHAT_TEMPLATE)
+        except UsageError as error:
+            raise UsageError(f"{error}: use --plain") from None
         return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     return tokenizer(prompt, return_tensors="pt")["input_ids"]
 
 
-def _render(render: Callable[[Any], str], messages: list[dict[str, str]]) -> str:
+def rendered(render: Callable[..., str], given: dict[str, Any]) -> str:
+    """A chat template's text. Raises UsageError for whatever a stranger's template raises."""
     try:
-        return render(messages)
+        return render(**given)
     except (MemoryError, RecursionError):
         raise
-    except Exception as error:  # a template of a stranger's can raise anything
-        raise UsageError(f"the model's chat template does not work ({shown(error)}): use --plain") from None
+    except Exception as error:
+        raise UsageError(f"{CHAT_TEMPLATE}it does not work ({shown(error)})") from None
 
 
 class _Clock:

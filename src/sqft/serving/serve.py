@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from sqft.deployment import ServeConfig
-from sqft.errors import SqftError
+from sqft.errors import SqftError, UsageError
 from sqft.folders import is_adapter, load
+from sqft.limits import Apart
 from sqft.serving.decoder import Decoder
-from sqft.serving.generate import pick
+from sqft.serving.generate import CHAT_TEMPLATE, pick, rendered
 from sqft.serving.prepare import load_prepared
 
 # What ``_answer`` does not do: such requests go to transformers' own ``generate``.
@@ -40,7 +42,8 @@ def serve(model: str | Path, config: ServeConfig | None = None, *, say: Callable
         use_decoder(live)
     name = config.name or Path(model).resolve().name.removesuffix(".gguf")
     say(f"serving {name} at http://{config.host}:{config.port}/v1 (Ctrl-C stops)")
-    _start(live, tokenizer, name, config)
+    with confined(tokenizer):
+        _start(live, tokenizer, name, config)
 
 
 def _start(live: Any, tokenizer: Any, name: str, config: ServeConfig) -> None:
@@ -81,6 +84,34 @@ def _check_port(config: ServeConfig) -> None:
         except OSError as error:
             raise SqftError(f"cannot listen at {config.host}:{config.port} ({error.strerror or error}): choose another "
                             "--port, or stop what listens there") from None  # fmt: skip
+
+
+@contextlib.contextmanager
+def confined(tokenizer: Any) -> Iterator[None]:
+    """Lets ``tokenizer.apply_chat_template`` render within the limits of templates; what goes beyond them, and what the
+    template refuses, is a bad request. To be entered before the server has threads."""
+    from fastapi import HTTPException
+
+    whole = tokenizer.apply_chat_template
+    render = Apart(lambda: partial(rendered, partial(whole, tokenize=False)), CHAT_TEMPLATE)
+
+    def apply(self: Any, conversation: Any, *, return_tensors: str | None = None, return_dict: bool = True,
+              tokenize: bool = True, **more: Any) -> Any:  # fmt: skip
+        try:
+            text = render({"conversation": conversation, **more})
+        except UsageError as error:
+            raise HTTPException(400, str(error)) from None
+        if not tokenize:
+            return text
+        found = self(text, add_special_tokens=False, return_tensors=return_tensors)
+        return found if return_dict else found["input_ids"]
+
+    tokenizer.apply_chat_template = MethodType(apply, tokenizer)
+    try:
+        yield
+    finally:
+        tokenizer.apply_chat_template = whole
+        render.close()
 
 
 def use_decoder(live: Any) -> None:
