@@ -86,10 +86,15 @@ class Hessian:
             self._lower_II.add(product(x_IT[start:end], x_IT[:end]), (inputs, inputs), place)
 
     def value(self) -> Tensor:
-        """float32 [I, I]. Raises SqftError if an input was infinite or not a number."""
-        lower_II = self._lower_II.value()
-        _finite(lower_II.diagonal(), self._name)
-        return lower_II.tril() + lower_II.tril(-1).mT
+        """float32 [I, I], not to be changed. Raises SqftError if an input was infinite or not a number."""
+        h_II = self._lower_II.value()
+        _finite(h_II.diagonal(), self._name)
+        for start in range(0, len(h_II), STRIP):  # mirrored in its place
+            strip = slice(start, start + STRIP)
+            square = h_II[strip, strip]
+            square.copy_(square.tril() + square.tril(-1).mT)
+            h_II[strip, start + STRIP :] = h_II[start + STRIP :, strip].mT
+        return h_II
 
 
 class Products:

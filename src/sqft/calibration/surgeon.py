@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sqft.calibration.statistics import widest
+from sqft.calibration.statistics import STRIP, widest
 from sqft.errors import SqftError
 from sqft.kernels.dispatch import accumulation_dtype
 
@@ -44,21 +44,27 @@ def sweep(w_IO: Tensor, u_II: Tensor, choose: Callable[[int], Tensor], step: int
         w_IO[end:].addmm_(u_II[start:end, end:].mT, errors, alpha=-1)
 
 
-def inverse_factor(h_II: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse, float64 [I, I], with few copies. ``damping`` of its
-    mean is added to the diagonal, ten times as much after each failure; raises SqftError if that does not help."""
-    h_II = h_II.to(widest(h_II.device), copy=True)
-    diagonal = h_II.diagonal()
+def inverse_factor(h_II: Tensor, damping: float, order_I: Tensor | None = None) -> Tensor:
+    """Upper Cholesky factor of the damped Hessian's inverse, with rows and columns in the given order: float64 [I, I],
+    which with what is given is all the memory that it takes. ``damping`` of the Hessian's mean is added to the diagonal,
+    ten times as much after each failure; raises SqftError if that does not help."""
+    order_I = torch.arange(len(h_II), device=h_II.device) if order_I is None else order_I.to(h_II.device)
+    # Column after column: as LAPACK has it, which then works in its place.
+    work_II = torch.empty_like(h_II, dtype=widest(h_II.device), memory_format=torch.contiguous_format).mT
+    diagonal = h_II.diagonal()[order_I].to(work_II.dtype)
     dead = diagonal == 0
     diagonal[dead] = diagonal[~dead].mean() if not dead.all() else 1.0
     mean = float(diagonal.mean())
     diagonal.add_(damping * mean)
-    work_II = torch.empty_like(h_II)
     failed = torch.empty((), dtype=torch.int32, device=h_II.device)
     while True:
-        torch.linalg.cholesky_ex(h_II, out=(work_II, failed))
+        for part_I, rows in zip(order_I.split(STRIP), work_II.mT.split(STRIP), strict=True):  # H is symmetric
+            rows.copy_(h_II[part_I][:, order_I])
+        work_II.diagonal().copy_(diagonal)
+        torch.linalg.cholesky_ex(work_II, out=(work_II, failed))
         if not failed:
-            torch.linalg.cholesky_ex(torch.cholesky_inverse(work_II), upper=True, out=(work_II, failed))
+            torch.cholesky_inverse(work_II, out=work_II)
+            torch.linalg.cholesky_ex(work_II, upper=True, out=(work_II, failed))
             if not failed:
                 return work_II
         if damping >= LARGEST_DAMPING or mean != mean:
