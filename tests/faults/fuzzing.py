@@ -317,9 +317,8 @@ TARGETS: dict[Callable[[World, random.Random], Any], int] = {
 }  # fmt: skip
 
 
-def attempt(world: World, target: Callable[[World, random.Random], Any], number: int, seed: int = 0) -> str:
+def attempt(world: World, target: Callable[[World, random.Random], Any], rng: random.Random) -> str:
     """What is wrong with how one input ended; nothing if it is as it should be."""
-    rng = random.Random(f"{seed} {number}")
     shutil.rmtree(world.at, ignore_errors=True)
     world.at.mkdir()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -385,7 +384,7 @@ def fuzz(
             for number in range(inputs):
                 (target,) = random.Random(f"{seed} target {number}").choices(targets, weights)
                 started = time.monotonic()
-                problem = attempt(world, target, number, seed)
+                problem = attempt(world, target, random.Random(f"{seed} {number}"))
                 found["inputs"], found["refused"] = found["inputs"] + 1, world.refused
                 found["by_target"][target.__name__] += 1
                 found["seconds_by_target"][target.__name__] += time.monotonic() - started
