@@ -98,7 +98,7 @@ def kills_and_flips(given: argparse.Namespace) -> None:
     ]
     file = RESULTS / "faults.json"
     before = json.loads(file.read_text()) if file.is_file() else {"results": {}, "checks": []}
-    others = [entry for entry in before["checks"] if entry["name"].startswith(("fuzz: ", "races: "))]
+    others = [entry for entry in before["checks"] if entry["name"].startswith(("fuzz: ", "guided: ", "races: "))]
     here = {"machine": machine(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     results = {**before["results"], "kills": {**kills, **here}, "flips": {**flips, **here}}
     write_results("faults", results, checks + others)

@@ -22,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -350,10 +350,9 @@ def attempt(world: World, target: Callable[[World, random.Random], Any], rng: ra
     return problem
 
 
-def fuzz(
-    inputs: int, seconds: float = 1e9, seed: int = 0, say: Callable[[dict[str, Any]], Any] = lambda found: None
-) -> dict[str, Any]:
-    """Runs so many inputs, or as many as the seconds allow: counts by target, and what went wrong."""
+@contextlib.contextmanager
+def quietly(root: Path) -> Iterator[World]:
+    """A world, in a folder of which nothing else may be written, with a clock that stops what hangs."""
     import logging
 
     import transformers
@@ -366,47 +365,59 @@ def fuzz(
     def hung(*_: Any) -> None:
         raise Hung
 
-    found: dict[str, Any] = {
-        "inputs": 0,
-        "refused": 0,
-        "seed": seed,
-        "by_target": Counter(),
-        "seconds_by_target": Counter(),
-        "wrong": [],
-    }
-    began, home, before = time.monotonic(), os.getcwd(), signal.signal(signal.SIGALRM, hung)
+    home, before = os.getcwd(), signal.signal(signal.SIGALRM, hung)
     try:
-        with tempfile.TemporaryDirectory() as work:
-            world = World(Path(work))
-            (world.root / "here").mkdir()
-            os.chdir(world.root / "here")
-            targets, weights = list(TARGETS), list(TARGETS.values())
-            for number in range(inputs):
-                (target,) = random.Random(f"{seed} target {number}").choices(targets, weights)
-                started = time.monotonic()
-                problem = attempt(world, target, random.Random(f"{seed} {number}"))
-                found["inputs"], found["refused"] = found["inputs"] + 1, world.refused
-                found["by_target"][target.__name__] += 1
-                found["seconds_by_target"][target.__name__] += time.monotonic() - started
-                if problem:
-                    found["wrong"].append(f"{target.__name__} {number}: {problem}")
-                if time.monotonic() - began > seconds or len(found["wrong"]) > 1000:
-                    break
-                if number % 1000 == 0:
-                    say(found)
+        world = World(root)
+        (root / "here").mkdir()
+        os.chdir(root / "here")
+        yield world
     finally:
         os.chdir(home)
         signal.signal(signal.SIGALRM, before)
         logging.disable(logging.NOTSET)
-    found["took_seconds"] = round(time.monotonic() - began, 1)
-    found["seconds_by_target"] = {name: round(value, 1) for name, value in found["seconds_by_target"].items()}
-    return found
+
+
+class Tally:
+    """Counts by target, and what went wrong."""
+
+    def __init__(self, world: World, **about: Any) -> None:
+        self.world, self._began = world, time.monotonic()
+        self.found: dict[str, Any] = {"inputs": 0, "refused": 0, **about, "by_target": Counter(),
+                                      "seconds_by_target": Counter(), "wrong": []}  # fmt: skip
+
+    def add(self, target: Callable[[World, random.Random], Any], rng: random.Random, name: Any) -> None:
+        started = time.monotonic()
+        problem = attempt(self.world, target, rng)
+        self.found["inputs"], self.found["refused"] = self.found["inputs"] + 1, self.world.refused
+        self.found["by_target"][target.__name__] += 1
+        self.found["seconds_by_target"][target.__name__] += time.monotonic() - started
+        self.found["took_seconds"] = round(time.monotonic() - self._began, 1)
+        if problem:
+            self.found["wrong"].append(f"{target.__name__} {name}: {problem}")
+
+    def write(self, file: Path) -> None:
+        seconds = {name: round(value, 1) for name, value in self.found["seconds_by_target"].items()}
+        file.write_text(json.dumps({**self.found, "seconds_by_target": seconds}, indent=1) + "\n")
+
+
+def fuzz(inputs: int, seconds: float = 1e9, seed: int = 0, file: Path | None = None) -> dict[str, Any]:
+    """Runs so many inputs, or as many as the seconds allow: what ``Tally`` counts."""
+    targets, weights = list(TARGETS), list(TARGETS.values())
+    with tempfile.TemporaryDirectory() as work, quietly(Path(work)) as world:
+        tally = Tally(world, seed=seed)
+        for number in range(inputs):
+            (target,) = random.Random(f"{seed} target {number}").choices(targets, weights)
+            tally.add(target, random.Random(f"{seed} {number}"), number)
+            if tally.found["took_seconds"] > seconds or len(tally.found["wrong"]) > 1000:
+                break
+            if number % 1000 == 0 and file is not None:
+                tally.write(file)
+        if file is not None:
+            tally.write(file)
+    return tally.found
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    file = Path(sys.argv[2]).absolute()
     numbers = [float(value) for value in sys.argv[3:]]
-    result = fuzz(int(sys.argv[1]), *numbers[:1], *map(int, numbers[1:]),
-                  say=lambda found: file.write_text(json.dumps(found, indent=1) + "\n"))  # fmt: skip
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    fuzz(int(sys.argv[1]), *numbers[:1], *map(int, numbers[1:]), file=Path(sys.argv[2]).absolute())

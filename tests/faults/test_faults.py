@@ -4,6 +4,7 @@ files."""
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -49,22 +50,22 @@ def test_files_of_strangers_end_in_a_result_or_in_one_line(tmp_path: Path) -> No
     found = json.loads(file.read_text())
     assert found["inputs"] == 10_000 and not found["wrong"], found["wrong"]
     assert 4_000 < found["refused"] < 9_900  # it reaches the inside of what reads them
-    assert len(found["by_target"]) == 17 and min(found["by_target"].values()) > 0
+    assert len(found["by_target"]) == 18 and min(found["by_target"].values()) > 0
 
 
 def test_what_fuzzing_calls_wrong(tmp_path: Path) -> None:
     """A crash, a message of two lines, a file outside: a tool that finds nothing finds these."""
     import fuzzing
 
-    def two_lines(world: fuzzing.World, rng: object) -> None:
+    def two_lines(world: fuzzing.World, rng: random.Random) -> None:
         error = fuzzing.SqftError("x")
         error.args = ("a\nb",)
         raise error
 
-    def crash(world: fuzzing.World, rng: object) -> None:
+    def crash(world: fuzzing.World, rng: random.Random) -> None:
         raise IndexError("x")
 
-    def outside(world: fuzzing.World, rng: object) -> None:
+    def outside(world: fuzzing.World, rng: random.Random) -> None:
         (world.outside / "x").write_text("x")
 
     world = object.__new__(fuzzing.World)
@@ -72,7 +73,7 @@ def test_what_fuzzing_calls_wrong(tmp_path: Path) -> None:
     world.outside.mkdir()
     (world.outside / "kept").write_text("kept")
     (tmp_path / "here").mkdir()
-    assert fuzzing.attempt(world, lambda world, rng: None, 0) == ""
-    assert "not one line" in fuzzing.attempt(world, two_lines, 0)
-    assert "IndexError" in fuzzing.attempt(world, crash, 0)
-    assert "outside" in fuzzing.attempt(world, outside, 0)
+    assert fuzzing.attempt(world, lambda world, rng: None, random.Random(0)) == ""
+    assert "not one line" in fuzzing.attempt(world, two_lines, random.Random(0))
+    assert "IndexError" in fuzzing.attempt(world, crash, random.Random(0))
+    assert "outside" in fuzzing.attempt(world, outside, random.Random(0))

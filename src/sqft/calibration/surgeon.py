@@ -45,8 +45,8 @@ def sweep(w_IO: Tensor, u_II: Tensor, choose: Callable[[int], Tensor], step: int
 
 
 def inverse_factor(h_II: Tensor, damping: float, order_I: Tensor | None = None) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse, with rows and columns in the given order: float64 [I, I], in
-    no other memory. ``damping`` of the Hessian's mean is added to the diagonal, ten times as much after each failure;
+    """Upper Cholesky factor of the damped Hessian's inverse, with rows and columns in the given order: float64 [I, I],
+    in no other memory. ``damping`` of the Hessian's mean is added to the diagonal, ten times as much after a failure;
     raises SqftError if that does not help."""
     order_I = torch.arange(len(h_II), device=h_II.device) if order_I is None else order_I.to(h_II.device)
     # Column after column: as LAPACK has it, which then works in its place.
