@@ -12,11 +12,16 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import psutil
 import pytest
 import yaml
+from optuna.study import get_all_study_summaries
+from support import postgres
 from test_cli import SQFT, call, fails
 
 import sqft
+from sqft.artifact import read_manifest
+from sqft.searching.study import open_storage
 
 ELASTIC = ["--task", "arithmetic", "--limit", 32, "--eval-limit", 4, "--max-steps", 6, "--batch-size", 4,
            "--search-space", "6,4,2", "--learning-rate", 0.02]  # fmt: skip
@@ -28,6 +33,14 @@ def elastic(sparse: Path, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("elastic") / "adapter"
     assert sqft.cli.main([str(a) for a in ("train", sparse, out, *ELASTIC)]) == 0
     return out
+
+
+def wait_for_trials(folder: Path, count: int) -> None:
+    for _ in range(600):
+        if any(log.read_text().count("evaluated") >= count for log in folder.glob(".out.searching-*/journal.log")):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the search does not begin")
 
 
 @pytest.mark.parametrize("strategy", ["maximal", "minimal", "median", "most-frequent", "min-loss", "random",
@@ -85,14 +98,48 @@ def test_two_workers_and_a_named_storage(elastic: Path, tmp_path: Path, capsys) 
 
 
 @pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced(elastic: Path, tmp_path: Path) -> None:
+    command = [*SQFT, "search", elastic, tmp_path / "out", *SCORE, "--limit", 24, "--evaluations", 30, "--workers", 2]
+    with subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True) as process:
+        wait_for_trials(tmp_path, 4)
+        workers = [
+            child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())
+        ]
+        assert len(workers) == 2
+        workers[0].kill()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "was killed (signal 9): another one takes its place" in err, err
+    assert read_manifest(tmp_path / "out").metrics["evaluated"] == 30 and not list(tmp_path.glob(".out*ing-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(postgres.programs() is None, reason="no PostgreSQL server or no driver of it (psycopg)")
+def test_a_database_server_is_shared_and_its_loss_is_one_line(elastic: Path, tmp_path: Path, capsys) -> None:
+    with postgres.server() as database:
+        url = database()
+        shared = ["search", elastic, "--evaluations", 8, *SCORE, "--storage", url, "--json"]
+        both = [subprocess.Popen([str(part) for part in (*SQFT, *shared[:2], tmp_path / name, *shared[2:])],
+                                 stdout=subprocess.PIPE, text=True) for name in ("one", "two")]  # fmt: skip
+        found = [json.loads(process.communicate(timeout=120)[0])["evaluated"] for process in both]
+        assert max(found) == 8 and [process.returncode for process in both] == [0, 0]
+        trials = json.loads((tmp_path / ("one", "two")[found.index(8)] / "search.json").read_text())["trials"]
+        assert len({str(t["ranks"]) for t in trials if t.get("purpose") == "evaluated"}) == 8
+        url = database()
+        longer = ["search", elastic, tmp_path / "lost", *SCORE, "--limit", 24, "--evaluations", 200, "--storage", url]
+        process = subprocess.Popen([str(part) for part in (*SQFT, *longer)], stderr=subprocess.PIPE, text=True)
+        storage = open_storage(url)
+        while process.poll() is None and sum(study.n_trials for study in get_all_study_summaries(storage)) < 4:
+            time.sleep(0.05)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.count("\n") == 1 and "cannot be reached any more" in err, err
+
+
+@pytest.mark.slow
 def test_a_signal_stops_a_search_and_the_same_command_goes_on(elastic: Path, tmp_path: Path) -> None:
     command = [*SQFT, "search", elastic, tmp_path / "out", *SCORE, "--limit", 24, "--evaluations", 40]
     command = [str(part) for part in command]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if any(log.read_text().count("evaluated") >= 4 for log in tmp_path.glob(".out.searching-*/journal.log")):
-            break
-        time.sleep(0.05)
+    wait_for_trials(tmp_path, 4)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "interrupted" in err and "Traceback" not in err, err

@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
+from support import postgres
 from synthetic import BEST, SPACE, make_space, score, searcher
 
 import sqft
@@ -80,11 +84,23 @@ def process(body: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", head + textwrap.dedent(body)])
 
 
+@pytest.fixture(scope="module")
+def database() -> Iterator[Callable[[], str]]:
+    if postgres.programs() is None:
+        pytest.skip("no PostgreSQL server (apt-get install postgresql) or no driver of it (psycopg)")
+    with postgres.server() as found:
+        yield found
+
+
+@pytest.fixture(params=["journal:{}/log", "sqlite:///{}/trials.db", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new storage of each kind."""
+    return request.getfixturevalue("database")() if request.param == "postgresql" else request.param.format(tmp_path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("url", ["journal:{}/log", "sqlite:///{}/trials.db"])
 @pytest.mark.parametrize("strategy", ["random", "hill-climb", "nsga2"])
 def test_a_killed_search_goes_on_as_if_it_had_not_been(url: str, strategy: str, tmp_path: Path) -> None:
-    url = url.format(tmp_path)
     body = f"""
         calls = []
         def dying(ranks):
@@ -111,15 +127,15 @@ def test_a_trial_is_its_owners_while_that_lives(tmp_path: Path) -> None:
     study, mine, other = open_study(url, "s"), Owners(url, tmp_path), Owners(url, tmp_path)
     mine.begin(study), other.begin(study), study.ask()  # and one that was killed before it said whose it is
     assert mine.take_over(study) == [2] and other.take_over(study) == []
-    os.close(other._held)  # what the system does of a process that dies
-    other._held = None
+    os.close(other._locks._held)  # what the system does of a process that dies
+    other._locks._held = None
     assert mine.take_over(study) == [1] and mine.take_over(study) == []
     other.leave(), mine.leave()
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 def test_what_other_machines_left_in_a_database_is_not_known_to_be_dead(tmp_path: Path) -> None:
-    study, owners = open_study(), Owners("postgresql://host/db", tmp_path)
+    study, owners = open_study(), Owners("mysql://host/db", tmp_path)
     study.ask().set_user_attr("owner", "another")
     assert owners.take_over(study) == [] and [path.name for path in tmp_path.iterdir()] == ["owners"]
 
@@ -140,10 +156,39 @@ def test_a_torn_last_line_of_a_journal_is_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("url", ["journal:{}/log", "sqlite:///{}/trials.db"])
+def test_a_trial_in_a_database_server_is_its_owners_while_that_is_connected(database, tmp_path: Path) -> None:
+    """Wherever it works: a folder of its own knows nothing of the others."""
+    url = database()
+    study = open_study(url, "s")
+    body = f"""
+        owners = Owners({url!r}, Path({str(tmp_path / "other")!r}))
+        owners.begin(open_study({url!r}, "s"))
+        open({str(tmp_path / "begun")!r}, "w").close()
+        signal.pause()
+    """
+    other = process(body)
+    while not (tmp_path / "begun").exists():
+        assert other.poll() is None
+        time.sleep(0.05)
+    mine = Owners(url, tmp_path / "mine")
+    mine.begin(study)
+    assert mine.take_over(study) == []
+    other.kill(), other.wait()
+    while not (left := mine.take_over(study)):  # the server hears of it a moment later
+        time.sleep(0.05)
+    assert left == [0] and mine.take_over(study) == [] and not (tmp_path / "mine").exists()
+    third = Owners(url, tmp_path / "third")
+    with create_engine(url).connect() as one:  # as when the server is started anew: its locks are gone
+        one.execute(text("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"))
+    assert mine.begin(study).number == 2 and third.take_over(study) == []
+    mine.leave()
+    assert third.take_over(study) == [0, 1, 2]
+    third.leave()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["random", "hill-climb", "nsga2"])
 def test_two_processes_share_a_search_without_repeating_each_other(url: str, strategy: str, tmp_path: Path) -> None:
-    url = url.format(tmp_path)
     open_study(url, "shared")
     body = f"""
         def slow(ranks):
@@ -278,11 +323,11 @@ def test_a_storages_password_is_neither_written_nor_shown(tmp_path: Path, monkey
     sqft.save(model, tokenizer, tmp_path / "adapter", parent=sparse)
     monkeypatch.setattr(search_module, "open_study", lambda url, name: open_study(f"journal:{tmp_path / 'log'}", name))
     config = sqft.SearchConfig(
-        task="arithmetic", metric="loss", limit=2, evaluations=1, storage="postgresql://me:S3CRET@host/db"
+        task="arithmetic", metric="loss", limit=2, evaluations=1, storage="mysql://me:S3CRET@host/db"
     )
     sqft.search(tmp_path / "adapter", config, out=tmp_path / "out")
     assert not [path for path in (tmp_path / "out").iterdir() if b"S3CRET" in path.read_bytes()]
-    assert "postgresql://me:***@host/db" in (tmp_path / "out" / "search.json").read_text()
+    assert "mysql://me:***@host/db" in (tmp_path / "out" / "search.json").read_text()
 
 
 def test_a_database_that_another_process_is_just_making_is_opened_later(tmp_path: Path, monkeypatch) -> None:

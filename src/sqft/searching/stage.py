@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import sys
@@ -10,6 +11,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +39,9 @@ from sqft.searching.owners import OWNER, Owners
 from sqft.searching.picking import Evaluated, pareto_front, pick
 from sqft.searching.plots import plots
 from sqft.searching.strategies import SEARCHES, ranks_of
-from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, SECONDS, Search, open_study
+from sqft.searching.study import EVALUATED, PURPOSE, SCREENED, SECONDS, Search, open_study, reachable
+
+logger = logging.getLogger(__name__)
 
 
 def search(adapter: Any, config: SearchConfig | None = None, scorer: Scorer | None = None, *,
@@ -110,16 +115,17 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
         url = config.storage or f"journal:{work / 'journal.log'}"
         model, tokenizer = load(adapter, device=config.device)
         records = read_rank_records(adapter)
-        searcher = _searcher(partial(open_study, url, name), model, tokenizer, config, records,
-                             owners=partial(Owners, url, work))  # fmt: skip
-        owners = cast(Owners, searcher.owners)
-        left = owners.take_over(searcher.study)
-        if config.workers > 1 and searcher.evaluations > 1:
-            _share(adapter, replace(config, storage=url), name, left, work)
-        else:
-            searcher.run(left)
-        owners.leave()
-        points = _points(searcher, config, records)
+        with reachable(url):
+            searcher = _searcher(partial(open_study, url, name), model, tokenizer, config, records,
+                                 owners=partial(Owners, url, work))  # fmt: skip
+            owners = cast(Owners, searcher.owners)
+            left = owners.take_over(searcher.study)
+            if config.workers > 1 and searcher.evaluations > 1:
+                _share(adapter, replace(config, storage=url), name, searcher, left, work)
+            else:
+                searcher.run(left)
+            owners.leave()
+            points = _points(searcher, config, records)
         chosen = pick(points, config.pick)
         made.metrics.update(_summary(searcher, points, chosen, config), **searcher.space.cost(chosen.ranks))
         _write_trials(made.folder, searcher.study, points, chosen, made.metrics, config)
@@ -127,23 +133,37 @@ def _search_folder(adapter: Path, config: SearchConfig, out: Path, overwrite: bo
     return made.metrics
 
 
-def _share(adapter: Path, config: SearchConfig, name: str, left: list[int], work: Path) -> None:
-    """Runs the search in several processes. Raises SqftError if one of them fails."""
+def _share(adapter: Path, config: SearchConfig, name: str, searcher: Search, left: list[int], work: Path) -> None:
+    """Runs the search in several processes. One that is killed is replaced, as often as there are processes. Raises
+    SqftError if one fails."""
+    owners = cast(Owners, searcher.owners)
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // config.workers)
-    shares = [(adapter, config, name, left if i == 0 else [], i == 0, threads, allowed(), work)
-              for i in range(config.workers)]  # fmt: skip
-    workers = [context.Process(target=_work, args=share) for share in shares]
-    for worker in workers:
+    workers: dict[BaseProcess, list[int]] = {}  # and what each has to finish first
+
+    def begin(left: list[int], first: bool = False) -> None:
+        worker = context.Process(target=_work, args=(adapter, config, name, left, first, threads, allowed(), work))
         worker.start()
+        workers[worker] = left
+
+    begin(left, first=True)
+    for _ in range(1, config.workers):
+        begin([])
+    replaced = 0
     try:
-        for worker in workers:
-            worker.join()
+        while workers:
+            wait([worker.sentinel for worker in workers])
+            for worker in [worker for worker in workers if not worker.is_alive()]:
+                left, code = workers.pop(worker), worker.exitcode or 0
+                if code > 0 or (code and replaced == config.workers):
+                    raise SqftError("a search process failed: the same command goes on with what was tried")
+                if code:  # by a signal: memory that ran out, say
+                    logger.error("a search process was killed (signal %d): another one takes its place", -code)
+                    replaced += 1
+                    begin(searcher.unfinished(left) + owners.take_over(searcher.study))
     finally:
         for worker in workers:
             worker.terminate()
-    if any(worker.exitcode for worker in workers):
-        raise SqftError("a search process failed: the same command goes on with what was tried")
 
 
 def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first: bool, threads: int,
@@ -156,10 +176,11 @@ def _work(adapter: Path, config: SearchConfig, name: str, left: list[int], first
     try:
         assert config.storage is not None
         model, tokenizer = load(adapter, device=config.device)
-        owners = Owners(config.storage, work)
-        _searcher(partial(open_study, config.storage, name), model, tokenizer, config, read_rank_records(adapter),
-                  owners=lambda: owners).run(left, quiet=not first)  # fmt: skip
-        owners.leave()
+        with reachable(config.storage):
+            owners = Owners(config.storage, work)
+            _searcher(partial(open_study, config.storage, name), model, tokenizer, config, read_rank_records(adapter),
+                      owners=lambda: owners).run(left, quiet=not first)  # fmt: skip
+            owners.leave()
     except SqftError as error:
         print(f"sqft: {error}", file=sys.stderr)
         sys.exit(1)

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, SQLAlchemyError
 from tqdm.auto import tqdm
 
 from sqft.adapters.groups import Ranks
 from sqft.elastic.handle import SearchSpace
-from sqft.errors import UsageError, first_line
+from sqft.errors import SqftError, UsageError, first_line
 from sqft.options import without_password
 from sqft.searching.owners import Owners
 from sqft.searching.strategies import PATIENCE, Exhausted, is_whole, ranks_of, sampler
@@ -97,6 +98,18 @@ def open_storage(url: str) -> BaseStorage:
                          "sqlite:///PATH") from None  # fmt: skip
 
 
+@contextlib.contextmanager
+def reachable(url: str) -> Iterator[None]:
+    """Raises SqftError when a database server is lost in between."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        cause = error.__cause__
+        reason = without_password(first_line(cause if isinstance(cause, Exception) else error))
+        raise SqftError(f"the storage {without_password(url)} cannot be reached any more ({reason}): when it is there "
+                        "again the same command goes on with what was tried") from error  # fmt: skip
+
+
 def _database(url: str) -> RDBStorage:
     """Of processes that make a new database's tables at the same time all but one fail, and find them there later."""
     for pause in (0.1, 0.3, 1.0):
@@ -151,6 +164,11 @@ class Search:
                 except Exhausted:
                     return
             bar.update(self._count() - bar.n)
+
+    def unfinished(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the trials that are not finished."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [number for number in numbers if trials[number].state == TrialState.RUNNING]
 
     def _count(self, before: int | None = None) -> int:
         """Different configurations that were tried or are being tried."""
