@@ -12,12 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sqft.calibration.statistics import STRIP, widest
+from sqft.calibration.statistics import widest
 from sqft.errors import SqftError
 from sqft.kernels.dispatch import accumulation_dtype
 
 BLOCK = 128  # columns whose corrections to the rest are applied at once (lazy batch updates)
 LARGEST_DAMPING = 10.0
+FEW = 32  # rows that are copied at once
 
 
 def transposed(w_OI: Tensor) -> Tensor:
@@ -29,19 +30,20 @@ def transposed(w_OI: Tensor) -> Tensor:
 def sweep(w_IO: Tensor, u_II: Tensor, choose: Callable[[int], Tensor], step: int = BLOCK) -> None:
     """Changes ``w_IO`` in place, column after column: ``choose(j)`` [O] is what column j ends as.
 
-    With U upper triangular, column j's error ``e = (w_j - choose(j)) / U_jj`` changes the later columns by
-    ``- e U_j,later``. When ``choose(j)`` is called, columns j to the end of j's step have all corrections so far.
+    With U upper triangular (of any float dtype), column j's error ``e = (w_j - choose(j)) / U_jj`` changes the later
+    columns by ``- e U_j,later``. When ``choose(j)`` is called, columns j to the end of j's step have all corrections so far.
     """
-    inputs, diagonal = len(w_IO), u_II.diagonal().tolist()
+    inputs, diagonal = len(w_IO), u_II.diagonal().to(w_IO.dtype).tolist()
     for start in range(0, inputs, step):
         end = min(start + step, inputs)
         errors = torch.empty_like(w_IO[start:end])
+        u_SI = u_II[start:end].to(w_IO.dtype, memory_format=torch.contiguous_format)
         for j in range(start, end):
             chosen = choose(j)
             error = torch.sub(w_IO[j], chosen, out=errors[j - start]).div_(diagonal[j])
             w_IO[j] = chosen
-            w_IO[j + 1 : end].addr_(u_II[j, j + 1 : end], error, alpha=-1)
-        w_IO[end:].addmm_(u_II[start:end, end:].mT, errors, alpha=-1)
+            w_IO[j + 1 : end].addr_(u_SI[j - start, j + 1 : end], error, alpha=-1)
+        w_IO[end:].addmm_(u_SI[:, end:].mT, errors, alpha=-1)
 
 
 def inverse_factor(h_II: Tensor, damping: float, order_I: Tensor | None = None) -> Tensor:
@@ -58,7 +60,7 @@ def inverse_factor(h_II: Tensor, damping: float, order_I: Tensor | None = None) 
     diagonal.add_(damping * mean)
     failed = torch.empty((), dtype=torch.int32, device=h_II.device)
     while True:
-        for part_I, rows in zip(order_I.split(STRIP), work_II.mT.split(STRIP), strict=True):  # H is symmetric
+        for part_I, rows in zip(order_I.split(FEW), work_II.mT.split(FEW), strict=True):  # H is symmetric
             rows.copy_(h_II[part_I][:, order_I])
         work_II.diagonal().copy_(diagonal)
         torch.linalg.cholesky_ex(work_II, out=(work_II, failed))

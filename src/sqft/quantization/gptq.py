@@ -89,10 +89,12 @@ def _rounded(w_OI: Tensor, h_II: Tensor, drift_II: Tensor | None, mask_OI: Tenso
         grid = fit(w_IO.mT, spec, h_II)
         scale_GO, zero_GO = (v.mT.to(w_IO.dtype).contiguous() for v in (grid.scale_OG, grid.zero_OG))
     order = h_II.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(inputs)
-    u_II = inverse_factor(h_II, DAMPING, order).to(w_IO.dtype, memory_format=torch.contiguous_format)
+    u_II = inverse_factor(h_II, DAMPING, order)
     w_IO = w_IO[order]
     if drift_II is not None:
-        p_II = product(product(drift_II[order[:, None], order].to(w_IO.dtype), u_II).triu_(1), u_II.mT)
+        factor_II = u_II.to(w_IO.dtype, memory_format=torch.contiguous_format)
+        p_II = product(product(drift_II[order[:, None], order].to(w_IO.dtype), factor_II).triu_(1), factor_II.mT)
+        del factor_II
         w_IO += product(p_II.mT, w_IO.mT)
     q_IO, columns = torch.empty_like(w_IO), order.tolist()
     fractions_IO = torch.empty_like(w_IO, dtype=torch.int8)

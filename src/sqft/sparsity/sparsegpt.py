@@ -38,8 +38,8 @@ def sparsegpt(w_OI: Tensor, h_II: Tensor, pattern: Pattern) -> Pruned:
         pattern.check("a weight", (len(w_OI), inputs))
     w_IO = transposed(w_OI)
     kept_IO = w_IO != 0
-    u_II = inverse_factor(h_II, DAMPING).to(w_IO.dtype, memory_format=torch.contiguous_format)
-    importance_I = torch.where(h_II.diagonal() == 0, 0, u_II.diagonal().square().reciprocal())
+    u_II = inverse_factor(h_II, DAMPING)
+    importance_I = torch.where(h_II.diagonal() == 0, 0, u_II.diagonal().to(w_IO.dtype).square().reciprocal())
     span = pattern.group or BLOCK
 
     def choose(j: int) -> Tensor:
