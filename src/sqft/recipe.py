@@ -238,7 +238,7 @@ def _of_task(recipe: Recipe, calibration: str | None) -> str | None:
         return calibration
     if not (recipe["train"] and recipe["train"].task):
         raise UsageError(f"calibration '{calibration}' is of the task that is trained, and 'train' names none")
-    return re.sub(_TASK, recipe["train"].task, calibration)
+    return re.sub(_TASK, lambda _: recipe["train"].task, calibration)
 
 
 def run_stage(name: str, config: Any, source: str, folder: Path, say: Say) -> dict[str, Any]:

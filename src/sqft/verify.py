@@ -12,16 +12,18 @@ from sqft import probe
 from sqft.errors import VerificationError
 from sqft.formats.checkpoint import packed_layers
 from sqft.models.discover import describe
+from sqft.models.reader import digest, same_bits
 from sqft.sparsity.masks import ZeroCounts, collect_masks
 
 _BUG = "nothing was written; this is a bug in sqft, please report it"
 
 
 def verify(merged: nn.Module, before: Tensor, tokens: Tensor, tolerance: float, masks: Mapping[str, Tensor],
-           masked: bool, expected: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:  # fmt: skip
+           masked: bool, expected: Iterable[tuple[str, Tensor | str]]) -> dict[str, Any]:  # fmt: skip
     """Checks zeros and the base's ``masks`` (packed, by weight name; if the merge is not ``masked``, zeros are counted
-    only), each trained tensor, which has to be the ``expected`` one of its name in the state dict, bit for bit, and the
-    logits on ``tokens``, which were ``before``. Returns the metrics. Raises VerificationError.
+    only), each trained tensor, which has to be the ``expected`` one of its name in the state dict (or have that
+    ``digest``), bit for bit, and the logits on ``tokens``, which were ``before``. Returns the metrics. Raises
+    VerificationError.
     """
     counts = ZeroCounts()
     for weight in describe(merged).weights():
@@ -40,8 +42,9 @@ def verify(merged: nn.Module, before: Tensor, tokens: Tensor, tolerance: float, 
     )
     state, compared = merged.state_dict(), set()
     parameters = dict(merged.named_parameters())  # an expert has a tensor of its own here, in the state a slice
-    for name, tensor in expected:
-        if not torch.equal(state.get(name, parameters.get(name, tensor.new_empty(0))), tensor):
+    for name, wanted in expected:
+        found = state.get(name, parameters.get(name, torch.empty(0)))
+        if not (digest(found) == wanted if isinstance(wanted, str) else same_bits(found, wanted)):
             raise VerificationError(f"{name} of the merged model is not what was trained: {_BUG}")
         compared.add(name)
     adapted = [packed[name] for name in packed if f"{name}.qweight" in compared]

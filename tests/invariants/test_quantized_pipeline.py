@@ -310,8 +310,8 @@ def test_a_merge_that_changes_an_integer_is_not_written(trained_packed: Path, tm
 
     original = sqft.merging.stage.save_packed
 
-    def corrupt(model, tokenizer, folder, size) -> None:
-        original(model, tokenizer, folder, size)
+    def corrupt(model, tokenizer, folder, size, change) -> None:
+        original(model, tokenizer, folder, size, change)
         tensors = load_file(folder / "model.safetensors")
         tensors[f"{next(iter(packed_layers(model)))}.qweight"][0, 0] ^= 1
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})

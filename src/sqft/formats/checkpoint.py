@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.models.weights import Weight, is_linear, put_module, stored_state
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import FORMATS
+
+Change = Callable[[str, QuantLinear], QuantLinear]  # a layer that is written in the place of the one of this name
 
 
 def packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -56,10 +58,13 @@ def quantization_config(model: nn.Module, layers: Mapping[str, QuantLinear], for
     return coder.make_config(layers, others, version)
 
 
-def encoded(module: nn.Module, format: str, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The state dict of a module, its packed layers in the checkpoint's format."""
+def encoded(
+    module: nn.Module, format: str, prefix: str = "", change: Change | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The state dict of a module, its packed layers (what ``change`` makes of them) in the checkpoint's format."""
     layers = packed_layers(module)
     for name, layer in layers.items():
+        layer = change(name, layer) if change else layer
         coder, version = resolve(format, layer.symmetric)
         for leaf, tensor in coder.encode(layer, version).items():
             yield f"{prefix}{name}.{leaf}", tensor
@@ -88,12 +93,14 @@ def mark_packed(model: Any, format: str) -> None:
     model.sqft_format = format
 
 
-def save_packed(model: Any, tokenizer: Tokenizer, folder: Path, max_shard_size: int) -> None:
-    """Writes a live packed model and its tokenizer in the format noted on it."""
+def save_packed(model: Any, tokenizer: Tokenizer, folder: Path, max_shard_size: int,
+                change: Change | None = None) -> None:  # fmt: skip
+    """Writes a live packed model and its tokenizer in the format noted on it; of its packed layers, by name, what
+    ``change`` makes of them, one after the other."""
     layers = packed_layers(model)
     dtypes = exact_dtypes(model)
     writer = ModelWriter(plan_tensors(model, layers, model.sqft_format, dtypes), folder, max_shard_size)
-    for name, tensor in encoded(model, model.sqft_format):
+    for name, tensor in encoded(model, model.sqft_format, change=change):
         writer.add(name, tensor.to(dtypes.get(name, tensor.dtype)))
     writer.close()
     live = model.config.quantization_config

@@ -107,6 +107,25 @@ def is_slow_half(dtype: torch.dtype) -> bool:
     return not getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
+_widening = [0]  # how many have asked for it
+
+
+@contextlib.contextmanager
+def widening() -> Iterator[None]:
+    """Within it, halves that this processor has no units for are multiplied in float32 by ``like_linear`` too."""
+    _widening[0] += 1
+    try:
+        yield
+    finally:
+        _widening[0] -= 1
+
+
+def like_linear(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """``product`` as an ``nn.Linear`` of these computes it here and now."""
+    wide = _widening[0] and x_TI.device.type == "cpu" and is_slow_half(x_TI.dtype)
+    return (product if wide else F.linear)(x_TI, w_OI, bias_O)
+
+
 def cpu_product(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """``product`` by MKL or oneDNN, whichever is faster."""
     if is_slow_half(x_TI.dtype):

@@ -6,14 +6,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sqft.kernels.dispatch import is_slow_half, product
+from sqft.kernels.dispatch import is_slow_half, product, widening
 
 
 class _Product(torch.autograd.Function):
@@ -45,12 +44,14 @@ def fast_products(modules: Iterable[nn.Module]) -> Iterator[None]:
             del linear.forward
 
 
-def fast_halves(model: nn.Module) -> AbstractContextManager[None]:
-    """``fast_products`` of the linear layers of ``model`` that lie on such a CPU in half precision."""
+@contextlib.contextmanager
+def fast_halves(model: nn.Module) -> Iterator[None]:
+    """``fast_products`` of the linear layers of ``model`` that lie on such a CPU in half precision; and what is to
+    multiply as ``nn.Linear`` does multiplies so too."""
     linears = (module for module in model.modules() if isinstance(module, nn.Linear))
-    return fast_products(
-        each for each in linears if each.weight.device.type == "cpu" and is_slow_half(each.weight.dtype)
-    )
+    slow = [each for each in linears if each.weight.device.type == "cpu" and is_slow_half(each.weight.dtype)]
+    with fast_products(slow), widening():
+        yield
 
 
 def _forward(linear: nn.Linear, x: Tensor) -> Tensor:

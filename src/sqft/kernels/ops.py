@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sqft.kernels.dispatch import is_slow_half, kernel, product, row_chunks
+from sqft.kernels.dispatch import is_slow_half, kernel, like_linear, product, row_chunks
 from sqft.kernels.packed import Packed, pack_words
 from sqft.kernels.reference import Adapter, grid_scales
 
@@ -122,7 +121,7 @@ def linear_op(x: Tensor, bias: Tensor | None, words: Sequence[Tensor], bits: int
     no view, so that it may be changed in place."""
     x_TI = x.reshape(-1, x.shape[-1])
     # Evaluation multiplies as nn.Linear does (``halves`` too): un-merged and merged logits are equal, not merely close.
-    multiply = product if training or (x.device.type == "cpu" and is_slow_half(x.dtype)) else F.linear
+    multiply = product if training or (bits and is_slow_half(x.dtype)) else like_linear
     grid, adapted = _grid(words, bits), _adapter(a, b, mask, scale, base, new_scales, fractions, in_steps)
     with _no_autocast(x.device):
         if p and grid is None:

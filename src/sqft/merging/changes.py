@@ -7,7 +7,7 @@ import copy
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from sqft.sparsity.masks import count_zeros, mask_of, packed_mask
 
 Changes = dict[str, Callable[[], Tensor]]  # by name in the merged model's state dict; computed when called
 
+LEAVES = ("qweight", "qzeros", "scales")  # of a packed layer, what merging writes
 _FACTOR = re.compile(r"\.lora_(A\.weight|B\.weight|embedding_A|embedding_B|scales)$")
 
 
@@ -34,10 +35,11 @@ def merged_tensors(model: PeftModel) -> Changes:
     """Every tensor of the merged model that the active adapter trains. Raises UsageError, naming it, for a trained
     tensor that a merged model has no place for, and VerificationError for one that is not finite."""
     name = active_adapter(model)
+    packed = lru_cache(maxsize=1)(lambda layer: layer.merged_packed(name))  # three tensors of one making
     found: Changes = {}
     for path, layer in adapter_layers(model).items():
         if name in layer.lora_A or name in layer.lora_embedding_A:
-            found |= _of_layer(path, layer, name)
+            found |= _of_layer(path, layer, name, packed)
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             _check_still_sparse(path, module, name)
@@ -66,14 +68,12 @@ def _refusal(trained: str) -> UsageError:
                       "together, or train an adapter without it")  # fmt: skip
 
 
-def _of_layer(path: str, layer: Any, name: str) -> Changes:
+def _of_layer(path: str, layer: Any, name: str, packed: Callable[[Any], Any]) -> Changes:
     if layer.merged:
         raise UsageError("the adapter is merged into the live model already: call unmerge_adapter() first")
     base = layer.get_base_layer()
     if layer_kind(layer).quantization_aware:
-        packed = cache(lambda: layer.merged_packed(name))  # its integers are small enough to be kept
-        return {f"{path}.qweight": lambda: packed().qweight, f"{path}.qzeros": lambda: packed().qzeros,
-                f"{path}.scales": lambda: packed().scales}  # fmt: skip
+        return {f"{path}.{leaf}": lambda leaf=leaf: getattr(packed(layer), leaf) for leaf in LEAVES}
     variant = getattr(layer, "lora_variant", {}).get(name)
     if variant is not None or getattr(base, "weight", torch.empty(0)).dim() != 2:
         raise _refusal(f"{path} by {type(variant or layer).__name__}")

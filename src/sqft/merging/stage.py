@@ -2,18 +2,21 @@
 
 Checked are the zeros (every pruned weight is 0.0 bit for bit), every tensor that was trained (an INT model's integers
 are those that training rounded to, on the base's zero points) and the logits (merged equals un-merged). What fails is
-not written, and a live model is as it was. A float folder is merged tensor by tensor; the base is mapped from its
-files, and never are two models held.
+not written, and a live model is as it was. A folder is merged tensor by tensor; the base is mapped from its files, and
+never are two models held.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from sqft import artifact
@@ -26,14 +29,16 @@ from sqft.errors import UsageError
 from sqft.folders import is_adapter, load
 from sqft.formats.checkpoint import count_parameters, packed_layers, save_packed
 from sqft.formats.compact import compact_in_place
-from sqft.merging.changes import Changes, check_mergeable, put, unload
+from sqft.merging.changes import LEAVES, Changes, check_mergeable, put, unload
 from sqft.models.dense import save_settings
+from sqft.models.reader import digest
 from sqft.models.tensors import ModelWriter, layout
 from sqft.models.types import PeftModel, Tokenizer
-from sqft.models.weights import stored_state
+from sqft.models.weights import Weight, stored_state
 from sqft.options import parse_size
 from sqft.probe import check_probe, logits, sample_tokens
-from sqft.sparsity.masks import collect_masks, save_masks, stored_masks
+from sqft.quantization.linear import QuantLinear
+from sqft.sparsity.masks import as_stored, collect_masks, packed_mask, save_masks, stored_masks
 from sqft.verify import verify
 
 
@@ -102,13 +107,13 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
         base = unload(model, ExitStack())
         del model
         masks = collect_masks(base)
-        _write(base, tokenizer, changes, made.folder, parse_size(config.max_shard_size))
+        stored, digests = _write(base, tokenizer, changes, made.folder, parse_size(config.max_shard_size))
         if masked:
-            save_masks(stored_masks(base), made.folder)
+            save_masks(stored, made.folder)
         del base
         merged = load(made.folder, device=config.device)[0]
         with torch.no_grad():
-            expected = ((name, make()) for name, make in changes.items())
+            expected = ((name, digests.get(name) or make()) for name, make in changes.items())
             made.metrics.update(verify(merged, before, tokens, config.tolerance, masks, masked, expected))
         made.metrics["parameters"] = count_parameters(merged)
         if config.compact:
@@ -116,19 +121,46 @@ def _merge_folder(adapter: Path, config: MergeConfig, ranks: Ranks | None, out: 
     return made.metrics
 
 
-def _write(base: Any, tokenizer: Tokenizer, changes: Changes, folder: Path, shard: int) -> None:
-    """Writes the merged model: a float one tensor by tensor; the integers of a packed one are put into it before."""
-    if packed_layers(base):
-        put(base, changes, ExitStack())
-        save_packed(base, tokenizer, folder, shard)
-        return
+def _write(base: Any, tokenizer: Tokenizer, changes: Changes, folder: Path,
+           shard: int) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
+    """Writes the merged model tensor by tensor. Returns its masks as a folder holds them, and digests of the changed
+    tensors, so that none is made again to be compared."""
+    packed, digests = packed_layers(base), dict[str, str]()
     planned = layout(base)
-    writer = ModelWriter(planned, folder, shard)
-    apart = {name: make for name, make in changes.items() if name not in planned}  # slices: of one expert
+    streamed = {f"{name}.{leaf}" for name in packed for leaf in LEAVES} if packed else planned.keys()
+    apart = {name: make for name, make in changes.items() if name not in streamed}  # few, or slices: of one expert
     changes.update({name: partial(torch.Tensor.detach, t) for name, t in put(base, apart, ExitStack()).items()})
     with tqdm(total=len(changes), desc="Merge", unit="tensor", disable=None) as bar, torch.no_grad():
+
+        def changed(name: str) -> Tensor:
+            tensor = changes[name]()
+            digests[name] = digest(tensor)
+            bar.update()
+            return tensor
+
+        if packed:
+            return _write_packed(base, tokenizer, changes, changed, folder, shard), digests
+        writer = ModelWriter(planned, folder, shard)
         for name, tensor in stored_state(base):
-            writer.add(name, changes[name]() if name in changes else tensor)
-            bar.update(name in changes)
+            writer.add(name, changed(name) if name in changes else tensor)
     writer.close()
     save_settings(base, tokenizer, folder)
+    return stored_masks(base), digests
+
+
+def _write_packed(base: Any, tokenizer: Tokenizer, changes: Changes, changed: Callable[[str], Tensor], folder: Path,
+                  shard: int) -> dict[str, Tensor]:  # fmt: skip
+    """One layer after the other; which kept weights are zero now, its mask says."""
+    stored: dict[str, Tensor] = {}
+
+    def change(name: str, layer: QuantLinear) -> QuantLinear:
+        merged = copy.copy(layer)
+        merged._buffers = dict(layer._buffers)
+        merged._buffers |= {leaf: changed(key) for leaf in LEAVES if (key := f"{name}.{leaf}") in changes}
+        if (mask := packed_mask(layer)) is not None:
+            stored[name] = as_stored(Weight(name, merged), mask)
+        return merged
+
+    save_packed(base, tokenizer, folder, shard, change)
+    others = {name: mask for name, mask in collect_masks(base).items() if name not in stored}
+    return stored | {name: as_stored(Weight(name, base.get_submodule(name)), mask) for name, mask in others.items()}

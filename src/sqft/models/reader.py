@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +76,13 @@ class SafetensorsReader:
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether dtype, shape and every bit are equal: NaN equals NaN, and 0 is not -0."""
     return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(_bytes(one), _bytes(other))
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of dtype, shape and every bit."""
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(_bytes(tensor.detach().cpu()).numpy().data)
+    return found.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Tensor:
