@@ -17,7 +17,7 @@ from sqft.adapters.peft_bridge import adapter_layers
 from sqft.artifact import read_manifest
 from sqft.formats.checkpoint import packed_layers
 from sqft.keys import MASKS
-from sqft.recipe import Recipe, load_recipe, run, with_adapter, with_options
+from sqft.recipe import Recipe, load_recipe, run, steps, with_adapter, with_options
 from sqft.sparsity.masks import load_masks
 from sqft.stages import RUN
 
@@ -114,6 +114,13 @@ def test_another_adapter_keeps_the_recipes_merge_options(dense: Path, tmp_path: 
     chosen = with_adapter(load_recipe(recipe), "qa-sparse-peft")
     assert chosen["merge"] == sqft.MergeConfig(tolerance=0.001, max_shard_size="1GB")
     assert with_adapter(load_recipe(recipe), "lora")["merge"] is None
+
+
+def test_a_tasks_name_is_taken_as_it_is(dense: Path, tmp_path: Path) -> None:
+    (file := tmp_path / "recipe.yaml").write_text(f"model: {dense}\noutput: {tmp_path / 'run'}\n"
+        "sparsify: {calibration: task+builtin}\ntrain: {task: 'a\\1'}\n")  # fmt: skip
+    config = next(step.config for step in steps(load_recipe(file)) if step.name == "sparsify")
+    assert config.calibration == "a\\1+builtin"
 
 
 def test_a_teacher_and_quantization_after_merging(dense: Path, tmp_path: Path) -> None:

@@ -83,7 +83,9 @@ def test_every_stage_goes_that_way_and_a_merge_is_still_exact(
     config = sqft.TrainConfig(task="arithmetic", limit=16, max_steps=2, eval_limit=0)
     with monkeypatch.context() as watching:
         watching.setattr(F, "linear", watched)
-        watching.setattr("sqft.kernels.dispatch.use_onednn", lambda: False)  # which no function of torch's is called for
+        watching.setattr(
+            "sqft.kernels.dispatch.use_onednn", lambda: False
+        )  # which no function of torch's is called for
         sqft.train(tmp_path / "s", config, out=tmp_path / "a")
         sqft.evaluate(tmp_path / "s", sqft.EvaluateConfig(text="builtin", length=32, max_tokens=64))
     merged = sqft.merge(tmp_path / "a", out=tmp_path / "merged")
