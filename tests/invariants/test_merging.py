@@ -244,9 +244,9 @@ def test_verification_compares_every_trained_tensor(tmp_path: Path, tokens, monk
     sqft.save(adapter, pico_tokenizer(), tmp_path / "adapter")
     original = sqft.merging.stage.save_packed
 
-    def lose_a_row(model, tokenizer, folder, size) -> None:
+    def lose_a_row(model, tokenizer, folder, size, change) -> None:
         model.model.embed_tokens.weight[RARE[0]] = 0
-        original(model, tokenizer, folder, size)
+        original(model, tokenizer, folder, size, change)
 
     monkeypatch.setattr(sqft.merging.stage, "save_packed", torch.no_grad()(lose_a_row))
     with pytest.raises(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +124,10 @@ def _write(base: Any, tokenizer: Tokenizer, changes: Changes, folder: Path,
            shard: int) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
     """Writes the merged model tensor by tensor. Returns its masks as a folder holds them, and digests of the changed
     tensors, so that none is made again to be compared."""
-    packed, digests = packed_layers(base), dict[str, str]()
-    planned = layout(base)
+    packed, planned = packed_layers(base), layout(base)
     streamed = {f"{name}.{leaf}" for name in packed for leaf in LEAVES} if packed else planned.keys()
     apart = {name: make for name, make in changes.items() if name not in streamed}  # few, or slices: of one expert
-    changes.update({name: partial(torch.Tensor.detach, t) for name, t in put(base, apart, ExitStack()).items()})
+    digests = {name: digest(tensor) for name, tensor in put(base, apart, ExitStack()).items()}
     with tqdm(total=len(changes), desc="Merge", unit="tensor", disable=None) as bar, torch.no_grad():
 
         def changed(name: str) -> Tensor:
