@@ -74,7 +74,8 @@ def main() -> None:
         shares = [(share, file) if given.guided else (share, file, given.seconds, seed)
                   for seed, file in zip(seeds, files, strict=True)]  # fmt: skip
         running = [subprocess.Popen([sys.executable, str(script), *map(str, each)], env=offline) for each in shares]
-        if any([process.wait() for process in running]):
+        codes = [process.wait() for process in running]
+        if any(codes):
             sys.exit("a process of the fuzzers failed")
         found = together([json.loads(file.read_text()) for file in files])
     part = "guided" if given.guided else "fuzz"
