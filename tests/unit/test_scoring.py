@@ -16,7 +16,7 @@ from sqft import folders
 from sqft.adapters.peft_bridge import adapter_layers
 from sqft.elastic.handle import get_ranks, set_ranks
 from sqft.evaluation import perplexity, scoring, stage
-from sqft.evaluation.choices import choose
+from sqft.evaluation.choices import choose, likelihoods
 from sqft.evaluation.generation import generate
 from sqft.evaluation.scoring import completion_loss, unpacked
 from sqft.models.discover import input_device
@@ -189,3 +189,18 @@ def test_a_folder_is_scored_on_the_accelerator_where_there_is_one(
         else:
             sqft.search(adapters["float"], sqft.SearchConfig(task="arithmetic"), out=tmp_path / "out")
     assert given == ["auto"]
+
+
+def test_a_frozen_head_is_not_copied_for_every_prompt() -> None:
+    """torch's matmul folds the rows of a trainable weight only, or rows that lie together."""
+    model = pico_model().requires_grad_(False)
+    seen: list[bool] = []
+    head = model.get_output_embeddings()
+    pairs = [([1, 2, 3, n, 5], 2) for n in range(4, 8)]
+    plain = likelihoods(model, pairs, 8)
+    handle = head.register_forward_hook(lambda module, given, out: seen.append(given[0].is_contiguous()))
+    again = likelihoods(model, pairs, 8)
+    generate(model, pico_tokenizer(), ["one", "two"], 3, [])
+    handle.remove()
+    assert len(seen) == 2 + 3 and all(seen) and again == plain
+    assert not head._forward_pre_hooks

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sqft.errors import UsageError
+from sqft.evaluation.head import rows_together
 from sqft.models.discover import input_device
 from sqft.models.types import Tokenizer
 from sqft.tasks.base import Example
@@ -83,7 +84,8 @@ def likelihoods(model: Any, pairs: Sequence[tuple[list[int], int]], batch_size: 
         groups.setdefault(tuple(tokens[:-n]), []).append(i)
     ordered = sorted(groups.items(), key=lambda group: len(group[0]))
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    with tqdm(total=len(pairs), desc="Evaluate", unit="option", disable=quiet or None) as bar:
+    bar = tqdm(total=len(pairs), desc="Evaluate", unit="option", disable=quiet or None)
+    with bar, rows_together(core):
         while ordered:
             batch, size = [], 0
             while ordered and (not batch or size + len(ordered[-1][1]) <= batch_size):

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sqft.evaluation.choices import start_token
+from sqft.evaluation.head import rows_together
 from sqft.models.discover import input_device
 from sqft.models.types import Tokenizer
 from sqft.tasks.base import Example, Task
@@ -23,11 +24,12 @@ def generate(model: Any, tokenizer: Tokenizer, prompts: list[str], max_new_token
     rows: list[list[int]] = [ids or [start_token(tokenizer)] for ids in tokenizer(prompts)["input_ids"]]  # pyright: ignore
     fill, device = padding(tokenizer), input_device(model)
     tokens_NT, mask_NT = padded(rows, fill, left=True), padded([[1] * len(row) for row in rows], 0, left=True)
-    out = model.generate(
-        input_ids=tokens_NT.to(device), attention_mask=mask_NT.to(device), max_new_tokens=max_new_tokens,
-        do_sample=False, pad_token_id=tokenizer.pad_token_id,
-        stop_strings=list(stop) or None, tokenizer=tokenizer if stop else None,
-    )  # fmt: skip
+    with rows_together(model):
+        out = model.generate(
+            input_ids=tokens_NT.to(device), attention_mask=mask_NT.to(device), max_new_tokens=max_new_tokens,
+            do_sample=False, pad_token_id=tokenizer.pad_token_id,
+            stop_strings=list(stop) or None, tokenizer=tokenizer if stop else None,
+        )  # fmt: skip
     texts = tokenizer.batch_decode(out[:, tokens_NT.shape[1] :], skip_special_tokens=True)
     return [cut(text, stop) for text in texts]
 
