@@ -17,7 +17,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["sqft"]):
-    from fuzzing import TARGETS, Tally, quietly
+    from fuzzing import TARGETS
+    from world import Tally, quietly
 
 
 class Given(random.Random):

@@ -55,25 +55,27 @@ def test_files_of_strangers_end_in_a_result_or_in_one_line(tmp_path: Path) -> No
 
 def test_what_fuzzing_calls_wrong(tmp_path: Path) -> None:
     """A crash, a message of two lines, a file outside: a tool that finds nothing finds these."""
-    import fuzzing
+    from world import World, attempt
 
-    def two_lines(world: fuzzing.World, rng: random.Random) -> None:
-        error = fuzzing.SqftError("x")
+    from sqft.errors import SqftError
+
+    def two_lines(world: World, rng: random.Random) -> None:
+        error = SqftError("x")
         error.args = ("a\nb",)
         raise error
 
-    def crash(world: fuzzing.World, rng: random.Random) -> None:
+    def crash(world: World, rng: random.Random) -> None:
         raise IndexError("x")
 
-    def outside(world: fuzzing.World, rng: random.Random) -> None:
+    def outside(world: World, rng: random.Random) -> None:
         (world.outside / "x").write_text("x")
 
-    world = object.__new__(fuzzing.World)
+    world = object.__new__(World)
     world.root, world.at, world.outside = tmp_path, tmp_path / "case", tmp_path / "outside"
     world.outside.mkdir()
     (world.outside / "kept").write_text("kept")
     (tmp_path / "here").mkdir()
-    assert fuzzing.attempt(world, lambda world, rng: None, random.Random(0)) == ""
-    assert "not one line" in fuzzing.attempt(world, two_lines, random.Random(0))
-    assert "IndexError" in fuzzing.attempt(world, crash, random.Random(0))
-    assert "outside" in fuzzing.attempt(world, outside, random.Random(0))
+    assert attempt(world, lambda world, rng: None, random.Random(0)) == ""
+    assert "not one line" in attempt(world, two_lines, random.Random(0))
+    assert "IndexError" in attempt(world, crash, random.Random(0))
+    assert "outside" in attempt(world, outside, random.Random(0))

@@ -31,7 +31,8 @@ def sweep(w_IO: Tensor, u_II: Tensor, choose: Callable[[int], Tensor], step: int
     """Changes ``w_IO`` in place, column after column: ``choose(j)`` [O] is what column j ends as.
 
     With U upper triangular (of any float dtype), column j's error ``e = (w_j - choose(j)) / U_jj`` changes the later
-    columns by ``- e U_j,later``. When ``choose(j)`` is called, columns j to the end of its step have all corrections.
+    columns by ``- e U_j,later``. When ``choose(j)`` is called, columns j to the end of j's step have all corrections so
+    far.
     """
     inputs, diagonal = len(w_IO), u_II.diagonal().to(w_IO.dtype).tolist()
     for start in range(0, inputs, step):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -132,10 +133,7 @@ def _tensors(header: _Header, blocks: dict[int, tuple[int, int]]) -> Iterator[tu
         kind, begin = header.number("I"), header.number("Q")
         if kind not in blocks:
             raise ValueError(f"its tensor {shown(name)} has the type {kind}, which is not known")
-        count = 1
-        for size in shape:
-            count *= size
-        stored = count // blocks[kind][0] * blocks[kind][1]
+        stored = math.prod(shape) // blocks[kind][0] * blocks[kind][1]
         left -= stored
         if left < 0 or begin + stored > len(header.data):
             raise ValueError(f"its tensor {shown(name)} has more weights than the file")
