@@ -37,7 +37,8 @@ STAGES = {
     "merge INT4": "merge adapter4 merged4",
     "evaluate": f"evaluate merged {SCORE}",
     "evaluate INT4": f"evaluate merged4 {SCORE}",
-    "evaluate an INT4 adapter": f"evaluate adapter4 {SCORE}",
+    "evaluate INT4, --no-unpack": f"evaluate merged4 {SCORE} --no-unpack",
+    "evaluate an INT4 adapter, --no-unpack": f"evaluate adapter4 {SCORE} --no-unpack",
     "pack": "pack int4 compact",
 }
 TRAIN = "--task arithmetic --limit 8 --max-steps 1 --batch-size 2 --eval-limit 0 --r 2"

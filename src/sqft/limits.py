@@ -1,4 +1,4 @@
-"""Templates and patterns that a stranger may have written, within limits of time, memory and output.
+"""Limits: of this process's memory; and of templates and patterns that a stranger may have written.
 
 What makes texts of records runs in a copy of this process (``fork``): it has no way to write files, little memory
 besides what is there already, a few seconds for each record, and ends with them. A pattern that only searches is
@@ -17,14 +17,30 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
+
+import psutil
 
 from sqft.errors import SqftError, UsageError, first_line
 
 T = TypeVar("T")
 SECONDS, BYTES = 1.0, 2**28  # of the processor for a record, and of memory besides what is there
+GROUP = Path("/sys/fs/cgroup")  # as a container sees its own
 AT_ONCE = 32  # records, on their way back
 TEXT, TEXTS = 2**20, 2**28  # the most characters of a record's texts, and of all that have less than 16,384 a record
+
+
+def memory_left() -> int:
+    """Bytes that this process may still take: of the machine, of its control group (version 2) and of ``ulimit -d``."""
+    left = [psutil.virtual_memory().available]
+    if (limit := resource.getrlimit(resource.RLIMIT_DATA)[0]) != resource.RLIM_INFINITY:
+        left.append(limit - getattr(psutil.Process().memory_info(), "data", 0))
+    with contextlib.suppress(OSError, ValueError, KeyError):  # another system, or no limit
+        limit = int((GROUP / "memory.max").read_text())
+        used = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        left.append(limit - int(used["anon"]))
+    return max(0, min(left))
 
 
 def each(prepare: Callable[[], Callable[[T], Any]], records: Iterable[T], where: str) -> Iterator[Any]:

@@ -305,6 +305,18 @@ def test_evaluation_holds_packed_weights_unpacked_and_gives_the_same(trained_pac
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+def test_evaluation_builds_one_weight_at_a_time_where_memory_does_not_suffice(
+    trained_packed: Path, monkeypatch
+) -> None:
+    import sqft.evaluation.scoring as scoring
+
+    config = sqft.EvaluateConfig(text="builtin", length=64, max_tokens=256)
+    expected = sqft.evaluate(trained_packed, config)["perplexity"]
+    monkeypatch.setattr(scoring, "memory_left", lambda: 1000)
+    with pytest.warns(sqft.errors.Note, match="0.0 GB are left|each is built when it is used"):
+        assert sqft.evaluate(trained_packed, config)["perplexity"] == expected
+
+
 def test_a_merge_that_changes_an_integer_is_not_written(trained_packed: Path, tmp_path: Path, monkeypatch) -> None:
     import sqft.merging.stage
 

@@ -127,3 +127,25 @@ def test_a_task_without_problems_has_no_score(dense: Path) -> None:
     task = ArithmeticTask(sizes={"train": 1, "validation": 0, "test": 0})
     with pytest.raises(sqft.SqftError, match="has no problems"):
         score(model, tokenizer, task, "test", None, 4)
+
+
+def test_what_memory_is_left_knows_of_every_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    from sqft import limits
+
+    whole = limits.memory_left()
+    assert whole > 2**24
+    monkeypatch.setattr(limits, "GROUP", tmp_path)
+    (tmp_path / "memory.stat").write_text("anon 1000\nfile 5\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert limits.memory_left() > 2**24
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert limits.memory_left() == 4000
+    (tmp_path / "memory.max").unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (2**20, hard))  # less than there is already
+        assert limits.memory_left() == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

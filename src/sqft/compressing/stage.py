@@ -22,6 +22,7 @@ from sqft.config import QuantizeConfig, SparsifyConfig
 from sqft.errors import UsageError
 from sqft.formats.checkpoint import encoded, mark_packed, plan_tensors, quantization_config, write_quantize_config
 from sqft.formats.fractions import save_fractions, stored_fractions
+from sqft.models.convert import converted
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Block, describe
 from sqft.models.embeddings import exact_dtypes, planned_dtypes, round_embeddings
@@ -96,8 +97,9 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     with artifact.stage(last.stage, last.config, out, model, given=given, overwrite=overwrite) as result:
         for each in passes:
             each.kept = Kept(result.work("compressing") / each.stage)
+        source = converted(model, last.config.dtype, result.work("compressing") / "converted")
         with parsed_once(model):
-            live, tokenizer = load_dense(model, last.config.dtype), load_tokenizer(model)
+            live, tokenizer = load_dense(source, last.config.dtype), load_tokenizer(model)
         attach_masks(live, load_masks(model))
         blocks = _walk(live, passes, calibration, tokenizer)
         if is_main_process():

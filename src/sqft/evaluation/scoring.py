@@ -4,7 +4,8 @@ loss of the completions, which takes one forward a batch and is finer."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ import torch.nn.functional as F
 
 from sqft.adapters.kinds import layer_kind
 from sqft.adapters.peft_bridge import adapter_layers, is_masked
-from sqft.errors import SqftError
+from sqft.errors import Note, SqftError
 from sqft.evaluation.choices import choose
 from sqft.evaluation.generation import solve
 from sqft.evaluation.intervals import wilson
 from sqft.formats.checkpoint import packed_layers, unpack_model
 from sqft.kernels.halves import fast_halves
+from sqft.limits import memory_left
 from sqft.models.discover import input_device
 from sqft.models.types import Tokenizer
 from sqft.models.weights import put_module
@@ -28,11 +30,15 @@ from sqft.training.data import IGNORED, collate, is_learnt, tokenize
 @contextlib.contextmanager
 def unpacked(model: Any) -> Iterator[None]:
     """Holds packed weights de-quantized, and masked adapters merged, for a while: the same results, much faster than to
-    build them for every token. Both are undone exactly; adapters that were merged before stay merged."""
+    build them for every token. Both are undone exactly; adapters that were merged before stay merged. Where memory does
+    not suffice it says so, and leaves all as it is."""
     layers: list[Any] = list(adapter_layers(model).values()) if is_masked(model) else []
     if any(layer.merged for layer in layers):
         layers = []
     packed = packed_layers(model)
+    if not _fit({*packed.values(), *(layer.get_base_layer() for layer in layers)}, model):
+        yield
+        return
     weights = {layer: layer.get_base_layer().weight.data for layer in layers if not layer_kind(layer).packed}
     try:
         if layers:
@@ -49,6 +55,18 @@ def unpacked(model: Any) -> Iterator[None]:
                 layer.merged_adapters.clear()
             elif layer.merged:
                 layer.unmerge()
+
+
+def _fit(linears: Set[Any], model: Any) -> bool:
+    """Whether all these weights of the model can be built and held at once."""
+    needed = model.dtype.itemsize * sum(linear.in_features * linear.out_features for linear in linears)
+    if not needed or input_device(model).type != "cpu":
+        return True
+    left = memory_left()
+    if needed > left:
+        warnings.warn(f"the weights would take {needed / 1e9:.1f} GB at once, and {left / 1e9:.1f} are left: each is "
+                      "built when it is used, which is slower", Note, stacklevel=2)  # fmt: skip
+    return needed <= left
 
 
 def score(model: Any, tokenizer: Tokenizer, task: Task, split: str, limit: int | None, batch_size: int,
