@@ -57,6 +57,29 @@ def total(tensor: T) -> T:
     return tensor
 
 
+def divided(jobs: Sequence[Callable[[], dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The tensors that each job gives, in the jobs' order. Of several processes each does a share of them, one at a
+    time, and sends what it gives to all others; there they are on the CPU."""
+    if (group := _group()) is None:
+        yield from (job() for job in jobs)
+        return
+    import torch
+    from safetensors.torch import load, save
+
+    device = torch.device("cpu") if group.get_backend() == "gloo" else torch.accelerator.current_accelerator()
+    for start in range(0, len(jobs), count()):
+        owned = dict(enumerate(jobs[start : start + count()]))
+        mine = owned[group.get_rank()]() if group.get_rank() in owned else {}
+        data = bytearray(save({name: tensor.cpu().contiguous() for name, tensor in mine.items()}))
+        for owner in owned:
+            size = torch.tensor(len(data), device=device)
+            group.broadcast(size, owner)
+            here = group.get_rank() == owner
+            sent = torch.frombuffer(data, dtype=torch.uint8) if here else torch.empty(int(size), dtype=torch.uint8)
+            group.broadcast(sent := sent.to(device), owner)
+            yield mine if here else load(sent.cpu().numpy().tobytes())
+
+
 def is_main_process() -> bool:
     """Whether this process writes: the only one, or the first."""
     group = _group()

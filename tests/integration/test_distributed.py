@@ -138,8 +138,11 @@ CALIBRATED: dict[str, dict[str, Any]] = {
 def test_processes_calibrate_as_one(count: int, dense: Path, tmp_path: Path) -> None:
     """The same bytes in every file: masks, weights, integers, grids and fractions."""
     jobs = [{"source": str(dense), "out": str(tmp_path / name), **case} for name, case in CALIBRATED.items()]
-    ran = together(count, jobs, tmp_path)
+    ran = together(count, [{"divide": 5, "out": str(tmp_path / "divided")}, *jobs], tmp_path)
     assert ran.returncode == 0, ran.stderr
+    for rank in range(count):  # each did its share, and has what all others did
+        found = json.loads((tmp_path / f"divided.{rank}.json").read_text())["found"]
+        assert found == [{"job": [float(i)] * i, "process": i % count} for i in range(5)]
     torch.set_num_threads(1)  # as the processes have
     for job in jobs:
         compress(**{**job, "out": f"{job['out']}, one"})

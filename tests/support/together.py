@@ -3,7 +3,7 @@
     torchrun --nproc-per-node N tests/support/together.py JOBS.json
 
 A job holds the arguments of ``train``, or of ``compress``, or {"fail": arguments}: the command line, whose process 1 fails in
-the second step.
+the second step; or {"divide": number}: of jobs that tell who does them.
 Each process writes what it was told to OUT.RANK.json.
 """
 
@@ -22,7 +22,7 @@ import sqft
 from sqft.cli import main
 from sqft.config import TrainConfig
 from sqft.errors import SqftError
-from sqft.processes import is_main_process, join
+from sqft.processes import divided, is_main_process, join
 from sqft.training.callbacks import Guard
 
 EXAMPLES = [sqft.Example(f"Q: {'so ' * (i % 5)}{i} plus {i}?\nA:", f" {2 * i}{' indeed' * (i % 3)}") for i in range(21)]
@@ -69,6 +69,13 @@ def compress(
     return getattr(sqft, stage)(source, kind(**{**options, **config}), out=out, **given)
 
 
+def divide(number: int, out: str) -> dict[str, Any]:
+    join()
+    rank = torch.distributed.get_rank()
+    jobs = [lambda i=i: {"job": torch.full((i,), float(i)), "process": torch.tensor(rank)} for i in range(number)]
+    return {"found": [{name: tensor.tolist() for name, tensor in each.items()} for each in divided(jobs)]}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text()):
@@ -77,5 +84,11 @@ if __name__ == "__main__":
                 SqftError("the disk of this machine is full"), lambda step: step == 2 and not is_main_process()
             ):
                 sys.exit(main(job["fail"]))
-        metrics = compress(**job) if "stage" in job else train(**job)
+        metrics = (
+            divide(job["divide"], job["out"])
+            if "divide" in job
+            else compress(**job)
+            if "stage" in job
+            else train(**job)
+        )
         Path(f"{job['out']}.{torch.distributed.get_rank()}.json").write_text(json.dumps(metrics))

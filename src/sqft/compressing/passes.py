@@ -28,7 +28,7 @@ from sqft.models.discover import Architecture, Block, match_modules
 from sqft.models.embeddings import planned_dtypes
 from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight
-from sqft.processes import count
+from sqft.processes import count, divided
 from sqft.quantization.grid import GROUP_SIZES, Grid, GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.method import Quantized, Quantizer
@@ -208,15 +208,20 @@ class Prune(Pass):
             self.rebuild = BlockRepair(self.config, self._chosen.keys())
 
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
-        for weights, value, products in self._groups(block, statistics):
-            for weight in weights:
-                w_OI = _beside(weight.read(), *value, products)
-                mask_OI, changed_OI = self.method(w_OI, *value, self._chosen[weight.name])
-                if (earlier := weight.mask) is not None:
-                    mask_OI = mask_OI & earlier.to(mask_OI.device)
-                pruned_OI = torch.where(mask_OI, w_OI if changed_OI is None else changed_OI, 0)
-                weight.write(repair(pruned_OI, w_OI, mask_OI, *products) if products else pruned_OI)
-                weight.set_mask(mask_OI)
+        chosen = [(weight, *known) for weights, *known in self._groups(block, statistics) for weight in weights]
+        jobs = [functools.partial(self._pruned, *each) for each in chosen]
+        for (weight, *_), found in zip(chosen, divided(jobs), strict=True):
+            weight.write(found["weight"])
+            weight.set_mask(found["mask"])
+
+    def _pruned(self, weight: Weight, value: list[Tensor], products: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+        """What a weight and its mask become."""
+        w_OI = _beside(weight.read(), *value, products)
+        mask_OI, changed_OI = self.method(w_OI, *value, self._chosen[weight.name])
+        if (earlier := weight.mask) is not None:
+            mask_OI = mask_OI & earlier.to(mask_OI.device)
+        pruned_OI = torch.where(mask_OI, w_OI if changed_OI is None else changed_OI, 0)
+        return {"weight": repair(pruned_OI, w_OI, mask_OI, *products) if products else pruned_OI, "mask": mask_OI}
 
     def made(self, block: Block) -> dict[str, Tensor]:
         masks = {MASK + name: weight.packed_mask for name, weight in block.weights.items()}
@@ -283,14 +288,16 @@ class Quantize(Pass):
         self._spec = replace(self._spec, group_size=next(iter(self.layers.values())).stored_group_size)
 
     def change(self, block: Block, statistics: Mapping[str, Any]) -> None:
-        for weights, value, products in self._groups(block, statistics):
-            masks = [weight.mask for weight in weights]
-            results = self._together(weights, masks, value, products)
-            if self.config.keep_fractions and any(result.fractions_OI is None for result in results):
-                raise UsageError(f"method {self.config.method} does not tell fractions: leave keep_fractions out")
-            for weight, mask_OI, result in zip(weights, masks, results, strict=True):
+        groups = list(self._groups(block, statistics))
+        jobs = [functools.partial(self._together, *each) for each in groups]
+        for (weights, *_), found in zip(groups, divided(jobs), strict=True):
+            rows = [weight.shape[0] for weight in weights]
+            parts = {name: found[name].split(rows) for name in found}
+            for i, weight in enumerate(weights):
+                grid = Grid(self._spec.bits, parts["scale"][i], parts["zero"][i])
+                result = Quantized(parts["q"][i], grid, parts["fractions"][i] if "fractions" in parts else None)
                 layer = QuantLinear.from_quantized(result, self._spec.group_size, self._spec.symmetric, weight.bias)
-                if mask_OI is not None:
+                if (mask_OI := weight.mask) is not None:
                     Weight(weight.name, layer).set_mask(mask_OI)
                 self._hold(weight, layer)
 
@@ -311,9 +318,10 @@ class Quantize(Pass):
             if mine:
                 self._hold(weight, self.layers[name].filled(mine, weight.bias))
 
-    def _together(self, weights: Sequence[Weight], masks: Sequence[Tensor | None], value: list[Tensor],
-                  products: tuple[Tensor, Tensor] | None) -> list[Quantized]:  # fmt: skip
+    def _together(self, weights: Sequence[Weight], value: list[Tensor],
+                  products: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:  # fmt: skip
         """Quantizes weights that share an input (q, k and v) as one: rows do not depend on each other."""
+        masks = [weight.mask for weight in weights]
         w_OI = _beside(torch.cat([weight.read() for weight in weights]), *value, products)
         whole = (torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask
                  for weight, mask in zip(weights, masks, strict=True))  # fmt: skip
@@ -321,12 +329,13 @@ class Quantize(Pass):
         if products is not None:
             w_OI = repair(w_OI, w_OI, mask_OI, *products)
         q_OI, grid, f_OI = self.method(w_OI, *value, mask_OI, self._spec, act_order=self.config.act_order)
-        rows = [weight.shape[0] for weight in weights]
-        if f_OI is not None and mask_OI is not None:
-            f_OI = f_OI * mask_OI  # of a pruned weight there is nothing to start from
-        kept = f_OI.split(rows) if f_OI is not None and self.config.keep_fractions else [None] * len(rows)
-        pieces = zip(q_OI.split(rows), grid.scale_OG.split(rows), grid.zero_OG.split(rows), kept, strict=True)
-        return [Quantized(q, Grid(self._spec.bits, scale, zero), f) for q, scale, zero, f in pieces]
+        found = {"q": q_OI, "scale": grid.scale_OG, "zero": grid.zero_OG}
+        if not self.config.keep_fractions:
+            return found
+        if f_OI is None:
+            raise UsageError(f"method {self.config.method} does not tell fractions: leave keep_fractions out")
+        # Of a pruned weight there is nothing to start from.
+        return {**found, "fractions": f_OI if mask_OI is None else f_OI * mask_OI}
 
     def finish(self, block: Block) -> None:
         for name, weight in block.weights.items():
