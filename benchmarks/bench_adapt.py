@@ -69,6 +69,17 @@ APART: dict[str, tuple[str, dict[str, Any]]] = {
 for _name, (_base, _options) in APART.items():
     ROWS[f"best {_name}'s adapter"] = ("train", _base, TRAIN | _options)
     ROWS[f"best {_name}"] = ("merge", f"best {_name}'s adapter", {})
+# Patterns that hardware knows: the base repaired in the same way, the paper's method on Wanda's and best on the repaired one.
+PATTERNS = ("32:64", "2:4")
+for _pattern in PATTERNS:
+    _sparsify = {"method": "sparsegpt" if _pattern == "2:4" else "wanda", "pattern": _pattern}
+    ROWS[f"Wanda {_pattern}"] = ("sparsify", "dense", {"samples": 64, "pattern": _pattern})
+    ROWS[f"repaired {_pattern}"] = ("sparsify", "dense", ROWS["repaired"][2] | _sparsify)
+    ROWS[f"SparsePEFT {_pattern}'s adapter"] = ("train", f"Wanda {_pattern}", TRAIN)
+    ROWS[f"best {_pattern}'s adapter"] = ("train", f"repaired {_pattern}", TRAIN | BEST | DISTILLED)
+    for _name in (f"SparsePEFT {_pattern}", f"best {_pattern}"):
+        ROWS[_name] = ("merge", f"{_name}'s adapter", {})
+    ROWS[f"best {_pattern}, then GPTQ"] = ("quantize", f"best {_pattern}", QUANTIZE)
 # The paper's methods and LoRA, trained for so many epochs at each rate, all in the same way.
 KINDS = {"LoRA of dense": ("dense", "lora"), "LoRA of sparse": ("Wanda", "lora"), "SparsePEFT": ("Wanda", "sparse-peft"),
          "kept weights": ("Wanda", "sparse-full"), "SQFT": ("Wanda INT4", "sqft"),
@@ -87,6 +98,8 @@ for (_name, (_base, _kind)), (_cell, _options) in itertools.product(KINDS.items(
     if _kind == "sparse-peft":
         ROWS[f"{_row}, then GPTQ"] = ("quantize", _row, {**QUANTIZE, "repair": "none"})
         BASELINES.append(f"{_row}, then GPTQ")
+GROUPS["patterns"] = [name.format(pattern) for pattern in PATTERNS for name in (
+    "Wanda {}", "repaired {}", "SparsePEFT {}", "best {}", "best {}, then GPTQ")]  # fmt: skip
 GROUPS |= {"apart": [f"best {name}" for name in APART], "baselines": BASELINES}
 FINAL = ("LoRA, dense", "SparsePEFT", "best", "best, then GPTQ", "best INT4")
 
@@ -160,6 +173,8 @@ PAIRS = (("SparsePEFT", "LoRA"), ("best", "SparsePEFT"), ("best", "LoRA, dense")
          ("best, then GPTQ", "best"), ("best INT4", "best, then GPTQ"), ("best INT4", "best"),
          ("QA on INT4", "LoRA on INT4"), ("QA on INT4", "LoRA, dense, then GPTQ"),
          *((f"best {name}", "best") for name in APART),
+         *((one.format(pattern), other.format(pattern)) for pattern in PATTERNS for one, other in (
+             ("best {}", "SparsePEFT {}"), ("best {}", "best"), ("best {}, then GPTQ", "best {}"))),
          *((f"{one}, {cell}", f"{other}, {cell}") for cell in CELLS for one, other in (
              ("SparsePEFT", "LoRA of sparse"), ("kept weights", "SparsePEFT"), ("QA-SparsePEFT", "SQFT"))),
          *((f"QA-SparsePEFT, {cell}", f"SparsePEFT, {cell}, then GPTQ") for cell in CELLS))  # fmt: skip

@@ -112,11 +112,13 @@ KERNELS = Registry("kernel", "sqft.kernels", {  # "operator", or "operator.devic
     "dequantized": "sqft.kernels.reference:dequantized",
     "quant_aware_weight": "sqft.kernels.reference:quant_aware_weight",
     "quant_aware_gradients": "sqft.kernels.reference:quant_aware_gradients",
+    "round_columns": "sqft.kernels.columns:round_columns",
     "masked_weight.cuda": "sqft.kernels.triton.weights:masked_weight",
     "masked_gradients.cuda": "sqft.kernels.triton.gradients:masked_gradients",
     "dequantized.cuda": "sqft.kernels.triton.weights:dequantized",
     "quant_aware_weight.cuda": "sqft.kernels.triton.weights:quant_aware_weight",
     "quant_aware_gradients.cuda": "sqft.kernels.triton.gradients:quant_aware_gradients",
+    "round_columns.cuda": "sqft.kernels.triton.columns:round_columns",
     "compact_linear": "sqft.kernels.compact:linear", "compact_linear.cpu": "sqft.kernels.cpu.library:compact_linear",
     "product": "torch.nn.functional:linear", "product.cpu": "sqft.kernels.dispatch:cpu_product",
 })  # fmt: skip

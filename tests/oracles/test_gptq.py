@@ -8,9 +8,10 @@ from torch import Tensor
 
 import sqft
 from sqft.calibration.surgeon import inverse_factor
+from sqft.kernels.columns import fractions
 from sqft.quantization.gptq import DAMPING, gptq
 from sqft.quantization.grid import GridSpec, fit
-from sqft.quantization.method import Quantized, fractions
+from sqft.quantization.method import Quantized
 from sqft.quantization.rtn import rtn
 
 

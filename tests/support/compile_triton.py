@@ -18,13 +18,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sqft.kernels.triton import gradients, weights
+from sqft.kernels.triton import columns, gradients, weights
 
 POINTERS = {
     "q_ptr": "*i32", "z_ptr": "*i32", "group_ptr": "*i32", "scale_ptr": "*fp16", "own_ptr": "*fp32", "ratio_ptr": "*fp32",
     "f_ptr": "*i8", "w_ptr": "*bf16", "mask_ptr": "*u8", "a_ptr": "*fp32", "b_ptr": "*fp32", "out_ptr": "*bf16",
-    "g_ptr": "*bf16", "da_ptr": "*fp32", "db_ptr": "*fp32", "s": "fp32", "scale": "fp32",
+    "g_ptr": "*bf16", "u_ptr": "*fp32", "zero_ptr": "*fp32", "e_ptr": "*fp32", "da_ptr": "*fp32", "db_ptr": "*fp32", "s": "fp32", "scale": "fp32",
 }  # fmt: skip
+COLUMNS = {"w_ptr": "*fp32", "scale_ptr": "*fp32", "q_ptr": "*u8", "largest": "fp32"}  # where these are other tensors
 GRID = {"BITS": 4, "G_IDX": False, "RATIO": False, "FRACTIONS": False, "BASE": False, "STEPS": False}
 CONTRACT = {"PRECISION": "tf32", "BR": 32}
 CASES: list[tuple[str, Any, dict[str, Any]]] = [
@@ -36,14 +37,16 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("contract, float", gradients.float_kernel, CONTRACT),
     ("contract, float, rank 64", gradients.float_kernel, CONTRACT | {"BR": 64}),
     ("contract, INT4", gradients.grid_kernel, GRID | CONTRACT),
+    ("round columns", columns.kernel, {"MASK": True, "PROPAGATE": True, "BS": 128, "BO": columns.BO}),
     ("contract, INT4, fractions", gradients.grid_kernel, GRID | CONTRACT | {"FRACTIONS": True}),
 ]
 
 
 def resources(function: Any, constants: dict[str, Any], capability: int) -> tuple[int, int]:
     """Registers a thread, and bytes of local memory, where spilt ones go."""
-    constants = {**weights.TILE, **constants}
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in function.arg_names}
+    constants = {name: value for name, value in {**weights.TILE, **constants}.items() if name in function.arg_names}
+    pointers = POINTERS | (COLUMNS if function is columns.kernel else {})
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=weights.OPTIONS)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

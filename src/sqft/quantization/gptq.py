@@ -30,9 +30,9 @@ from torch import Tensor
 
 from sqft.calibration.statistics import Hessian, Products
 from sqft.calibration.surgeon import BLOCK, inverse_factor, sweep, transposed
-from sqft.kernels.dispatch import product
+from sqft.kernels.dispatch import kernel, product
 from sqft.quantization.grid import Grid, GridSpec, fit
-from sqft.quantization.method import Quantized, fractions, quantizer
+from sqft.quantization.method import Quantized, quantizer
 
 DAMPING = 0.05  # of the Hessian's mean diagonal, added to it
 LEAN = 0.25  # a, of GPTAQ
@@ -96,27 +96,25 @@ def _rounded(w_OI: Tensor, h_II: Tensor, drift_II: Tensor | None, mask_OI: Tenso
         p_II = product(product(drift_II[order[:, None], order].to(w_IO.dtype), factor_II).triu_(1), factor_II.mT)
         del factor_II
         w_IO += product(p_II.mT, w_IO.mT)
-    q_IO, columns = torch.empty_like(w_IO), order.tolist()
-    fractions_IO = torch.empty_like(w_IO, dtype=torch.int8)
+    q_IO, fractions_IO = (torch.empty_like(w_IO, dtype=dtype) for dtype in (torch.uint8, torch.int8))
+    rounded = kernel("round_columns", w_IO.device.type)
 
-    def choose(j: int) -> Tensor:
-        column, group = columns[j], columns[j] // size
-        if not static and j % size == 0:
-            grid = fit(w_IO[j : j + size].mT, spec, h_II[j : j + size, j : j + size])
-            scale_GO[group], zero_GO[group] = grid.scale_OG[:, 0], grid.zero_OG[:, 0]
-        scale, zero = scale_GO[group], zero_GO[group]
-        units = w_IO[j] / scale
-        q = units.round().add_(zero).clamp_(0, spec.largest)
-        fraction = fractions(units.add_(zero).sub_(q))
-        if mask_IO is not None:
-            q = torch.where(mask_IO[column], q, zero)
-            fraction.mul_(mask_IO[column])
-            if not propagate:
-                w_IO[j].mul_(mask_IO[column])
-        q_IO[column], fractions_IO[column] = q, fraction
-        return q.sub_(zero).mul_(scale)
+    def change(place: slice, u_SS: Tensor) -> Tensor:
+        errors = []
+        for first in range(place.start, place.stop, len(u_SS) if static else size):
+            last = place.stop if static else first + size
+            if not static:
+                grid = fit(w_IO[first:last].mT, spec, h_II[first:last, first:last])
+                scale_GO[first // size], zero_GO[first // size] = grid.scale_OG[:, 0], grid.zero_OG[:, 0]
+            at, columns = order[first:last], range(first - place.start, last - place.start)
+            mask_CO = None if mask_IO is None else mask_IO[at]
+            q_IO[at], fractions_IO[at], error = rounded(
+                w_IO[place], u_SS, columns, scale_GO[at // size], zero_GO[at // size], mask_CO, spec.largest, propagate
+            )
+            errors.append(error)
+        return torch.cat(errors)
 
     # A group never straddles two steps.
-    sweep(w_IO, u_II, choose, BLOCK if static or BLOCK % size == 0 else size)
+    sweep(w_IO, u_II, change, BLOCK if static or BLOCK % size == 0 else size)
     found = Grid(spec.bits, scale_GO.mT.half(), zero_GO.mT.to(torch.uint8))
-    return Quantized(q_IO.mT.contiguous().to(torch.uint8), found, fractions_IO.mT)
+    return Quantized(q_IO.mT.contiguous(), found, fractions_IO.mT)

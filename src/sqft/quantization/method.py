@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sqft.quantization.grid import Grid
 from sqft.sparsity.method import Method
-
-FRACTION = 256  # parts of a step
 
 
 class Quantized(NamedTuple):
@@ -25,12 +22,6 @@ class Quantized(NamedTuple):
     def weight(self) -> Tensor:
         """float32 [O, I]: the de-quantized weight."""
         return self.grid.dequantize(self.q_OI)
-
-
-def fractions(difference: Tensor) -> Tensor:
-    """int8: differences of weights in steps of the grid, before less after rounding, in 256ths of a step and less than
-    half a step, so that integer plus fraction is exact in float32 and rounds to the integer, never to its neighbour."""
-    return difference.mul(FRACTION).round_().clamp_(1 - FRACTION // 2, FRACTION // 2 - 1).to(torch.int8)
 
 
 class Quantizer(Method):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sqft.kernels.columns import fractions
 from sqft.quantization.grid import GridSpec, fit
-from sqft.quantization.method import Quantized, fractions, quantizer
+from sqft.quantization.method import Quantized, quantizer
 
 
 @quantizer()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sqft.calibration.statistics import Hessian
-from sqft.calibration.surgeon import BLOCK, inverse_factor, sweep, transposed
+from sqft.calibration.surgeon import BLOCK, inverse_factor, one_by_one, sweep, transposed
 from sqft.sparsity.method import Pruned, sparsifier
 from sqft.sparsity.pattern import Pattern
 
@@ -52,5 +52,8 @@ def sparsegpt(w_OI: Tensor, h_II: Tensor, pattern: Pattern) -> Pruned:
             kept_IO[part] &= chosen.mT if pattern.group else chosen.view_as(score_IO)
         return w_IO[j] * kept_IO[j]
 
-    sweep(w_IO, u_II, choose, span * max(1, BLOCK // span))
+    def change(place: slice, u_SS: Tensor) -> Tensor:
+        return one_by_one(w_IO[place], u_SS, lambda j: choose(place.start + j))
+
+    sweep(w_IO, u_II, change, span * max(1, BLOCK // span))
     return Pruned(kept_IO.mT.contiguous(), w_IO.mT.to(w_OI.dtype, memory_format=torch.contiguous_format))
