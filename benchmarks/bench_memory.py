@@ -1,7 +1,8 @@
 """Anonymous memory (what is not a page of a mapped file) of each stage against the depth of a model, and of GPTQ against the
-width of a weight. Writes the parts "memory" and "gptq" of benchmarks/results/scale.json.
+width of a weight; and stages that have less memory than their model takes. Writes the parts "memory", "gptq" and "limit" of
+benchmarks/results/scale.json.
 
-    python benchmarks/bench_memory.py [--blocks 8 16 32 64] [--only memory|gptq]
+    python benchmarks/bench_memory.py [--blocks 8 16 32 64] [--only memory|gptq|limit]
     python benchmarks/bench_memory.py --markdown    # the table of docs/scale.md
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -125,6 +127,39 @@ def gptq(inputs: int = 4096) -> None:
     update_results("scale", "gptq", {"inputs": inputs, "units": found}, checks)
 
 
+LARGE = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "num_hidden_layers": 24}  # fmt: skip
+LIMITED = {  # each with a limit, and without
+    "sparsify": "sparsify dense sparse --method wanda --calibration builtin --samples 4 --length 32",
+    "sparsify, --dtype bfloat16": "sparsify dense half --method magnitude --dtype bfloat16",
+    "quantize": "quantize sparse int4 --method gptq --calibration builtin --samples 4 --length 32",
+}
+
+
+def limit(share: float = 0.75) -> None:
+    """Stages under ``ulimit -d`` of a share of the model's bytes: their files, and those of a run without a limit."""
+    found: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        pico_folder(folder / "dense", **LARGE)
+        size = (folder / "dense" / "model.safetensors").stat().st_size
+        for stage, line in LIMITED.items():
+            files = []
+            for most, end in ((int(share * size), ""), (resource.RLIM_INFINITY, "-free")):
+                verb, source, out, *rest = line.split()
+                ran = subprocess.run([sys.executable, "-m", "sqft", verb, source, out + end, *rest], cwd=folder, capture_output=True,
+                                     text=True, preexec_fn=lambda most=most: resource.setrlimit(resource.RLIMIT_DATA, (most, most)))  # fmt: skip
+                assert ran.returncode == 0, ran.stderr
+                files.append(json.loads((folder / f"{out}{end}" / "sqft.json").read_text())["files"])
+            found[stage] = sum(files[0].get(name) != files[1].get(name) for name in files[0].keys() | files[1].keys())
+            print(stage, found[stage], flush=True)
+    checks = [
+        check(f"limit: ulimit -d {share} of the model: files that differ, {stage}", count, 0)
+        for stage, count in found.items()
+    ]
+    update_results("scale", "limit", {"share": share, "bytes": size, "files that differ": found}, checks)
+
+
 def markdown() -> str:
     content: dict[str, Any] = json.loads((RESULTS / "scale.json").read_text())["results"]
     found, units = content["memory"], content["gptq"]
@@ -144,16 +179,18 @@ def markdown() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=list(DEPTHS))
-    parser.add_argument("--only", choices=["memory", "gptq"])
+    parser.add_argument("--only", choices=["memory", "gptq", "limit"])
     parser.add_argument("--markdown", action="store_true")
     given = parser.parse_args()
     if given.markdown:
         print(markdown())
         return
     torch.set_num_threads(1)
-    if given.only != "memory":
+    if given.only in (None, "gptq"):
         gptq()
-    if given.only != "gptq":
+    if given.only in (None, "limit"):
+        limit()
+    if given.only in (None, "memory"):
         memory(given.blocks)
 
 

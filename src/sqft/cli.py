@@ -22,6 +22,7 @@ from sqft.console import Patient, answer, describe, ended_like_ctrl_c, note, qui
 from sqft.deployment import BenchConfig, GenerateConfig, ServeConfig
 from sqft.errors import SqftError, UsageError
 from sqft.flags import Parser, add_flags, number, read_flags
+from sqft.limits import keep_no_addresses
 from sqft.options import COUNT, RenamedOption
 from sqft.outputs import clean
 from sqft.registry import KINDS
@@ -375,6 +376,7 @@ def _main(given: list[str]) -> int:
             from sqft.models.infer import allow
 
             allow()
+        keep_no_addresses()
         with processes.joined() if parsed.command not in ("ls", "report") else contextlib.nullcontext():
             together = parsed.function in (_stage, _run, _compare)
             result = parsed.function(parsed) if together else processes.alone(lambda: parsed.function(parsed))

@@ -8,6 +8,7 @@ stopped by a clock.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -26,6 +27,7 @@ from sqft.errors import SqftError, UsageError, first_line
 
 T = TypeVar("T")
 SECONDS, BYTES = 1.0, 2**28  # of the processor for a record, and of memory besides what is there
+MAPPED_FROM = -3  # mallopt's M_MMAP_THRESHOLD
 GROUP = Path("/sys/fs/cgroup")  # as a container sees its own
 AT_ONCE = 32  # records, on their way back
 TEXT, TEXTS = 2**20, 2**28  # the most characters of a record's texts, and of all that have less than 16,384 a record
@@ -41,6 +43,15 @@ def memory_left() -> int:
         used = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
         left.append(limit - int(used["anon"]))
     return max(0, min(left))
+
+
+def keep_no_addresses() -> None:
+    """Under a limit of what this process may write to (``ulimit -d``), which counts addresses that glibc keeps of freed
+    pieces: large ones are given back as they are freed."""
+    if resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(MAPPED_FROM, 2**20)
 
 
 def each(prepare: Callable[[], Callable[[T], Any]], records: Iterable[T], where: str) -> Iterator[Any]:

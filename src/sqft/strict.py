@@ -30,10 +30,11 @@ Lines = dict[tuple[str, ...], int]
 
 def read_text(path: Path, most: int = JSON_BYTES) -> str:
     """A text file. Raises OSError, or ValueError saying in one line why it is not read."""
-    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe is to wait
+    there = path.stat()
+    if not stat.S_ISREG(there.st_mode):  # to open a pipe is to wait
         raise ValueError("it is not a file")
     with path.open("rb") as stream:
-        data = stream.read(most + 1)
+        data = stream.read(min(there.st_size, most) + 1)  # room is made for as much as is asked for
     if len(data) > most:
         raise ValueError(f"it has more than {most:,} bytes")
     return data.decode("utf-8")

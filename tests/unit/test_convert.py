@@ -1,16 +1,20 @@
-"""A model that is converted from disk to disk is what transformers makes of it while it loads."""
+"""A model that is converted from disk to disk is what transformers makes of it while it loads; and files that are mapped
+as read-only pages."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from pico import pico_folder
+from safetensors.torch import save_file
 
 import sqft
 from sqft.models.convert import converted
 from sqft.models.dense import load_dense
+from sqft.models.mapping import Mapped, read_only
 from sqft.models.reader import same_bits
 
 
@@ -42,3 +46,23 @@ def test_of_a_stage_nothing_else_is_left(tmp_path: Path) -> None:
     sqft.sparsify(model, config)
     stored = load_dense(tmp_path / "sparse").state_dict()
     assert all(same_bits(stored[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_mapped_is_the_file_and_counts_against_no_limit(tmp_path: Path) -> None:
+    tensors = {"large": torch.randn(2**13, 2**10), "bytes": torch.arange(3, dtype=torch.uint8), "none": torch.empty(0, 4),
+               "half": torch.randn(5, 3).bfloat16(), "whether": torch.tensor([True, False]), "one": torch.tensor(7)}  # fmt: skip
+    save_file(tensors, tmp_path / "file.safetensors", metadata={"format": "pt"})
+    before = psutil.Process().memory_info()
+    mapped = Mapped(tmp_path / "file.safetensors")
+    found = {name: mapped.get_tensor(name) for name in mapped.keys()}  # noqa: SIM118
+    if hasattr(before, "data"):
+        assert psutil.Process().memory_info().data - before.data < tensors["large"].nbytes / 2
+    assert found.keys() == tensors.keys()
+    assert all(same_bits(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_model_of_read_only_pages(tmp_path: Path) -> None:
+    source = pico_folder(tmp_path / "source")
+    with read_only():
+        ours = load_dense(source).state_dict()
+    assert all(same_bits(ours[name], tensor) for name, tensor in load_dense(source).state_dict().items())

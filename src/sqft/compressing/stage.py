@@ -27,6 +27,7 @@ from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Block, describe
 from sqft.models.embeddings import exact_dtypes, planned_dtypes, round_embeddings
 from sqft.models.gguf import parsed_once
+from sqft.models.mapping import read_only
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
 from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.processes import is_main_process
@@ -98,7 +99,7 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
         for each in passes:
             each.kept = Kept(result.work("compressing") / each.stage)
         source = converted(model, last.config.dtype, result.work("compressing") / "converted")
-        with parsed_once(model):
+        with parsed_once(model), read_only():
             live, tokenizer = load_dense(source, last.config.dtype), load_tokenizer(model)
         attach_masks(live, load_masks(model))
         blocks = _walk(live, passes, calibration, tokenizer)

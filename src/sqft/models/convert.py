@@ -23,7 +23,7 @@ def converted(source: str | Path, dtype: str, out: Path) -> str | Path:
     folder, gguf = locate(source)
     if dtype == "auto" or gguf or count() > 1 or not Path(folder).is_dir() or quant_method(folder):
         return source
-    reader = SafetensorsReader(folder)
+    reader = SafetensorsReader(folder, read_only=True)
     check_config(folder, reader.layout)
     model = skeleton(folder)
     kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}

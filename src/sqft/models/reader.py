@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sqft.errors import SqftError, VerificationError, shown
+from sqft.models.mapping import Mapped
 from sqft.models.tensors import INDEX, SINGLE_FILE, TORCH_DTYPES
 from sqft.strict import plain_name, read_object
 
@@ -28,12 +29,14 @@ class Reader(Protocol):
 
 class SafetensorsReader:
     """``model.safetensors``, or the shards that ``model.safetensors.index.json`` lists; or the file that is named in
-    the place of a folder. Tensors are mapped, not read. Raises SqftError naming the file unless every one is there,
-    readable, and as long as its header says."""
+    the place of a folder. Tensors are mapped, not read; with ``read_only`` they must not be changed. Raises SqftError
+    naming the file unless every one is there, readable, and as long as its header says."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, read_only: bool = False) -> None:
         self.folder = Path(folder)
-        self._streams: dict[str, Any] = {}  # by tensor
+        self._file_of: dict[str, Path] = {}  # by tensor
+        self._streams: dict[Path, Any] = {}
+        self._read_only = read_only
         self.layout: Mapping[str, Tensor] = {
             name: tensor for file in _weight_files(self.folder) for name, tensor in self._open(file)
         }
@@ -44,11 +47,11 @@ class SafetensorsReader:
         if not file.is_file():
             raise SqftError(f"{self.folder} lacks {file.name}, which its index lists: the model is incomplete")
         try:
-            stream = safe_open(file, "pt")
+            stream = safe_open(file, "pt", backend="pread")
             for name in stream.keys():  # noqa: SIM118
                 part = stream.get_slice(name)
                 dtype = TORCH_DTYPES.get(part.get_dtype()) or stream.get_tensor(name).dtype
-                self._streams[name] = stream
+                self._file_of[name] = file
                 yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
         except (
             SafetensorError,
@@ -60,12 +63,15 @@ class SafetensorsReader:
             raise SqftError(f"{file} is corrupt or truncated ({error}): fetch or write the model again") from None
 
     def get(self, name: str) -> Tensor:
-        from safetensors import SafetensorError
+        from safetensors import SafetensorError, safe_open
 
-        if name not in self._streams:
+        if name not in self._file_of:
             raise SqftError(f"{self.folder} has no tensor {name}")
+        file = self._file_of[name]
         try:
-            return self._streams[name].get_tensor(name)
+            if file not in self._streams:
+                self._streams[file] = Mapped(file) if self._read_only else safe_open(file, "pt")
+            return self._streams[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise SqftError(f"{name} of {self.folder} cannot be read ({error})") from None
 
