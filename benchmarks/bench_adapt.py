@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from typing import Any
 from common import RESULTS, check, update_results
 
 import sqft
+from sqft.calibration.data import read_texts
 from sqft.comparison import read_correct
 from sqft.evaluation.intervals import paired
 from sqft.recipe import resolve_model, run_stage
+from sqft.tasks.lookup import get_task
 
 TRAIN: dict[str, Any] = {"completion_only": False, "eval_limit": 100, "save_steps": 70}
 BEST = {"target_modules": ["all"], "train_norms": True, "learning_rate": 1e-3}
@@ -66,6 +69,12 @@ APART: dict[str, tuple[str, dict[str, Any]]] = {
     "on Wanda": ("Wanda", BEST | DISTILLED),
     "on repaired blocks": ("repaired blocks", BEST | DISTILLED),
 }
+# The kept weights learn plain text from the dense model before the task.
+RECOVER = {"adapter": "sparse-full", "learning_rate": 3e-4, "data": "text", "prompt": "", "completion": "{text}", "packing": True,
+           "batch_size": 4, "gradient_accumulation": 1, "eval_limit": 0, "save_steps": 50, "warmup_steps": 20,
+           "distill": "dense", "limit": None}  # fmt: skip
+ROWS["recovered"] = ("train", "repaired", RECOVER)
+APART["on recovered weights"] = ("recovered", BEST | DISTILLED)
 for _name, (_base, _options) in APART.items():
     ROWS[f"best {_name}'s adapter"] = ("train", _base, TRAIN | _options)
     ROWS[f"best {_name}"] = ("merge", f"best {_name}'s adapter", {})
@@ -129,15 +138,32 @@ class Bench:
         if options.get("distill"):
             self.make(options["distill"])
             options["distill"] = str(self.folder(options["distill"]))
-        if stage in ("train", "quantize", "sparsify"):
+        if options.get("data") == "text":
+            options = self.training | options | {"data": str(self.text())}
+        elif stage in ("train", "quantize", "sparsify"):
             options["data_dir"] = self.data_dir
-        if stage == "train":
+        if stage == "train" and "data" not in options:
             options = self.training | options | {"task": self.task}
         if options.get("calibration"):
             options["calibration"] = f"{self.task}+{self.c4}"
             options["samples"] = min(options["samples"], self.samples)
         config = sqft_config(stage)(**options)
         return run_stage(stage, config, str(self.folder(source)), self.folder(name), print)
+
+    def text(self) -> Path:
+        """C4, some of Wikipedia and the task's training problems, shuffled: 240,000 tokens with ARC-Easy."""
+        file = self.root / "text.jsonl"
+        if not file.is_file():
+            texts = read_texts(self.c4)
+            articles = read_texts(str(Path(self.c4).with_name("wiki.jsonl.gz")))
+            sizes = itertools.accumulate(map(len, articles), initial=0)
+            texts += [article for article, before in zip(articles, sizes, strict=False) if before <= 350_000]
+            texts += [
+                example.prompt + example.completion for example in get_task(self.task, self.data_dir).examples("train")
+            ]
+            random.Random(0).shuffle(texts)
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return file
 
     def score(self, name: str, split: str, limit: int | None) -> tuple[dict[str, Any], list[bool]]:
         """Its accuracy, and which problems were solved."""
@@ -169,7 +195,7 @@ def differences(rows: dict[str, dict[str, Any]], pairs: Sequence[tuple[str, str]
 
 
 PAIRS = (("SparsePEFT", "LoRA"), ("best", "SparsePEFT"), ("best", "LoRA, dense"), ("all kept weights", "best"), ("all kept weights, faster", "best"),
-         ("repaired", "Wanda"), ("best", "repaired"),
+         ("repaired", "Wanda"), ("best", "repaired"), ("recovered", "repaired"),
          ("best, then GPTQ", "best"), ("best INT4", "best, then GPTQ"), ("best INT4", "best"),
          ("QA on INT4", "LoRA on INT4"), ("QA on INT4", "LoRA, dense, then GPTQ"),
          *((f"best {name}", "best") for name in APART),
