@@ -12,7 +12,7 @@ from sqft.errors import SqftError, UsageError
 from sqft.measuring.size import human
 from sqft.models.dense import locate, skeleton
 from sqft.models.discover import Architecture, describe, resolve_targets
-from sqft.models.weights import is_linear
+from sqft.models.weights import Weight, is_linear
 from sqft.planning import estimate
 from sqft.quantization.grid import GROUP_SIZES
 from sqft.recipe import resolve_model
@@ -21,6 +21,11 @@ from sqft.sparsity.pattern import Pattern
 
 PATTERNS = ("2:4", "4:8", "16:32", "32:64", "64:128")
 TRAINED = 100, 16, 256  # steps, sequences a step and tokens of one, for which training is estimated
+CARDS, USABLE = (16, 24, 48, 80), 0.92  # GB of common GPUs, and what driver and fragments leave of them
+AT_ONCE = 512  # tokens that training holds at a time, with activation checkpointing: the least that makes sense
+PACKED, MASKED = 4.5 / 8, 1 / 8  # bytes a weight in INT4 with its grid, and of its mask
+COPIES = 24  # bytes a weight that is pruned or quantized, while it is: in float32, scores, their order
+FACTOR = 13.2  # I^2 bytes that GPTQ holds of a weight of I inputs (benchmarks/bench_memory.py --only gptq)
 
 
 def inspect(model: str) -> dict[str, Any]:
@@ -48,6 +53,7 @@ def inspect(model: str) -> dict[str, Any]:
         "group_sizes": [size for size in GROUP_SIZES if size == -1 or all(w.shape[1] % size == 0 for w in weights)],
         "patterns": [pattern for pattern in PATTERNS if all(_fits(pattern, weight) for weight in weights)],
         "stages": _stages(live, architecture, shape, adapted),
+        "gpu": on_gpu(estimate.adapted(shape, live, architecture, adapted, TrainConfig().r), weights),
     }  # fmt: skip
 
 
@@ -99,6 +105,31 @@ def _stages(live: Any, architecture: Architecture, shape: estimate.Shape, adapte
     return found
 
 
+def on_gpu(shape: estimate.Shape, weights: list[Weight]) -> list[dict[str, Any]]:
+    """The bytes that stages hold on a GPU, by what they keep there (computed, not measured), and the smallest of
+    ``CARDS`` that has them; ``shape`` with its adapter."""
+    size, (largest, widest) = shape.itemsize, (max(map(f, weights)) for f in (_numel, lambda w: w.shape[1]))
+    outside = shape.bytes - size * shape.weights
+    config = QuantizeConfig()
+    walk = shape.weights / shape.layers * size + COPIES * largest
+    walk += config.batch_size * config.length * (shape.hidden + widest) * size
+    training = AT_ONCE * (shape.layers * shape.hidden + 10 * shape.hidden + 3 * widest) * size
+    training += AT_ONCE * estimate.LOGITS * shape.vocabulary + estimate.ADAM * shape.factors + (2 * size + 4) * largest
+    held = {
+        "sparsify": walk, "quantize": walk + FACTOR * widest**2,
+        "train, float base": shape.bytes + MASKED * shape.weights + training,
+        "train, INT4 base": outside + (PACKED + MASKED) * shape.weights + training,
+        "evaluate, float": shape.bytes,
+        "evaluate, INT4 (--no-unpack)": outside + PACKED * shape.weights + largest * size,
+    }  # fmt: skip
+    return [{"stage": stage, "memory_bytes": bytes, "fits": next((c for c in CARDS if bytes <= USABLE * 1e9 * c), None)}
+            for stage, bytes in held.items()]  # fmt: skip
+
+
+def _numel(weight: Weight) -> int:
+    return math.prod(weight.shape)
+
+
 def show(found: dict[str, Any]) -> None:
     """Prints it."""
     share = found["in_blocks"] / found["parameters"]
@@ -114,3 +145,7 @@ def show(found: dict[str, Any]) -> None:
     print(f"Group sizes that fit: {sizes}. N:M that fit: {', '.join(found['patterns']) or 'none'}")
     Table((Column("stage, default options", "stage"), Column("time here", "seconds", duration),
            Column("memory", "memory_bytes", human)), found["stages"]).show()  # fmt: skip
+    Table((Column(f"on a GPU, {AT_ONCE} tokens at a time, checkpointing", "stage"),
+           Column("computed", "memory_bytes", human),
+           Column(f"fits, of {', '.join(map(str, CARDS))} GB", "fits", lambda card: f"{card} GB" if card else "none")),
+          found["gpu"]).show()  # fmt: skip

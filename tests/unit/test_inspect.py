@@ -26,6 +26,17 @@ def test_a_model_of_70_b_parameters_without_weights(tmp_path: Path, capsys: pyte
     assert "model.layers.*.mlp.down_proj" in printed and "Group sizes that fit: 32, 64, 128, a row" in printed
 
 
+def test_which_gpu_holds_a_stage(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", **LARGE).save_pretrained(tmp_path)
+    found = {row["stage"]: row for row in inspect(str(tmp_path))["gpu"]}
+    weights = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    assert found["evaluate, float"]["memory_bytes"] == 2 * (weights + 2 * 128256 * 8192 + 161 * 8192)
+    assert found["evaluate, float"]["fits"] is None and found["train, INT4 base"]["fits"] == 80
+    assert found["sparsify"]["fits"] == 16 and found["quantize"]["fits"] == 24  # a block, whatever the depth
+    trained = [found[f"train, {kind} base"]["memory_bytes"] for kind in ("float", "INT4")]
+    assert trained[0] - trained[1] == pytest.approx(weights * (2 - 4.5 / 8))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "jamba", "gpt2", "mllama", "gemma3n_text"])
 def test_what_it_says_is_what_the_stages_do(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pico_folder(tmp_path / "m", family)

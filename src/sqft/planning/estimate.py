@@ -137,12 +137,15 @@ def load(shape: Shape) -> Cost:
 
 
 def _compress(shape: Shape, config: SparsifyConfig | QuantizeConfig, passes: int) -> Cost:
-    """The calibration tokens, ``passes`` times. Held: their hidden states, a layer's inputs, a block in float32."""
+    """The calibration tokens, ``passes`` times. Held: their hidden states (of both models, where they are compared),
+    a layer's inputs, a block in float32, all masks; a model is mapped, but for a GGUF file."""
     needed = config.repair != "none" or not (config.method in ("magnitude", "rtn") or getattr(config, "mask", None))
     tokens = needed * config.samples * config.length
-    seen = tokens * (shape.hidden + max(shape.inputs)[0]) * shape.itemsize
+    streams = 2 if config.repair != "none" else 1
+    seen = tokens * (streams * shape.hidden + max(shape.inputs)[0]) * shape.itemsize
+    kept = shape.weights / 8 + shape.parameters * shape.itemsize * shape.gguf
     return Cost(products=passes * forward(shape, tokens, config.length, head=False),
-                memory=shape.bytes + seen + 24 * shape.weights / shape.layers)  # fmt: skip
+                memory=kept + seen + 24 * shape.weights / shape.layers)  # fmt: skip
 
 
 def sparsify(shape: Shape, config: SparsifyConfig) -> Cost:
@@ -235,6 +238,7 @@ def search(shape: Shape, config: SearchConfig) -> Cost:
 
 
 def merge(shape: Shape, config: Any) -> Cost:
-    """Un-merged and merged model are both loaded and compared on a few tokens (three forwards)."""
-    return Cost(products=forward(shape, 3 * 256, 64), moved=2 * BUILD[shape.packed] * shape.weights,
-                memory=2 * shape.bytes)  # fmt: skip
+    """Un-merged and merged model are compared on a few tokens (three forwards): both are mapped, weights are built one
+    at a time."""
+    built = BUILD[shape.packed] * shape.weights
+    return Cost(products=forward(shape, 3 * 256, 64), moved=2 * built, memory=ADAM * shape.weights / shape.layers)
