@@ -92,7 +92,7 @@ def _stages(live: Any, architecture: Architecture, shape: estimate.Shape, adapte
     tuned = estimate.adapted(shape, live, architecture, adapted, TrainConfig().r)
     tokens = steps * batch * length
     training = estimate.Cost(products=3 * estimate.forward(shape, tokens, length), memory=(
-        shape.bytes + estimate.ADAM * tuned.factors + estimate.LOGITS * batch * length * shape.vocabulary))  # fmt: skip
+        shape.bytes + estimate.ADAM * tuned.factors + estimate.LOGITS * estimate.CHUNK))  # fmt: skip
     costs = {
         "sparsify": estimate.sparsify(shape, SparsifyConfig()), "quantize": estimate.quantize(shape, QuantizeConfig()),
         f"train, {steps} steps of {batch} x {length} tokens": training,
@@ -114,7 +114,7 @@ def on_gpu(shape: estimate.Shape, weights: list[Weight]) -> list[dict[str, Any]]
     walk = shape.weights / shape.layers * size + COPIES * largest
     walk += config.batch_size * config.length * (shape.hidden + widest) * size
     training = AT_ONCE * (shape.layers * shape.hidden + 10 * shape.hidden + 3 * widest) * size
-    training += AT_ONCE * estimate.LOGITS * shape.vocabulary + estimate.ADAM * shape.factors + (2 * size + 4) * largest
+    training += estimate.LOGITS * estimate.CHUNK + estimate.ADAM * shape.factors + (2 * size + 4) * largest
     held = {
         "sparsify": walk, "quantize": walk + FACTOR * widest**2,
         "train, float base": shape.bytes + MASKED * shape.weights + training,

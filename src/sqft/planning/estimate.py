@@ -33,7 +33,7 @@ TOKEN = 1e-3  # seconds a layer and generated token, whatever its size: Python a
 GGUF = 1.1e-7  # seconds a weight to de-quantize a GGUF file
 START, PROCESS = 2.0, 500e6  # seconds to load a model of any size; bytes of the interpreter and libraries
 ADAM = 16  # bytes a trained weight: itself, gradient, two moments, float32
-LOGITS = 20  # bytes a logit while training: five copies in float32
+LOGITS, CHUNK = 20, 4e6  # bytes a logit in training: five copies in float32; without a teacher of so many at a time
 
 
 class Shape(NamedTuple):
@@ -137,15 +137,12 @@ def load(shape: Shape) -> Cost:
 
 
 def _compress(shape: Shape, config: SparsifyConfig | QuantizeConfig, passes: int) -> Cost:
-    """The calibration tokens, ``passes`` times. Held: their hidden states (of both models, where they are compared),
-    a layer's inputs, a block in float32, all masks; a model is mapped, but for a GGUF file."""
+    """The calibration tokens, ``passes`` times. Held: their hidden states, a layer's inputs, a block, masks, GGUF."""
     needed = config.repair != "none" or not (config.method in ("magnitude", "rtn") or getattr(config, "mask", None))
     tokens = needed * config.samples * config.length
-    streams = 2 if config.repair != "none" else 1
-    seen = tokens * (streams * shape.hidden + max(shape.inputs)[0]) * shape.itemsize
-    kept = shape.weights / 8 + shape.parameters * shape.itemsize * shape.gguf
+    seen = tokens * ((1 + (config.repair != "none")) * shape.hidden + max(shape.inputs)[0]) * shape.itemsize
     return Cost(products=passes * forward(shape, tokens, config.length, head=False),
-                memory=kept + seen + 24 * shape.weights / shape.layers)  # fmt: skip
+                memory=seen + (24 / shape.layers + 1 / 8) * shape.weights + shape.gguf * shape.bytes)  # fmt: skip
 
 
 def sparsify(shape: Shape, config: SparsifyConfig) -> Cost:
@@ -197,11 +194,12 @@ def train(shape: Shape, config: TrainConfig) -> Cost:
     looks = bool(config.distill) / (config.epochs if config.distill_cache else 1)  # of a teacher of the model's size
     products = times * products + looks * forward(shape, tokens, longest)
     saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * max(shape.inputs)[0]
-    a_token = shape.layers * saved * shape.itemsize + LOGITS * shape.vocabulary
+    a_step = config.batch_size * longest
     held = shape.itemsize * (shape.adapted * bool(config.base) + shape.parameters * bool(config.distill))
     held += (ADAM - shape.itemsize) * shape.adapted if kind.whole else 0
-    return Cost(products=products, moved=steps * config.gradient_accumulation * passes * times * built,
-                memory=shape.bytes + held + ADAM * shape.factors + config.batch_size * longest * a_token)  # fmt: skip
+    held += LOGITS * (a_step * shape.vocabulary if config.distill or config.distill_ranks else CHUNK)
+    held += shape.bytes + ADAM * shape.factors + a_step * shape.layers * saved * shape.itemsize
+    return Cost(products=products, moved=steps * config.gradient_accumulation * passes * times * built, memory=held)
 
 
 def _score(shape: Shape, lengths: Lengths, generated: int, batch_size: int, times: int = 1) -> Cost:
@@ -238,7 +236,6 @@ def search(shape: Shape, config: SearchConfig) -> Cost:
 
 
 def merge(shape: Shape, config: Any) -> Cost:
-    """Un-merged and merged model are compared on a few tokens (three forwards): both are mapped, weights are built one
-    at a time."""
+    """Un-merged and merged model, both mapped, are compared on a few tokens (three forwards)."""
     built = BUILD[shape.packed] * shape.weights
     return Cost(products=forward(shape, 3 * 256, 64), moved=2 * built, memory=ADAM * shape.weights / shape.layers)

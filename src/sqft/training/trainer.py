@@ -19,6 +19,7 @@ from sqft.errors import UsageError
 from sqft.processes import count
 from sqft.training.data import IGNORED, Row
 from sqft.training.distill import Distill
+from sqft.training.labels import LabelsLoss, labels_loss
 from sqft.training.sharding import adapter_state, is_sharded, whole_states
 
 
@@ -68,11 +69,19 @@ class SqftTrainer(Distill, Trainer):
             raise UsageError("accelerate's configuration asks for DeepSpeed or its FSDP, which would train another "
                              "model than is merged: launch with torchrun, with --parallel fsdp if need be")  # fmt: skip
         self._sharded = is_sharded(cast(nn.Module, self.model))
+        self._labels = None if self._parts or self._sharded else labels_loss(self.model)
         self.is_distributed_loading_by_transformers = self._sharded  # what Trainer calls a model that it must not wrap
 
     def _epoch(self) -> int:
         steps = math.ceil(len(self._order) / (self._config.batch_size * self._config.gradient_accumulation))
         return self.state.global_step // steps
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> Any:  # fmt: skip
+        if self._labels is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._labels:
+            return super().compute_loss(model, {**inputs, **LabelsLoss.ONE}, return_outputs, num_items_in_batch)
 
     def create_optimizer(self, model: Any = None) -> Any:
         fresh, optimizer = self.optimizer is None, super().create_optimizer(model)
