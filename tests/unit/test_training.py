@@ -52,7 +52,9 @@ def test_attention_is_another_only_while_training(sparse: Path, examples) -> Non
     model, tokenizer = adapted(sparse)
     seen = set()
     layer = model.get_base_model().model.layers[0].self_attn
-    layer.register_forward_hook(lambda module, arguments, out: seen.add(module.config._attn_implementation))
+    layer.register_forward_hook(
+        lambda module, *_: seen.add(module.config._attn_implementation) if module.training else None
+    )
     before = model.config._attn_implementation
     sqft.train(model, sqft.TrainConfig(max_steps=1, attention="eager", **OPTIONS), examples, tokenizer=tokenizer)
     assert before == "sdpa" and seen == {"eager"} and model.config._attn_implementation == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,10 +36,10 @@ def unpacked(model: Any) -> Iterator[None]:
     if any(layer.merged for layer in layers):
         layers = []
     packed = packed_layers(model)
-    if not _fit({*packed.values(), *(layer.get_base_layer() for layer in layers)}, model):
+    weights = {layer: layer.get_base_layer().weight.data for layer in layers if not layer_kind(layer).packed}
+    if not _fit(packed, weights, model):
         yield
         return
-    weights = {layer: layer.get_base_layer().weight.data for layer in layers if not layer_kind(layer).packed}
     try:
         if layers:
             model.merge_adapter()
@@ -57,9 +57,10 @@ def unpacked(model: Any) -> Iterator[None]:
                 layer.unmerge()
 
 
-def _fit(linears: Set[Any], model: Any) -> bool:
-    """Whether all these weights of the model can be built and held at once."""
-    needed = model.dtype.itemsize * sum(linear.in_features * linear.out_features for linear in linears)
+def _fit(packed: Mapping[str, Any], weights: Mapping[Any, torch.Tensor], model: Any) -> bool:
+    """Whether all these packed and adapted weights of the model can be built and held at once."""
+    sizes = [layer.in_features * layer.out_features for layer in packed.values()]
+    needed = model.dtype.itemsize * sum(sizes + [weight.numel() for weight in weights.values()])
     if not needed or input_device(model).type != "cpu":
         return True
     left = memory_left()

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from sqft.config import TrainConfig
 from sqft.errors import UsageError
+from sqft.kernels.halves import fast_halves
 from sqft.processes import count
 from sqft.training.data import IGNORED, Row
 from sqft.training.distill import Distill
@@ -69,7 +70,8 @@ class SqftTrainer(Distill, Trainer):
             raise UsageError("accelerate's configuration asks for DeepSpeed or its FSDP, which would train another "
                              "model than is merged: launch with torchrun, with --parallel fsdp if need be")  # fmt: skip
         self._sharded = is_sharded(cast(nn.Module, self.model))
-        self._labels = None if self._parts or self._sharded else labels_loss(self.model)
+        with fast_halves(cast(nn.Module, self.model)):
+            self._labels = None if self._parts or self._sharded else labels_loss(self.model)
         self.is_distributed_loading_by_transformers = self._sharded  # what Trainer calls a model that it must not wrap
 
     def _epoch(self) -> int:
