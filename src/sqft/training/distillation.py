@@ -75,7 +75,8 @@ def block_error(student_TH: Tensor, teacher_TH: Tensor, epsilon: float = EPSILON
 
 
 def lost(rows_ND: Tensor, positions_T: Tensor, head: Head | None, target: Target, chunk: int | None = None) -> Tensor:
-    """The sum over positions of what ``target`` says is lost, a float32 scalar; differentiable by ``rows_ND`` alone.
+    """The sum over positions of what ``target`` says is lost, a scalar in float32 at least; differentiable by
+    ``rows_ND`` alone.
 
     Args:
         rows_ND: the student's logits, or the hidden states that ``head`` makes logits of.
@@ -92,7 +93,7 @@ class _Lost(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, positions_T: Tensor, head: Head | None, target: Target,
                 chunk: int | None) -> Tensor:  # fmt: skip
-        total = torch.zeros((), dtype=torch.float32, device=rows_ND.device)
+        total = torch.zeros((), dtype=torch.promote_types(rows_ND.dtype, torch.float32), device=rows_ND.device)
         gradient_ND = torch.zeros_like(rows_ND)
         width = rows_ND.shape[-1] if head is None else _width(head, rows_ND[:1])
         for at in positions_T.split(chunk or max(1, CHUNK_ELEMENTS // width)):
