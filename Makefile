@@ -86,6 +86,8 @@ bench: install peers  ## hours; resumable in part; writes benchmarks/results and
 	$(BIN)/python benchmarks/bench_adapt.py --test
 	$(BIN)/python benchmarks/bench_serving.py
 	$(BIN)/python benchmarks/bench_scale.py
+	$(BIN)/python benchmarks/bench_memory.py
+	$(BIN)/python benchmarks/bench_labels.py
 	$(BIN)/python benchmarks/bench_faults.py
 	$(BIN)/python benchmarks/bench_fuzz.py
 	$(BIN)/python benchmarks/bench_cli.py

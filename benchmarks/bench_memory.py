@@ -40,6 +40,7 @@ STAGES = {
     "evaluate": f"evaluate merged {SCORE}",
     "evaluate INT4": f"evaluate merged4 {SCORE}",
     "evaluate INT4, --no-unpack": f"evaluate merged4 {SCORE} --no-unpack",
+    "evaluate an INT4 adapter": f"evaluate adapter4 {SCORE}",
     "evaluate an INT4 adapter, --no-unpack": f"evaluate adapter4 {SCORE} --no-unpack",
     "pack": "pack int4 compact",
 }

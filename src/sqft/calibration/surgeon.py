@@ -30,26 +30,14 @@ def transposed(w_OI: Tensor) -> Tensor:
 def sweep(w_IO: Tensor, u_II: Tensor, change: Callable[[slice, Tensor], Tensor], step: int = BLOCK) -> None:
     """Changes ``w_IO`` in place, a step of columns after the other, with U upper triangular (of any float dtype).
 
-    ``change(place, u_SS)`` changes a step's columns, with its part of U in w's dtype, as ``one_by_one`` does, and gives
-    their errors [S, O]; the columns after the step are corrected then.
+    ``change(place, u_SS)`` changes a step's columns, with its part of U in w's dtype, as ``kernels.columns`` do, and
+    gives their errors [S, O]; the columns after the step are corrected then.
     """
     for start in range(0, len(w_IO), step):
         place = slice(start, min(start + step, len(w_IO)))
         u_SI = u_II[place].to(w_IO.dtype, memory_format=torch.contiguous_format)
         errors = change(place, u_SI[:, place].contiguous())
         w_IO[place.stop :].addmm_(u_SI[:, place.stop :].mT, errors, alpha=-1)
-
-
-def one_by_one(w_SO: Tensor, u_SS: Tensor, choose: Callable[[int], Tensor]) -> Tensor:
-    """``choose(j)`` [O] is what column j of a step ends as. Its error ``e = (w_j - choose(j)) / U_jj`` changes the
-    later columns by ``- e U_j,later`` before they are chosen. Returns all errors, [S, O]."""
-    errors, diagonal = torch.empty_like(w_SO), u_SS.diagonal().tolist()
-    for j in range(len(w_SO)):
-        chosen = choose(j)
-        error = torch.sub(w_SO[j], chosen, out=errors[j]).div_(diagonal[j])
-        w_SO[j] = chosen
-        w_SO[j + 1 :].addr_(u_SS[j, j + 1 :], error, alpha=-1)
-    return errors
 
 
 def inverse_factor(h_II: Tensor, damping: float, order_I: Tensor | None = None) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sqft.calibration.statistics import Hessian
-from sqft.calibration.surgeon import BLOCK, inverse_factor, one_by_one, sweep, transposed
+from sqft.calibration.surgeon import BLOCK, inverse_factor, sweep, transposed
+from sqft.kernels.columns import one_by_one
 from sqft.sparsity.method import Pruned, sparsifier
 from sqft.sparsity.pattern import Pattern
 
@@ -53,7 +54,7 @@ def sparsegpt(w_OI: Tensor, h_II: Tensor, pattern: Pattern) -> Pruned:
         return w_IO[j] * kept_IO[j]
 
     def change(place: slice, u_SS: Tensor) -> Tensor:
-        return one_by_one(w_IO[place], u_SS, lambda j: choose(place.start + j))
+        return one_by_one(w_IO[place], u_SS, range(len(u_SS)), lambda j: choose(place.start + j))
 
     sweep(w_IO, u_II, change, span * max(1, BLOCK // span))
     return Pruned(kept_IO.mT.contiguous(), w_IO.mT.to(w_OI.dtype, memory_format=torch.contiguous_format))
