@@ -28,7 +28,7 @@ install: .venv/dev
 
 # GPTQModel and llm-compressor want other versions than sqft, and than each other: an environment for each, which the
 # interoperability tests and a benchmark start as processes.
-peers: .venv-gptqmodel/done .venv-llmcompressor/done .venv-runtimes/done
+peers: .venv-gptqmodel/done .venv-llmcompressor/done .venv-runtimes/done .venv-vllm/done
 
 .venv-gptqmodel/done: tests/peers/gptqmodel.txt
 	$(PYTHON) -m venv .venv-gptqmodel
@@ -45,6 +45,11 @@ peers: .venv-gptqmodel/done .venv-llmcompressor/done .venv-runtimes/done
 	$(PYTHON) -m venv .venv-runtimes
 	.venv-runtimes/bin/pip install --quiet -c .venv/constraints.txt -e '.[gguf]'
 	.venv-runtimes/bin/pip install --quiet -c .venv/constraints.txt -r $<
+	touch $@
+
+.venv-vllm/done: tests/peers/vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --no-deps -r $<
 	touch $@
 
 demo: .venv/base  ## SmolLM2-135M: prune, adapt, merge, compare

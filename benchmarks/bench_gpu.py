@@ -1,16 +1,17 @@
 """Training steps on a GPU: LoRA, SparsePEFT, LoRA on INT4 (SQFT) and QA-SparsePEFT on a Llama of 8B's shape with random weights,
-bfloat16, in one process, with and without gradient checkpointing; the kernels alone; Wanda and GPTQ of four such blocks.
+bfloat16, in one process, with and without gradient checkpointing; the kernels alone; the compact form's products of few tokens; Wanda and GPTQ of four such blocks.
 
 The floor of a step is its products at the speed of a large one on this device. With P = 2 x tokens x weights of the blocks and
 head, and A of the adapted ones: LoRA 2 P (3 P with checkpointing), a masked adapter A more, for dY^T X.
 
-    python benchmarks/bench_gpu.py [--layers 32] [--only steps|kernels|compress] [--pico]
+    python benchmarks/bench_gpu.py [--layers 32] [--only steps|kernels|decode|compress] [--pico]
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -33,6 +34,7 @@ from sqft.quantization.grid import GridSpec
 from sqft.quantization.linear import QuantLinear
 from sqft.quantization.rtn import rtn
 from sqft.registry import KERNELS
+from sqft.serving.layers import CompactLinear
 
 SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
          "vocab_size": 128256}  # fmt: skip
@@ -176,6 +178,35 @@ def kernels(outputs: int, inputs: int, here: Device, rounds: int) -> dict[str, A
     return {"weight": [outputs, inputs], **found, "merged_bits_equal": same}
 
 
+def decode(outputs: int, inputs: int, here: Device, rounds: int) -> dict[str, Any]:
+    """Products of few tokens: microseconds, and bytes of the weight a second as a share of a copy's."""
+    device, group = here.device, 128 if here.gpu else 32
+    torch.manual_seed(0)
+    mask = (torch.rand(outputs, inputs // 64, 64, device=device).argsort(-1) < 32).view(outputs, inputs)
+    w = (torch.randn(outputs, inputs, device=device) * mask).bfloat16()
+    packed = QuantLinear.from_quantized(rtn(w.float(), mask, GridSpec(4, group, symmetric=True)), group, True)
+    dense = nn.Linear(inputs, outputs, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    layers = {"dense bfloat16": dense, "INT4, de-quantized": packed, "32:64 INT4": CompactLinear.from_packed(packed, pack_mask(mask)),
+              "32:64 bfloat16": CompactLinear.from_float(w, pack_mask(mask), None)}  # fmt: skip
+    large = torch.empty(1 << (30 if here.gpu else 20), dtype=torch.uint8, device=device)
+    rate = 2 * large.numel() / here.seconds(large.clone, rounds)
+    rows = []
+    for tokens, (name, layer) in itertools.product((1, 8), layers.items()):
+        x = torch.randn(tokens, inputs, device=device).bfloat16()
+        seconds = here.seconds(lambda layer=layer, x=x: layer(x), rounds)
+        bytes_ = sum(tensor.nbytes for tensor in layer.state_dict().values())
+        rows.append(
+            {
+                "layer": name,
+                "tokens": tokens,
+                "microseconds": 1e6 * seconds,
+                "bytes": bytes_,
+                "share": bytes_ / seconds / rate,
+            }
+        )
+    return {"weight": [outputs, inputs], "bytes_a_second_of_a_copy": rate, "rows": rows}
+
+
 def compress(sizes: dict[str, int], here: Device, samples: int, length: int) -> dict[str, Any]:
     """Seconds of Wanda and of GPTQ, four blocks."""
     tokens: Tensor = torch.randint(0, sizes["vocab_size"], (samples, length))
@@ -212,7 +243,7 @@ def checks_of(results: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--only", choices=["steps", "kernels", "compress"])
+    parser.add_argument("--only", choices=["steps", "kernels", "decode", "compress"])
     parser.add_argument("--pico", action="store_true", help="sizes for a test, on any device; results are not written")
     arguments = parser.parse_args()
     here, pico = Device(), arguments.pico
@@ -221,6 +252,7 @@ def main() -> None:
     sizes, rounds = (PICO, 1) if pico else (SIZES, 5)
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "kernels": lambda: kernels(sizes["intermediate_size"], sizes["hidden_size"], here, rounds),
+        "decode": lambda: decode(sizes["intermediate_size"], sizes["hidden_size"], here, rounds),
         "compress": lambda: compress(sizes, here, *((2, 16) if pico else (128, 512))),
         "steps": lambda: steps(sizes, 1 if pico else arguments.layers, *((2, 16) if pico else (8, 512)), here, rounds),
     }

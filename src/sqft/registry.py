@@ -120,5 +120,6 @@ KERNELS = Registry("kernel", "sqft.kernels", {  # "operator", or "operator.devic
     "quant_aware_gradients.cuda": "sqft.kernels.triton.gradients:quant_aware_gradients",
     "round_columns.cuda": "sqft.kernels.triton.columns:round_columns",
     "compact_linear": "sqft.kernels.compact:linear", "compact_linear.cpu": "sqft.kernels.cpu.library:compact_linear",
+    "compact_linear.cuda": "sqft.kernels.triton.products:compact_linear",
     "product": "torch.nn.functional:linear", "product.cpu": "sqft.kernels.dispatch:cpu_product",
 })  # fmt: skip

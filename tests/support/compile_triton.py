@@ -18,14 +18,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sqft.kernels.triton import columns, gradients, weights
+from sqft.kernels.triton import columns, gradients, products, weights
 
 POINTERS = {
     "q_ptr": "*i32", "z_ptr": "*i32", "group_ptr": "*i32", "scale_ptr": "*fp16", "own_ptr": "*fp32", "ratio_ptr": "*fp32",
     "f_ptr": "*i8", "w_ptr": "*bf16", "mask_ptr": "*u8", "a_ptr": "*fp32", "b_ptr": "*fp32", "out_ptr": "*bf16",
     "g_ptr": "*bf16", "u_ptr": "*fp32", "zero_ptr": "*fp32", "e_ptr": "*fp32", "da_ptr": "*fp32", "db_ptr": "*fp32", "s": "fp32", "scale": "fp32",
 }  # fmt: skip
-COLUMNS = {"w_ptr": "*fp32", "scale_ptr": "*fp32", "q_ptr": "*u8", "largest": "fp32"}  # where these are other tensors
+# Where these names are other tensors.
+OTHERS = {columns.kernel: {"w_ptr": "*fp32", "scale_ptr": "*fp32", "q_ptr": "*u8", "largest": "fp32"},
+          products.compact_kernel: {"x_ptr": "*bf16", "y_ptr": "*bf16", "mask_ptr": "*i64", "starts_ptr": "*i64", "scale_ptr": "*fp32",
+                                    "zero_ptr": "*u8"}}  # fmt: skip
+COMPACT = {"BT": 16, "BO": products.ROWS, "WIDTH": products.WIDTH, "PRECISION": "tf32"}
 GRID = {"BITS": 4, "G_IDX": False, "RATIO": False, "FRACTIONS": False, "BASE": False, "STEPS": False}
 CONTRACT = {"PRECISION": "tf32", "BR": 32}
 CASES: list[tuple[str, Any, dict[str, Any]]] = [
@@ -38,6 +42,9 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
     ("contract, float, rank 64", gradients.float_kernel, CONTRACT | {"BR": 64}),
     ("contract, INT4", gradients.grid_kernel, GRID | CONTRACT),
     ("round columns", columns.kernel, {"MASK": True, "PROPAGATE": True, "BS": 128, "BO": columns.BO}),
+    ("product, compact INT4", products.compact_kernel, COMPACT | {"BITS": 4}),
+    ("product, compact INT4, 64 tokens", products.compact_kernel, COMPACT | {"BITS": 4, "BT": 64}),
+    ("product, compact floats", products.compact_kernel, COMPACT | {"BITS": 0}),
     ("contract, INT4, fractions", gradients.grid_kernel, GRID | CONTRACT | {"FRACTIONS": True}),
 ]
 
@@ -45,7 +52,9 @@ CASES: list[tuple[str, Any, dict[str, Any]]] = [
 def resources(function: Any, constants: dict[str, Any], capability: int) -> tuple[int, int]:
     """Registers a thread, and bytes of local memory, where spilt ones go."""
     constants = {name: value for name, value in {**weights.TILE, **constants}.items() if name in function.arg_names}
-    pointers = POINTERS | (COLUMNS if function is columns.kernel else {})
+    pointers = POINTERS | OTHERS.get(function, {})
+    if function is products.compact_kernel:
+        pointers["values_ptr"] = "*u8" if constants["BITS"] else "*bf16"
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=weights.OPTIONS)

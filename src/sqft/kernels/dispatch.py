@@ -57,6 +57,11 @@ def kernel(op: str, device_type: str) -> Callable[..., Any]:
     return KERNELS[name if name in KERNELS else op]
 
 
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether an operator has an implementation for a type of device."""
+    return kernel(op, device_type) is not KERNELS[op]
+
+
 @functools.cache
 def use_onednn() -> bool:
     """Whether float32 products on this CPU go to oneDNN instead of MKL.

@@ -27,7 +27,7 @@ def generate(model: str | Path, prompt: str, config: GenerateConfig | None = Non
              say: Callable[[str], Any] = lambda piece: None) -> dict[str, Any]:  # fmt: skip
     """The answer of a model folder, adapter, .gguf file or hub name, and how fast it came.
 
-    ``say`` gets the text piece by piece. On a CPU a model is made ready by ``serving.prepare`` first, unless
+    ``say`` gets the text piece by piece. A model is made ready by ``serving.prepare`` first, unless
     ``config.exact``. Raises UsageError for an empty prompt, SqftError for a model that cannot be loaded.
     """
     config = config or GenerateConfig()

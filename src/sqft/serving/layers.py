@@ -17,6 +17,7 @@ class Serving(nn.Module):
     """``y = x W^T + bias`` without a gradient."""
 
     bias: Tensor | None
+    dtype = torch.float32  # that this layer computes in
 
     def __init__(self, outputs: int, inputs: int, bias: Tensor | None) -> None:
         super().__init__()
@@ -26,7 +27,7 @@ class Serving(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Empty, of the dtype and device that this layer computes in: some models look at that of their head."""
-        return torch.empty(0, device=next(self.buffers()).device)
+        return torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device)
 
     def product(self, x_TI: Tensor) -> Tensor:
         raise NotImplementedError

@@ -14,13 +14,13 @@ from sqft.folders import load
 from sqft.formats.checkpoint import load_weights, unpack_layer
 from sqft.formats.compact import CompactReader, is_compact
 from sqft.kernels.cpu.library import library
-from sqft.kernels.dispatch import pick_device
+from sqft.kernels.dispatch import has_kernel, pick_device
 from sqft.models.dense import load_tokenizer
 from sqft.models.embeddings import HALVES
 from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight, linear_weights, put_module
 from sqft.quantization.linear import QuantLinear
-from sqft.serving.layers import CompactLinear, Int4Linear
+from sqft.serving.layers import CompactLinear, Int4Linear, Serving
 from sqft.sparsity.masks import attach_masks
 
 
@@ -55,20 +55,25 @@ def _compact_layer(reader: CompactReader, module: str) -> CompactLinear | None:
 
 @torch.no_grad()
 def prepare(model: Any) -> dict[str, int]:
-    """Makes a live model on a CPU ready to answer, and only that; returns how many layers it put in, by kind.
+    """Makes a live model ready to answer, and only that; returns how many layers it put in, by kind.
 
-    Sparse weights, and INT ones of 4 or 8 bits, become ``CompactLinear``; without a compiler INT4 ones ``Int4Linear``,
-    and other packed weights are unpacked once. If there are any, the model computes in float32, and the head's weight
-    is rounded to float16 unless it is in half precision.
+    Sparse weights, and INT ones of 4 or 8 bits, become ``CompactLinear`` where the device has a kernel for it. On a CPU
+    without a compiler INT4 ones become ``Int4Linear``, and other packed weights are unpacked once; and if any layer was
+    put in, the model computes in float32, and the head's weight is rounded to float16 unless it is in half precision.
     """
-    if next(model.parameters()).device.type != "cpu":
-        return {}
+    device = _device_type(model)
+    fast = bool(library()) if device == "cpu" else has_kernel("compact_linear", device)
     made = Counter("CompactLinear" for module in model.modules() if isinstance(module, CompactLinear))
     for weight in list(linear_weights(model)):
-        layer = _fastest(weight)
+        layer = _fastest(weight, device, fast)
         if layer is not weight.module:
             put_module(model, weight.name, layer)
             made[type(layer).__name__] += 1
+    if device != "cpu":
+        for module in model.modules():
+            if isinstance(module, Serving):
+                module.dtype = model.dtype
+        return dict(made)
     head = model.get_output_embeddings()
     if made["CompactLinear"] and isinstance(head, nn.Linear):
         half = head.weight if head.weight.dtype in HALVES else head.weight.half()
@@ -81,13 +86,19 @@ def prepare(model: Any) -> dict[str, int]:
     return dict(made)
 
 
-def _fastest(weight: Weight) -> nn.Module:
+def _device_type(model: Any) -> str:
+    return next(model.parameters()).device.type
+
+
+def _fastest(weight: Weight, device: str, fast: bool) -> nn.Module:
     layer: Any = weight.module
     mask = weight.packed_mask
     if isinstance(layer, QuantLinear):
-        if layer.bits in (4, 8) and layer.groups_are_contiguous and layer.group_size % 32 == 0 and library():
+        if fast and layer.bits in (4, 8) and layer.groups_are_contiguous and layer.group_size % 32 == 0:
             return CompactLinear.from_packed(layer, mask)
+        if device != "cpu":
+            return layer
         return Int4Linear(layer) if Int4Linear.takes(layer) else unpack_layer(layer, torch.float32)
-    if mask is not None and isinstance(layer, nn.Linear) and layer.weight.dtype in HALVES and library():
+    if fast and mask is not None and isinstance(layer, nn.Linear) and layer.weight.dtype in HALVES:
         return CompactLinear.from_float(layer.weight, mask, layer.bias)
     return layer
