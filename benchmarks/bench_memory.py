@@ -28,7 +28,7 @@ from pico import pico_folder
 DEPTHS, FLAT = (8, 16, 32, 64), 1.05
 SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2}
 CALIBRATION = "--calibration builtin --samples 8 --length 64"
-SCORE = "--task arithmetic --limit 4 --batch-size 4"
+SCORE = "--text text.jsonl --length 128 --max-tokens 1024 --batch-size 4"  # no keys and values, which blocks have one each of
 # Command lines, in this order: FROM OUT are folders of one depth. Training is not among them: what it holds are adapters.
 STAGES = {
     "sparsify": f"sparsify dense sparse --method wanda {CALIBRATION}",
@@ -76,6 +76,9 @@ def memory(depths: list[int]) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             pico_folder(folder / "dense", num_hidden_layers=depth, **SIZES)
+            (folder / "text.jsonl").write_text(
+                json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 150}) + "\n"
+            )
             weights[depth] = (folder / "dense" / "model.safetensors").stat().st_size // 4
             for stage, command in STAGES.items():
                 for line in (BETWEEN.get(stage), command):

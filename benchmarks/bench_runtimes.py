@@ -33,7 +33,8 @@ SPEEDS = {
     "sparse INT4, compact, int8 embeddings": ("sqft",), "sparse INT4 and adapter": ("sqft",),
 }  # fmt: skip
 RUNTIMES_HERE = {name: RUNTIMES[name].PACKAGE for name in RUNTIMES}
-KINDS: dict[str, dict[str, Any]] = {
+KINDS: dict[str, dict[str, Any] | None] = {  # how it is quantized
+    "float16": None,
     "INT4 (the default)": {}, "INT4, symmetric": {"symmetric": True, "scale_bits": 8},
     "INT4, scales of 11 bits": {"scale_bits": 11}, "INT4, zero points from 0": {"min_zero": 0, "scale_bits": 11, "format": "gptq_v2"},
     "INT8, symmetric": {"bits": 8, "symmetric": True},
@@ -69,15 +70,19 @@ def models() -> dict[str, Path]:
             "sparse INT4 and adapter": adapter}  # fmt: skip
 
 
-def exports(vllm: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def exports(vllm: str | None, kinds: list[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Of each kind of model and each target: whether it is exact, how far logits are, and why not if it is refused."""
-    rows: dict[str, Any] = {}
+    file = RESULTS / "export.json"
+    rows: dict[str, Any] = json.loads(file.read_text())["results"]["exports"]["rows"] if file.is_file() else {}
     llama = importlib.util.find_spec("llama_cpp") is not None
     targets = [f"{name}={vllm}" if name in ("vllm", "awq") else name for name in TARGETS
                if (name != "gguf" or llama) and (name not in ("vllm", "awq") or vllm)]  # fmt: skip
-    for kind, options in KINDS.items():
+    for kind in kinds:
+        options = KINDS[kind]
         folder = OUT / "exports" / kind.replace(" ", "-").replace("(", "").replace(")", "").replace(",", "")
-        if not folder.is_dir():
+        if options is None:
+            folder = models()["sparse"]
+        elif not folder.is_dir():
             sqft.quantize(models()["sparse"], sqft.QuantizeConfig(method="rtn", **options), out=folder)
         command = [sys.executable, str(WORKER), str(folder), str(folder.with_name(folder.name + "-out")), *targets]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -86,11 +91,11 @@ def exports(vllm: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     cells = [
         (kind, target, cell) for kind, row in rows.items() for target, cell in row.items() if "refused" not in cell
     ]
-    return rows, [
+    return {"rows": {kind: rows[kind] for kind in KINDS if kind in rows}}, [
         check("exports: cells that are not exact", sum(not cell["exact"] for *_, cell in cells), 0),
         check("exports: largest difference of logits, of the largest (OpenVINO, ONNX Runtime, MLX in float32)",
               max(cell["logits"] for _, target, cell in cells if target in ("openvino", "onnx", "mlx")), 1e-4),
-        check("exports: cells of the default that are refused", sum("refused" in c for c in rows["INT4 (the default)"].values()), 0),
+        check("exports: cells of the default that are refused", sum("refused" in c for c in rows.get("INT4 (the default)", {}).values()), 0),
     ]  # fmt: skip
 
 
@@ -138,7 +143,7 @@ def markdown() -> str:
     """The tables of docs/deploy.md."""
     lines = []
     if (RESULTS / "export.json").is_file():
-        rows = json.loads((RESULTS / "export.json").read_text())["results"]["exports"]
+        rows = json.loads((RESULTS / "export.json").read_text())["results"]["exports"]["rows"]
         lines += [f"| | {' | '.join(TARGETS.values())} |", "|---|" + "---|" * len(TARGETS)]
         for kind in KINDS:
             lines.append(
@@ -170,6 +175,9 @@ def _cell(cell: dict[str, Any] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("exports", "speed"))
+    parser.add_argument(
+        "--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of exports; others stay as they were"
+    )
     parser.add_argument("--vllm", help="interpreter of an environment that has vLLM")
     parser.add_argument("--prompt", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
@@ -182,7 +190,7 @@ def main() -> None:
         print(markdown())
         return
     if arguments.only != "speed":
-        results, checks = exports(arguments.vllm)
+        results, checks = exports(arguments.vllm, arguments.kinds)
         update_results("export", "exports", results, checks)
         print(json.dumps(checks, indent=1))
     if arguments.only != "exports":

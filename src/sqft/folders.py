@@ -12,7 +12,7 @@ from sqft.errors import SqftError, shown
 from sqft.formats.checkpoint import is_packed_folder, load_packed, load_weights, packed_layers, save_packed
 from sqft.formats.compact import CompactReader, is_compact
 from sqft.formats.fractions import attach_fractions, load_fractions, save_fractions, stored_fractions
-from sqft.kernels.dispatch import pick_device
+from sqft.kernels.dispatch import pick_device, release_memory
 from sqft.models.dense import load_dense, load_tokenizer
 from sqft.models.gguf import parsed_once
 from sqft.models.tensors import MAX_SHARD_BYTES
@@ -58,6 +58,7 @@ def load(source: str | Path, *, dtype: str = "auto", device: str = "cpu", mask: 
     attach_masks(model, masks)
     attach_fractions(model, load_fractions(source))
     ensure_masks(model, mask)
+    release_memory()  # what masks were compared with
     return model, tokenizer
 
 

@@ -28,7 +28,7 @@ def openvino(folder: Path, tokens: list[int]) -> tuple[np.ndarray, list[int]]:
     import openvino as ov
     import openvino_genai
 
-    settings = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     request = ov.Core().compile_model(folder / "openvino_model.xml", "CPU", settings).create_infer_request()
     ids = np.array([tokens], dtype=np.int64)
     request.infer({"input_ids": ids, "attention_mask": np.ones_like(ids), "beam_idx": np.zeros(1, dtype=np.int32),

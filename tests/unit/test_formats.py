@@ -237,3 +237,18 @@ def test_a_format_from_outside_is_written_and_read(tmp_path: Path, monkeypatch: 
     assert "model.layers.0.mlp.up_proj.words" in SafetensorsReader(tmp_path / "m").layout
     state = sqft.load(tmp_path / "m")[0].state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_packed_words_stay_where_they_lie(tmp_path: Path) -> None:
+    """A loaded compressed-tensors folder has no copy of its integers, computes the same, and goes into other formats."""
+    model = pico_model("llama")
+    sqft.quantize(model, sqft.QuantizeConfig(method="rtn", group_size=32, symmetric=False))
+    sqft.save(model, pico_tokenizer(), tmp_path / "stored")
+    loaded, tokenizer = sqft.load(tmp_path / "stored")
+    layer, own = (m.model.layers[0].mlp.up_proj for m in (loaded, model))
+    assert layer.qweight.mT.is_contiguous()  # as the file has them
+    assert torch.equal(layer.dequantize(), own.dequantize()) and torch.equal(layer.integers(), own.integers())
+    loaded.save_pretrained(tmp_path / "gptq")
+    tokenizer.save_pretrained(tmp_path / "gptq")
+    again, _ = sqft.load(tmp_path / "gptq")
+    assert all(torch.equal(one, again.state_dict()[name]) for name, one in model.state_dict().items())

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft.errors import SqftError, VerificationError, shown
@@ -215,24 +217,26 @@ def masks_of(reader: SafetensorsReader) -> dict[str, Tensor]:
 
 class Packer:
     """Reads a folder that is not compact as one that is. Weights stay as they are that are not sparse enough to gain by
-    it, or (of other tools) that would not come back bit for bit."""
+    it, or (of other tools) that would not come back bit for bit. ``parts``: a folder for compact modules until all of
+    them are known."""
 
-    def __init__(self, source: SafetensorsReader) -> None:
-        self.source = source
+    def __init__(self, source: SafetensorsReader, parts: Path) -> None:
+        self.source, self._parts = source, parts
         self.config = read_config(source.folder)
         self._coded = coder_of(self.config)
         self.masks = load_masks(source.folder)
         leaf = self._coded[0].key if self._coded else "weight"
         found = [name.removesuffix(f".{leaf}") for name in source.layout if name.endswith(f".{leaf}")]
         self._candidates = [name for name in found if not self.masks or name in self.masks]
-        self.compacted: dict[str, dict[str, Tensor]] = {}  # what is to be written, by module: smaller than the model
+        self.compacted: dict[str, Path] = {}  # where a module's tensors lie
 
     def layout(self) -> dict[str, Tensor]:
         """Names and shapes of what is to be written."""
         planned = dict(self.source.layout)
         for module in {**dict.fromkeys(self._candidates), **dict.fromkeys(self._tables())}:
             if (tensors := self.tensors(module, self._own(module))) is not None:
-                self.compacted[module] = tensors
+                self.compacted[module] = self._parts / f"{len(self.compacted)}.safetensors"
+                save_file(tensors, self.compacted[module])
                 planned = {name: t for name, t in planned.items() if name.rpartition(".")[0] != module}
                 planned |= {f"{module}.{leaf}": t.to("meta") for leaf, t in tensors.items()}
         return planned
@@ -242,9 +246,11 @@ class Packer:
         for name in self.source.layout:
             if name.rpartition(".")[0] not in self.compacted:
                 yield name, self.source.get(name)
-        for module, tensors in self.compacted.items():
-            for leaf, tensor in tensors.items():
-                yield f"{module}.{leaf}", tensor
+        for module, part in self.compacted.items():
+            with safe_open(part, "pt") as tensors:
+                for leaf in tensors.keys():  # noqa: SIM118 - it is no mapping
+                    yield f"{module}.{leaf}", tensors.get_tensor(leaf)
+            part.unlink()
 
     def settings(self) -> dict[str, Any]:
         """``config.json``."""
@@ -320,13 +326,16 @@ def _named(made: Compact, shape: tuple[int, ...]) -> dict[str, Tensor]:
 def pack_folder(source: SafetensorsReader, out: Path) -> int:
     """Writes the compact form of a model folder into the folder ``out``, and compares; returns how many weights are
     compact. Raises SqftError if none would be smaller, VerificationError if a tensor or mask does not come back."""
-    packer = Packer(source)
+    parts = out / ".parts"
+    parts.mkdir()
+    packer = Packer(source, parts)
     writer = ModelWriter(packer.layout(), out, MAX_SHARD_BYTES)
     if not packer.compacted:
         raise SqftError("the model has no weight that is sparse enough to be smaller in compact form: keep it as it is")
     for name, tensor in packer.written():
         writer.add(name, tensor)
     writer.close()
+    parts.rmdir()
     _write_settings(packer.settings(), source.folder, out)
     if left := {name: mask for name, mask in packer.masks.items() if name not in packer.compacted}:
         save_masks(left, out)

@@ -53,7 +53,8 @@ def decode(module: str, tensors: Mapping[str, Tensor], settings: Settings) -> Qu
         expect(module, "weight_zero_point", qzeros, (word_count(outputs, bits), groups), True)
     if scale.dtype == torch.float32:  # as float16 if that loses nothing: half the size
         scale = half if torch.equal((half := scale.half()).float(), scale) else scale
-    words = {"qweight": packed.mT.contiguous(), "qzeros": qzeros.mT.contiguous(), "scales": scale.mT.contiguous()}
+    # The words stay where they lie, as pages of a mapped file: only their order is another.
+    words = {"qweight": packed.mT, "qzeros": qzeros.mT.contiguous(), "scales": scale.mT.contiguous()}
     return make_layer(module, settings, words, tensors, inputs, "weight_g_idx")
 
 

@@ -24,7 +24,7 @@ VERSIONS = ("gptq", "gptq_v2")
 
 def encode(layer: QuantLinear, version: str) -> dict[str, Tensor]:
     """A layer's tensors as the checkpoint holds them, by their names in the module."""
-    tensors = dict(layer.state_dict())
+    tensors = {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}
     if version == "gptq":
         tensors["qzeros"] = _shift(tensors["qzeros"], layer.bits, layer.out_features, -1)
     return tensors

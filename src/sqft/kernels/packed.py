@@ -49,6 +49,8 @@ def unpack_words(words_WM: Tensor, count: int, bits: int) -> Tensor:
     """Inverse of ``pack_words``: int32 [count, M]."""
     values, words, places = _places(bits)
     columns, mask = words_WM.shape[1], 2**bits - 1
+    if words_WM.stride(1) != 1:  # as compressed-tensors' lie
+        words_WM = words_WM.contiguous()
     periods = -(-count // values)
     if words_WM.shape[0] < periods * words:  # a last period that is cut off
         words_WM = torch.cat([words_WM, words_WM.new_zeros(periods * words - words_WM.shape[0], columns)])

@@ -30,7 +30,7 @@ def shard(model: Any, device: torch.device) -> None:
         for module in block.modules():
             for name in [name for name, buffer in module._buffers.items() if buffer is not None and name in _FROZEN]:
                 tensor = module._buffers.pop(name)
-                module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+                module.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

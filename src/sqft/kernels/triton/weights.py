@@ -76,7 +76,7 @@ def grid_arguments(packed: Packed, adapter: Adapter) -> tuple[tuple[Tensor, ...]
     ratio_GO = packed.scales.float() / scales_GO.float() if moved else own_GO
     base = adapter.mask_OP if adapter.base is None else adapter.base
     other = packed.qweight  # in the place of what there is not
-    tensors = (packed.qweight, packed.qzeros, other if packed.g_idx is None else packed.g_idx, scales_GO,
+    tensors = (packed.qweight.contiguous(), packed.qzeros, other if packed.g_idx is None else packed.g_idx, scales_GO,
                own_GO.contiguous(), ratio_GO.contiguous(), other if adapter.fractions is None else adapter.fractions,
                base, adapter.mask_OP, adapter.a_RI, adapter.b_OR)  # fmt: skip
     inputs = adapter.a_RI.shape[1]
@@ -108,7 +108,7 @@ def dequantized(packed: Packed, inputs: int, dtype: torch.dtype) -> Tensor:
     out_IO = torch.empty(inputs, outputs, dtype=dtype, device=packed.scales.device)
     group = packed.qweight if packed.g_idx is None else packed.g_idx
     integer_kernel[blocks(outputs, inputs)](
-        packed.qweight, packed.qzeros, group, packed.scales.contiguous(), out_IO, outputs, inputs,
+        packed.qweight.contiguous(), packed.qzeros, group, packed.scales.contiguous(), out_IO, outputs, inputs,
         inputs // len(packed.scales), packed.qzeros.shape[1], BITS=packed.bits, G_IDX=packed.g_idx is not None,
         **TILE, **OPTIONS,
     )  # fmt: skip
