@@ -1,8 +1,9 @@
-"""Several processes (gloo, pico models): what 2 and 4 of them train beside what one does, DDP and FSDP2, every adapter kind;
-bytes that a process holds; runs of `torchrun sqft run` in a row; what they prune and quantize. Writes benchmarks/results/scale.json.
+"""Several processes (gloo; pico models, SmolLM2): what 2 and 4 of them train beside what one does, DDP and FSDP2, every adapter
+kind; bytes that a process holds; runs of `torchrun sqft run` in a row; what they prune and quantize. Writes
+benchmarks/results/scale.json.
 
     python benchmarks/bench_scale.py            # all parts
-    python benchmarks/bench_scale.py equal      # some of: equal, runs, calibrated, smollm2
+    python benchmarks/bench_scale.py equal      # some of: equal, runs, calibrated, smollm2-calibrated, smollm2-equal
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ from common import check, update_results
 from pico import pico_folder
 from safetensors.torch import load_file
 from support.together import train
-from test_distributed import CALIBRATED, CASES, SHARDED, job, log_of, together, torchrun
+from test_distributed import CALIBRATED, CASES, SHARDED, log_of, together, torchrun
+from test_distributed import job as usual_job
 
 import sqft
 from sqft.recipe import DEMO_MODEL, resolve_model
@@ -48,10 +52,25 @@ def differences(mine: Path, other: Path) -> dict[str, float]:
     }
 
 
-def equal() -> None:
+def smollm2_bases(folder: Path) -> dict[str, Path]:
+    """How well they are made does not matter here."""
+    bases = {"base": folder / "dense", "sparse": folder / "sparse", "packed": folder / "packed"}
+    sqft.save(*sqft.load(resolve_model(DEMO_MODEL)), bases["base"])
+    sqft.sparsify(bases["base"], sqft.SparsifyConfig(method="magnitude"), out=bases["sparse"])
+    sqft.quantize(bases["sparse"], sqft.QuantizeConfig(method="rtn", keep_fractions=True), out=bases["packed"])
+    return bases
+
+
+def equal(part: str, make: Callable[[Path], dict[str, Path]], options: dict[str, Any]) -> None:
+    """``options`` of all trainings, unless a case has its own."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        bases = bases_in(folder)
+        bases = make(folder)
+
+        def job(name: str, bases: dict[str, Path], out: Path, parallel: str = "ddp") -> dict[str, Any]:
+            usual = usual_job(name, bases, out, parallel)
+            return usual | {"config": options | usual["config"]}
+
         for name in CASES:
             train(**job(name, bases, folder / "1" / name))
         found: dict[str, Any] = {}
@@ -61,22 +80,22 @@ def equal() -> None:
                 f"{name}, fsdp": job(name, bases, folder / str(count) / f"{name}, fsdp", "fsdp") for name in SHARDED
             }
             (folder / str(count)).mkdir()
-            ran = together(count, list(jobs.values()), folder)
+            ran = together(count, list(jobs.values()), folder, seconds=3600)
             assert ran.returncode == 0, ran.stderr
             for name, each in jobs.items():
                 entry = differences(folder / "1" / name.removesuffix(", fsdp"), Path(each["out"]))
                 entry |= {"held_bytes": sqft.artifact.read_manifest(each["out"]).metrics.get("held_bytes")}
                 found[f"{name}, {count} processes"] = entry
-        checks = [check(f"equal: {count} processes, greatest relative difference of a loss",
+        checks = [check(f"{part}: {count} processes, greatest relative difference of a loss",
                         max(entry["loss"] for name, entry in found.items() if f"{count} processes" in name), TOLERANCE)
                   for count in COUNTS]  # fmt: skip
-        checks += [check(f"equal: {count} processes, greatest difference of a trained weight",
+        checks += [check(f"{part}: {count} processes, greatest difference of a trained weight",
                          max(entry["weights"] for name, entry in found.items() if f"{count} processes" in name), TOLERANCE)
                    for count in COUNTS]  # fmt: skip
-        checks += [check(f"equal: {count} processes, share of an INT4 base with masks that one holds, times {count}",
+        checks += [check(f"{part}: {count} processes, share of an INT4 base with masks that one holds, times {count}",
                          count * found[f"qa-sparse-peft, fsdp, {count} processes"]["held_bytes"] / whole_bytes(bases), 1.1)
                    for count in COUNTS]  # fmt: skip
-        update_results("scale", "equal", {"cases": found}, checks)
+        update_results("scale", part, {"cases": found}, checks)
 
 
 def whole_bytes(bases: dict[str, Path]) -> int:
@@ -128,7 +147,7 @@ def calibrate(part: str, source: Path, folder: Path, cases: dict[str, dict[str, 
             name: {"source": str(source), "out": str(folder / f"{name} by {count}"), **case}
             for name, case in cases.items()
         }
-        ran = together(count, list(jobs.values()), folder)
+        ran = together(count, list(jobs.values()), folder, seconds=3600)
         assert ran.returncode == 0, ran.stderr
         for name, each in jobs.items():
             manifest = sqft.artifact.read_manifest(each["out"])
@@ -146,18 +165,23 @@ def calibrated() -> None:
         calibrate("calibrated", pico_folder(folder / "dense"), folder, CALIBRATED)
 
 
-def smollm2() -> None:
+def smollm2_calibrated() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, sizes = Path(temporary), {"samples": 16, "length": 256, "batch_size": 4}
         sqft.save(*sqft.load(resolve_model(DEMO_MODEL)), folder / "dense")
         cases = {"Wanda": {"stage": "sparsify", "config": sizes},
                  "Wanda, repaired": {"stage": "sparsify", "config": {**sizes, "repair": "layer"}},
                  "GPTQ": {"stage": "quantize", "config": sizes}}  # fmt: skip
-        calibrate("smollm2", folder / "dense", folder, cases)
+        calibrate("smollm2-calibrated", folder / "dense", folder, cases)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parts = {"equal": equal, "runs": runs, "calibrated": calibrated, "smollm2": smollm2}
+    # Few steps at a low rate, at which float order does not grow into another training.
+    few = {"max_steps": 2, "learning_rate": 1e-4, "save_steps": 0}
+    parts: dict[str, Callable[[], None]] = {
+        "equal": partial(equal, "equal", bases_in, {}), "runs": runs, "calibrated": calibrated,
+        "smollm2-calibrated": smollm2_calibrated, "smollm2-equal": partial(equal, "smollm2-equal", smollm2_bases, few),
+    }  # fmt: skip
     for part in sys.argv[1:] or parts:
         parts[part]()

@@ -38,6 +38,8 @@ class Compressing(OnDevice):
     length: int = option(512, "tokens a calibration block", within="[2, 1e9]")
     batch_size: int = option(4, "calibration blocks a forward pass", within=COUNT)
     seed: int = option(0, "seed of the choice of calibration blocks", within=SEED)
+    spill: str | None = option(None, "a folder, on a disk, that holds the calibration's activations instead of memory",
+                               kind="machine")  # fmt: skip
     repair: str = option("none", "let the weights that stay make good what is changed: in each layer's outputs or, by "
                          "training after that, each block's (sparsify)", ("none", "layer", "block"))  # fmt: skip
     dtype: str = option("auto", "of the written float weights", ("auto", "float32", "bfloat16", "float16"))

@@ -39,7 +39,7 @@ SHARDED = [name for name in CASES if name not in ("sparse-peft, distilled", "lor
 RESUMED = {"sparse-peft, elastic": "fsdp", "qa-sparse-peft": "fsdp", "sparse-full": "ddp"}
 
 
-def torchrun(count: int, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def torchrun(count: int, *arguments: str, folder: Path, seconds: float = 300) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path]), "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
@@ -50,12 +50,20 @@ def torchrun(count: int, *arguments: str, folder: Path) -> subprocess.CompletedP
         str(count),
         *arguments,
     ]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds)
 
 
-def together(count: int, jobs: list[dict[str, Any]], folder: Path) -> subprocess.CompletedProcess[str]:
+def together(
+    count: int, jobs: list[dict[str, Any]], folder: Path, seconds: float = 300
+) -> subprocess.CompletedProcess[str]:
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    return torchrun(count, str(ROOT / "tests" / "support" / "together.py"), str(folder / "jobs.json"), folder=folder)
+    return torchrun(
+        count,
+        str(ROOT / "tests" / "support" / "together.py"),
+        str(folder / "jobs.json"),
+        folder=folder,
+        seconds=seconds,
+    )
 
 
 def job(name: str, bases: dict[str, Path], out: Path, parallel: str = "ddp") -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +14,10 @@ from pico import pico_model
 from torch import Tensor, nn
 
 import sqft
+from sqft.calibration.spill import Spilled
 from sqft.calibration.statistics import ColumnNorms
 from sqft.calibration.walker import Calls, _in_groups, capture, walk
+from sqft.errors import SqftError
 from sqft.models.discover import Architecture, Block, describe
 from sqft.models.weights import Weight
 
@@ -177,3 +181,26 @@ def test_blocks_are_computed_on_the_picked_device_and_come_home(method: str, tok
     monkeypatch.setattr(nn.Module, "to", to)
     sqft.sparsify(pico_model(), sqft.SparsifyConfig(method=method), tokens)
     assert accelerator != home and places == [accelerator, home] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"repair": "layer"}, {"repair": "block", "repair_epochs": 1}], ids=str)
+def test_activations_in_files_change_nothing(options: dict, tokens: Tensor, tmp_path: Path) -> None:
+    """The same weights, and no file is left; a folder that is not there, or a full disk, is one line."""
+    models = [pico_model("llama", dtype=torch.bfloat16) for _ in range(2)]
+    for model, spill in zip(models, (None, str(tmp_path)), strict=True):
+        sqft.sparsify(model, sqft.SparsifyConfig(spill=spill, **options), tokens)
+    assert all(torch.equal(one, models[1].state_dict()[name]) for name, one in models[0].state_dict().items())
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(sqft.UsageError, match="there is no folder"):
+        sqft.sparsify(models[0], sqft.SparsifyConfig(spill=str(tmp_path / "no")), tokens)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    spilled, (soft, hard) = Spilled(str(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(SqftError, match=r"cannot spill 1 MB of activations to .* \(.*File too large"):
+            spilled.append(torch.ones(1 << 18))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not spilled and not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ weights in the same way.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
+from sqft.calibration.spill import Spilled
 from sqft.config import even
 from sqft.errors import SqftError, UsageError
 from sqft.kernels.dispatch import release_memory
@@ -68,8 +70,8 @@ class Rebuild(Protocol):
 
 def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new_statistic: NewStatistic,
          change: Change, progress: str, device: torch.device, sequential: bool = False, fast: bool = False,
-         paired: bool = False, rebuild: Rebuild | None = None,
-         earlier: Earlier | None = None) -> Iterator[Block]:  # fmt: skip
+         paired: bool = False, rebuild: Rebuild | None = None, earlier: Earlier | None = None,
+         spill: str | None = None) -> Iterator[Block]:  # fmt: skip
     """Lets ``change(block, statistics)`` change one block after the other; yields each when the walk is done with it.
 
     It is a generator so that a caller can write and drop a block before the next one is touched, or let two walks with
@@ -89,17 +91,18 @@ def walk(architecture: Architecture, tokens: Tensor | None, batch_size: int, new
             ``statistic.update(x, dense_x)`` gets both.
         rebuild: with ``paired``: what changes each block once more, as a whole; its inputs are held until then.
         earlier: blocks that need not be changed, only run.
+        spill: a folder that holds what flows between blocks instead of memory (not what ``sequential`` holds).
     """
     with torch.no_grad():
-        calls = None if tokens is None else capture(architecture, tokens, batch_size)
-        dense = capture(architecture, tokens, batch_size) if tokens is not None and paired else None
+        calls = None if tokens is None else capture(architecture, tokens, batch_size, spill)
+        dense = capture(architecture, tokens, batch_size, spill) if tokens is not None and paired else None
     for index, block in enumerate(tqdm(architecture.blocks, desc=progress, unit="block", disable=None)):
         home, target = _places(block.module, device)
         if target != home:
             block.module.to(target)
         known = calls is not None and earlier is not None and earlier.known(block)
         anew = None if known or calls is None else rebuild
-        inputs = list(calls.hidden) if calls is not None and anew is not None else []
+        inputs = copy.copy(calls.hidden) if calls is not None and anew is not None else []
         with torch.no_grad(), _multiplying(block, fast):
             if calls is None:
                 change(block, {})
@@ -230,14 +233,14 @@ def _output(module: nn.Module, index: int, calls: Calls, device: torch.device | 
     return out[0] if calls.returns_tuple else out
 
 
-def capture(architecture: Architecture, tokens: Tensor, batch_size: int) -> Calls:
+def capture(architecture: Architecture, tokens: Tensor, batch_size: int, spill: str | None = None) -> Calls:
     """Embeds this process's batches and records how each block is called, without computing the blocks.
 
     Every block's forward is replaced for the time being by one that notes its arguments and passes the hidden states
     through; only the first block is run, once on one token, to see whether blocks return a tuple.
     """
     modules = [block.module for block in architecture.blocks]
-    calls = Calls([], [[] for _ in modules], returns_tuple=False)
+    calls = Calls([] if spill is None else Spilled(spill), [[] for _ in modules], returns_tuple=False)
     replaced = [vars(module).get("forward") for module in modules]  # set on the instance by accelerate's hooks, say
     device = next(architecture.backbone.parameters()).device
     if device.type == "meta":  # off-loaded: accelerate's hooks move the tokens

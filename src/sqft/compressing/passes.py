@@ -130,7 +130,7 @@ class Pass(ABC):
         statistic = functools.partial(Paired, needs) if self.repairs else needs
         for block in walk(architecture, self._tokens, size, statistic, self.change, self.title, self._device,
                           self.sequential, needs is Hessian or self.paired, self.paired, self.rebuild,
-                          self):  # fmt: skip
+                          self, self.config.spill):  # fmt: skip
             unseen = [name for name in block.weights if name in self._chosen and name not in self._done]
             if unseen:
                 self._without_tokens(block, unseen)
