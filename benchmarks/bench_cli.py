@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, check, update_results
+from common import RESULTS, check, machine, update_results
 
 from sqft.artifact import read_manifest
 from sqft.recipe import DEMO_MODEL, resolve_model
@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=640, help="use the first N training problems")
     parser.add_argument("--score-limit", type=int, default=1000, help="score the first N problems")
     parser.add_argument("--bfloat16", action="store_true", help="train and score with bfloat16 products")
-    parser.add_argument("--rows", nargs="+", help="some rows of COMMANDS, in their order; default: all")
+    parser.add_argument(
+        "--rows", nargs="+", help="some rows of COMMANDS, in their order; others stay as they were; default: all"
+    )
     parser.add_argument("--root", type=Path, default=Path("runs") / "bench-cli")
     parser.add_argument("--markdown", action="store_true", help="print the tables of the last runs")
     arguments = parser.parse_args()
@@ -106,9 +108,12 @@ def main() -> None:
             told = ("sparsity", "zeros_kept", "seconds", "max_logit_difference")
             rows[row] = {"accuracy": found["accuracy"], "interval": found["accuracy_ci95"], "perplexity": found["perplexity"],
                          **{key: made[key] for key in told if key in made}}  # fmt: skip
-    checks = [check(f"{name}: {row}: zeros kept", rows[row]["zeros_kept"], 1.0, at_most=False)
-              for row in rows if "zeros_kept" in rows[row]]  # fmt: skip
-    print(json.dumps({"rows": rows, "checks": checks}, indent=1))
+    print(json.dumps(rows, indent=1))
+    before = json.loads((RESULTS / "cli.json").read_text())["results"].get(name, {}).get("rows", {})
+    here = {row: found | {"instructions": machine()["instructions"]} for row, found in rows.items()}
+    rows = {row: {**before, **here}[row] for row in ("dense", *COMMANDS) if row in {**before, **here}}
+    checks = [check(f"{name}: {row}: zeros kept", found["zeros_kept"], 1.0, at_most=False)
+              for row, found in rows.items() if "zeros_kept" in found]  # fmt: skip
     update_results("cli", name, {"rows": rows}, checks)
 
 

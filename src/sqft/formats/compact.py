@@ -32,6 +32,7 @@ from sqft.kernels.rows import Rows, as_rows
 from sqft.models.reader import SafetensorsReader, check_equal, same_bits
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter, copy_settings
 from sqft.models.weights import Weight, block_index
+from sqft.quantization.grid import Grid
 from sqft.quantization.linear import QuantLinear
 from sqft.registry import FORMATS
 from sqft.sparsity.masks import as_bits, as_stored, load_masks, save_masks
@@ -164,11 +165,14 @@ class CompactReader(SafetensorsReader):
         """A packed module; ``empty``: shapes alone."""
         layer = self.grid_layer(module, empty)
         if not empty:
-            compact, grid = self.compact(module), layer.grid()
-            zero_OI = F.pad(grid.spread(grid.zero_OG, layer.in_features), (0, -layer.in_features % WIDTH))
-            integers_OI = unpack(compact, zero_OI.view(*compact.mask_OB.shape, WIDTH))
-            layer.qweight = pack_words(integers_OI.mT, layer.bits)
+            layer.qweight = pack_words(self.integers(module, layer.grid()).mT, layer.bits)
         return layer
+
+    def integers(self, module: str, grid: Grid) -> Tensor:
+        """uint8 [O, I] of a packed module, of whose grid a pruned weight is the zero point."""
+        compact = self.compact(module)
+        zero_OI = F.pad(grid.spread(grid.zero_OG, compact.inputs), (0, -compact.inputs % WIDTH))
+        return unpack(compact, zero_OI.view(*compact.mask_OB.shape, WIDTH))
 
     def grid_layer(self, module: str, empty: bool = False) -> QuantLinear:
         """A packed module without its integers: grid and bias."""

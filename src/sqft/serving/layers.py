@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sqft.kernels.compact import Compact, CompactWeight, pack, starts
+from sqft.kernels.cpu.library import stores_zeros
 from sqft.kernels.dispatch import kernel
 from sqft.kernels.packed import pack_mask
 from sqft.kernels.rows import as_rows
@@ -75,8 +76,7 @@ class CompactLinear(Serving):
     def from_float(cls, w_OI: Tensor, packed_mask: Tensor | None, bias: Tensor | None) -> CompactLinear:
         """Of float16 or bfloat16 weights; without a mask all are stored."""
         if packed_mask is None:
-            rows, columns = w_OI.shape
-            packed_mask = pack_mask(torch.ones(1, columns, dtype=torch.bool, device=w_OI.device)).expand(rows, -1)
+            packed_mask = all_ones(*w_OI.shape, device=w_OI.device)
         return cls(pack(w_OI.detach(), packed_mask), None, None, 0, bias)
 
     @classmethod
@@ -85,15 +85,19 @@ class CompactLinear(Serving):
         does not take its width."""
         if w_OI.shape[1] % 32 or (rows := as_rows(w_OI)) is None:
             return None
-        packed = pack_mask(torch.ones(1, w_OI.shape[1], dtype=torch.bool, device=w_OI.device)).expand(len(w_OI), -1)
+        packed = all_ones(*w_OI.shape, device=w_OI.device)
         values = (rows.q_VI.short() + 128).to(torch.uint8)
         zero = torch.full((len(w_OI), 1), 128, dtype=torch.uint8, device=w_OI.device)
         return cls(pack(values, packed, 8), rows.scale_V[:, None], zero, w_OI.shape[1], bias)
 
     @classmethod
     def from_packed(cls, layer: QuantLinear, packed_mask: Tensor | None) -> CompactLinear:
-        """Of an INT weight whose groups are contiguous; without a mask what is zero is left out."""
-        mask = pack_mask(layer.nonzero()) if packed_mask is None else packed_mask
+        """Of an INT weight whose groups are contiguous; without a mask what is zero is left out, and nothing where that
+        is faster."""
+        if layer.qweight.device.type == "cpu" and stores_zeros(layer.bits, layer.group_size):
+            mask = all_ones(layer.out_features, layer.in_features)
+        else:
+            mask = pack_mask(layer.nonzero()) if packed_mask is None else packed_mask
         grid = layer.grid()
         return cls(pack(layer.integers(), mask, layer.bits), grid.scale_OG, grid.zero_OG, layer.group_size, layer.bias)
 
@@ -104,6 +108,11 @@ class CompactLinear(Serving):
 
     def product(self, x_TI: Tensor) -> Tensor:
         return kernel("compact_linear", x_TI.device.type)(x_TI, self.compact)
+
+
+def all_ones(rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """A packed mask that keeps everything, one row for all."""
+    return pack_mask(torch.ones(1, columns, dtype=torch.bool, device=device)).expand(rows, -1)
 
 
 class Int4Linear(Serving):

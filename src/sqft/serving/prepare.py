@@ -13,14 +13,15 @@ from sqft.artifact import check_input
 from sqft.folders import load
 from sqft.formats.checkpoint import load_weights, unpack_layer
 from sqft.formats.compact import CompactReader, is_compact
-from sqft.kernels.cpu.library import library
+from sqft.kernels.compact import pack
+from sqft.kernels.cpu.library import library, stores_zeros
 from sqft.kernels.dispatch import has_kernel, pick_device
 from sqft.models.dense import load_tokenizer
 from sqft.models.embeddings import HALVES
 from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight, linear_weights, put_module
 from sqft.quantization.linear import QuantLinear
-from sqft.serving.layers import CompactLinear, Int4Linear, Serving
+from sqft.serving.layers import CompactLinear, Int4Linear, Serving, all_ones
 from sqft.sparsity.masks import attach_masks
 
 
@@ -50,6 +51,8 @@ def _compact_layer(reader: CompactReader, module: str) -> CompactLinear | None:
     if layer.bits not in (4, 8) or not layer.groups_are_contiguous or layer.group_size % 32:
         return None
     grid = layer.grid()
+    if stores_zeros(layer.bits, layer.group_size):
+        compact = pack(reader.integers(module, grid), all_ones(layer.out_features, layer.in_features), layer.bits)
     return CompactLinear(compact, grid.scale_OG, grid.zero_OG, layer.group_size, layer.bias)
 
 

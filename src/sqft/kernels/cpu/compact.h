@@ -235,8 +235,70 @@ struct Places {
 };
 const Places PLACES;
 
+inline AVX2 float sum_of(__m256 lanes) {
+  alignas(32) float values[8];
+  _mm256_store_ps(values, lanes);
+  float sum = 0;
+  for (float value : values) sum += value;
+  return sum;
+}
+
+// A group's 64 integers of 4 bits, each at its column, the zero point where none is stored: 16 of them are put in their places
+// by one instruction, pdep. Reads up to 41 bytes.
+inline AVX2 __m256i place_nibbles(const uint8_t* values, uint64_t mask, uint64_t zero) {
+  constexpr uint64_t ONES = 0x1111111111111111ull;
+  if (mask == ~0ull) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  const uint64_t zeros = zero * ONES;
+  uint64_t words[4];
+  for (int p = 0, before = 0; p < 4; ++p) {
+    const uint64_t part = mask >> (16 * p) & 0xFFFF, ones = _pdep_u64(part, ONES), fields = (ones << 4) - ones;
+    uint64_t stored;
+    std::memcpy(&stored, values + before / 2, 8);
+    stored >>= 4 * (before % 2);
+    if (part == 0xFFFF && before % 2) stored |= uint64_t(values[before / 2 + 8]) << 60;  // the last of 16
+    words[p] = _pdep_u64(stored ^ zeros, fields);
+    before += popcount(part);
+  }
+  const __m256i placed = _mm256_set_epi64x(int64_t(words[3]), int64_t(words[2]), int64_t(words[1]), int64_t(words[0]));
+  return _mm256_xor_si256(placed, _mm256_set1_epi64x(int64_t(zeros)));
+}
+
+// As ``wide_integers_avx512``. Every fourth column is a field of the same 16-bit lanes, so x lies in that order.
+template <int T>
+AVX2 void wide_integers_avx2(const Row& row, const Input& x, float* y) {
+  const uint8_t* values = row.values;
+  __m256 sums[T];
+  for (int t = 0; t < T; ++t) sums[t] = _mm256_setzero_ps();
+  uint8_t safe[48] = {};
+  const __m256i field = _mm256_set1_epi16(15);
+  const int64_t per = row.group / WIDTH;
+  int64_t g = 0, left = per;
+  for (int64_t b = 0; b < row.groups; ++b) {
+    const uint8_t* from = values;
+    if (row.end - values < 41) from = safe, std::memcpy(safe, values, size_t(row.end - values));
+    const __m256i placed = place_nibbles(from, row.mask[b], row.zeros[g]), zero = _mm256_set1_epi16(row.zeros[g]);
+    values += bytes_of(INT4, popcount(row.mask[b]));
+    const __m256i level[4] = {_mm256_sub_epi16(_mm256_and_si256(placed, field), zero),
+                              _mm256_sub_epi16(_mm256_and_si256(_mm256_srli_epi16(placed, 4), field), zero),
+                              _mm256_sub_epi16(_mm256_and_si256(_mm256_srli_epi16(placed, 8), field), zero),
+                              _mm256_sub_epi16(_mm256_srli_epi16(placed, 12), zero)};
+    for (int t = 0; t < T; ++t) {
+      const auto* xt = reinterpret_cast<const __m256i*>(x.integers + t * x.stride + b * WIDTH);
+      __m256i products = _mm256_madd_epi16(level[0], _mm256_loadu_si256(xt));
+      for (int k = 1; k < 4; ++k)
+        products = _mm256_add_epi32(products, _mm256_madd_epi16(level[k], _mm256_loadu_si256(xt + k)));
+      const __m256 step = _mm256_set1_ps(row.scales[g] * x.steps[t * x.groups + b]);
+      sums[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), step, sums[t]);
+    }
+    if (--left == 0) ++g, left = per;
+  }
+  for (int t = 0; t < T; ++t) y[t] = sum_of(sums[t]);
+}
+
 template <Kind kind, int T>
 AVX2 void row_avx2(const Row& row, const Input& x, float* y) {
+  if constexpr (kind == INT4)
+    if (row.group % WIDTH == 0) return wide_integers_avx2<T>(row, x, y);
   const uint8_t* values = row.values;
   __m256 sums[T];
   for (int t = 0; t < T; ++t) sums[t] = _mm256_setzero_ps();
@@ -280,13 +342,7 @@ AVX2 void row_avx2(const Row& row, const Input& x, float* y) {
     }
     values += bytes_of(kind, before);
   }
-  for (int t = 0; t < T; ++t) {
-    alignas(32) float lanes[8];
-    _mm256_store_ps(lanes, sums[t]);
-    float sum = 0;
-    for (float lane : lanes) sum += lane;
-    y[t] = sum;
-  }
+  for (int t = 0; t < T; ++t) y[t] = sum_of(sums[t]);
 }
 #endif
 
@@ -320,8 +376,21 @@ AVX512 void round_to_integers(const float* x, int64_t size, int16_t* integers, f
                           _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(part[q], inverse))));
   }
 }
-#else
-void round_to_integers(const float*, int64_t, int16_t*, float*) {}
+
+// The same, in the order that ``wide_integers_avx2`` wants: columns 0, 4, 8 ... of a group, then 1, 5, 9 ...
+AVX2 void round_to_fourths(const float* x, int64_t size, int16_t* integers, float* steps) {
+  for (int64_t b = 0; b * WIDTH < size; ++b, x += WIDTH, integers += WIDTH) {
+    float most = 0;
+    for (int i = 0; i < WIDTH; ++i) most = std::max(most, std::abs(x[i]));
+    const __m256 inverse = _mm256_set1_ps(most > 0 ? 32767.0f / most : 0.0f);
+    steps[b] = most / 32767.0f;
+    alignas(32) int32_t rounded[WIDTH];
+    for (int i = 0; i < WIDTH; i += 8)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(rounded + i),
+                         _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse)));
+    for (int i = 0; i < WIDTH; ++i) integers[i % 4 * 16 + i / 4] = int16_t(rounded[i]);
+  }
+}
 #endif
 
 using Multiply = void (*)(const Row&, const Input&, float*);
@@ -391,10 +460,12 @@ struct Tokens {
 
   Tokens(const float* x_, int64_t count_, int64_t groups_, int64_t variant_, bool rounded)
       : x(x_), count(count_), groups(groups_), variant(variant_) {
-    if (!rounded || variant != WITH_AVX512) return;
+    if (!rounded || variant == PORTABLE) return;
     integers.resize(count * groups * WIDTH);
     steps.resize(count * groups);
-    round_to_integers(x, count * groups * WIDTH, integers.data(), steps.data());
+#ifdef SQFT_X86
+    (variant == WITH_AVX512 ? round_to_integers : round_to_fourths)(x, count * groups * WIDTH, integers.data(), steps.data());
+#endif
   }
 };
 

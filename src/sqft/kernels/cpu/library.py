@@ -83,11 +83,17 @@ def variant() -> int:
     return torch.ops.sqft_cpu.best_variant()
 
 
+def stores_zeros(bits: int, group: int) -> bool:
+    """Whether a weight is multiplied faster here when its zeros are stored too: of 4 bits without AVX-512, whose
+    registers expand by a mask."""
+    return bits == 4 and group % WIDTH == 0 and library() and variant() == VARIANTS.index("avx2")
+
+
 def compact_linear(x_TI: Tensor, weight: CompactWeight) -> Tensor:
     """``compact.linear`` -> [T, O]: by the C++ kernel for a few tokens, if it takes the weight; else the reference.
 
-    Sums are in float32. Of integers the AVX-512 variant rounds x to 16 bits in groups of 64 columns, which errs by at
-    most 2^-16 of the group's largest; the others do not.
+    Sums are in float32. Of integers the AVX-512 variant, and of those of 4 bits in groups that 64 divides the AVX2 one,
+    rounds x to 16 bits in groups of 64 columns, which errs by at most 2^-16 of the group's largest.
     """
     if len(x_TI) > FEW_TOKENS or x_TI.dtype == torch.float64 or not takes(weight) or not library():
         return compact.linear(x_TI, weight)
