@@ -1,5 +1,6 @@
 """Training steps on a GPU: LoRA, SparsePEFT, LoRA on INT4 (SQFT) and QA-SparsePEFT on a Llama of 8B's shape with random weights,
-bfloat16, in one process, with and without gradient checkpointing; the kernels alone; the compact form's products of few tokens; Wanda and GPTQ of four such blocks.
+bfloat16, in one process, with and without gradient checkpointing; the kernels alone; the compact form's products of few tokens;
+Wanda and GPTQ of four such blocks.
 
 The floor of a step is its products at the speed of a large one on this device. With P = 2 x tokens x weights of the blocks and
 head, and A of the adapted ones: LoRA 2 P (3 P with checkpointing), a masked adapter A more, for dY^T X.
@@ -195,15 +196,8 @@ def decode(outputs: int, inputs: int, here: Device, rounds: int) -> dict[str, An
         x = torch.randn(tokens, inputs, device=device).bfloat16()
         seconds = here.seconds(lambda layer=layer, x=x: layer(x), rounds)
         bytes_ = sum(tensor.nbytes for tensor in layer.state_dict().values())
-        rows.append(
-            {
-                "layer": name,
-                "tokens": tokens,
-                "microseconds": 1e6 * seconds,
-                "bytes": bytes_,
-                "share": bytes_ / seconds / rate,
-            }
-        )
+        rows.append({"layer": name, "tokens": tokens, "microseconds": 1e6 * seconds, "bytes": bytes_,
+                     "share": bytes_ / seconds / rate})  # fmt: skip
     return {"weight": [outputs, inputs], "bytes_a_second_of_a_copy": rate, "rows": rows}
 
 

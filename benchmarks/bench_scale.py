@@ -178,7 +178,7 @@ def smollm2_calibrated() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     # Few steps at a low rate, at which float order does not grow into another training.
-    few = {"max_steps": 2, "learning_rate": 1e-4, "save_steps": 0}
+    few = {"max_steps": 2, "learning_rate": 1e-4}
     parts: dict[str, Callable[[], None]] = {
         "equal": partial(equal, "equal", bases_in, {}), "runs": runs, "calibrated": calibrated,
         "smollm2-calibrated": smollm2_calibrated, "smollm2-equal": partial(equal, "smollm2-equal", smollm2_bases, few),

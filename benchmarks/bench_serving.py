@@ -33,6 +33,7 @@ import sqft
 from sqft.benching.run import bandwidth
 from sqft.evaluation.perplexity import perplexity
 from sqft.formats.compact import CompactReader
+from sqft.kernels.compact import pack
 from sqft.kernels.cpu import library
 from sqft.kernels.packed import pack_mask
 from sqft.measuring.size import weight_bytes
@@ -144,12 +145,16 @@ def contestants(outputs: int, inputs: int) -> dict[str, nn.Module]:
     grid = fit(w * keep, GridSpec(symmetric=True))
     packed = QuantLinear.from_quantized(Quantized(grid.integers(w * keep), grid), 64, True)
     mask = pack_mask(keep)
-    return {
+    found: dict[str, nn.Module] = {
         "dense bfloat16, torch": Bfloat16(w),
         "dense INT4, torch": Int4Linear(packed),
         "32:64 float16, sqft": CompactLinear.from_float((w * keep).half(), mask, None),
         "32:64 INT4, sqft": CompactLinear.from_packed(packed, mask),
     }
+    if library.stores_zeros(4, 64):
+        left_out = pack(packed.integers(), mask, 4)
+        found["32:64 INT4, zeros left out"] = CompactLinear(left_out, grid.scale_OG, grid.zero_OG, 64, None)
+    return found
 
 
 def held(layer: nn.Module) -> int:
@@ -236,17 +241,13 @@ def markdown() -> str:
         if isinstance(row, dict) and "of_half" in row:
             lines.append(f"| {name} | {mega(row['bytes'])} | {mega(row['zstd'])} | {mega(row.get('compact'))} | "
                          f"{mega(row.get('compact_zstd'))} | {mega(row['bound'])} | {row['of_half']:.2f} |")  # fmt: skip
-    part = results["layers"]
-    names = list(next(iter(part["layers"].values())))
-    lines += [
-        "",
-        f"| microseconds (share of {part['bytes_a_second'] / 1e9:.1f} GB/s) | {' | '.join(names)} |",
-        "|---|" + "---|" * len(names),
-    ]
-    for shape, row in part["layers"].items():
-        lines.append(
-            f"| {shape} | " + " | ".join(f"{row[n]['microseconds']:.0f} ({row[n]['share']:.0%})" for n in names) + " |"
-        )
+    for part in (results[name] for name in ("layers", "layers, avx2") if name in results):
+        names = list(next(iter(part["layers"].values())))
+        lines += ["", f"| {part['variant']}: microseconds (share of {part['bytes_a_second'] / 1e9:.1f} GB/s) | {' | '.join(names)} |",
+                  "|---|" + "---|" * len(names)]  # fmt: skip
+        for shape, row in part["layers"].items():
+            numbers = " | ".join(f"{row[n]['microseconds']:.0f} ({row[n]['share']:.0%})" for n in names)
+            lines.append(f"| {shape} | {numbers} |")
     kinds = {"loaded": "transformers, as loaded", "prepared": "transformers, fast layers", "decoder": "decoder"}
     lines += ["", f"| tokens a second | {' | '.join(kinds.values())} |", "|---|---|---|---|"]
     for name, row in results["decode"].items():
@@ -313,8 +314,10 @@ def main() -> None:
     torch.manual_seed(0)
     for name in [arguments.only] if arguments.only else parts:
         results, checks = parts[name]()
+        part = f"{name}, avx2" if name == "layers" and results["variant"] == "avx2" else name  # beside AVX-512's
+        checks = [{**each, "name": each["name"].replace(name, part, 1)} for each in checks]
         print(json.dumps(checks, indent=1))
-        update_results("decode", name, results, checks)
+        update_results("decode", part, results, checks)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from sqft.serving.decoder import Decoder
 from sqft.serving.layers import CompactLinear, Int4Linear
 from sqft.serving.prepare import prepare
 
-PATTERNS = ("free", "32:64", "holes", "full", "empty")
+PATTERNS = ("free", "crowded", "32:64", "holes", "full", "empty")
 INTEGERS = tuple(product((4, 8), ((7, 192, 64), (5, 96, 32), (3, 64, 32), (9, 256, 128), (33, 576, 576), (5, 160, 32))))
 HALVES = tuple(product((torch.float16, torch.bfloat16), ((7, 192), (3, 64), (5, 70), (2, 8), (33, 576))))
 
 
 def mask_of(pattern: str, rows: int, columns: int) -> Tensor:
-    mask = torch.rand(rows, columns) < 0.5
+    mask = torch.rand(rows, columns) < (0.96 if pattern == "crowded" else 0.5)  # of which 16 in a row begin in mid-byte
     if pattern == "32:64" and columns % 64 == 0:
         mask = (torch.rand(rows, columns // 64, 64).argsort(-1) < 32).view(rows, columns)
     if pattern == "holes":

@@ -161,7 +161,7 @@ def test_a_model_on_a_gpu_answers_by_compact_products(int4: bool, monkeypatch: p
     few, many = (torch.randint(0, 60, (1, length), device=DEVICE) for length in (3, 70))
     with torch.no_grad():
         before = [model(few).logits, model(many).logits]
-        monkeypatch.setattr("sqft.serving.prepare._device_type", lambda model: "cuda")
+        monkeypatch.setattr("sqft.serving.prepare.input_device", lambda model: torch.device("cuda"))
         monkeypatch.setattr("sqft.serving.layers.kernel", lambda op, device: KERNELS[f"{op}.cuda"])
         assert prepare(model) == {"CompactLinear": 14} and model.dtype == torch.bfloat16
         after = [model(few).logits, model(many).logits]

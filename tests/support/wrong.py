@@ -272,6 +272,7 @@ CASES: dict[str, list[tuple[str, int, str]]] = {
     ],
     "Calibration and texts": [
         ("sparsify dense out --calibration empty.txt", 1, "empty.txt is empty"),
+        ("sparsify dense out --spill nowhere", 2, "there is no folder nowhere to spill activations to"),
         ("sparsify dense out --calibration blank.txt", 1, "blank.txt is empty"),
         ("sparsify dense out --calibration blank-texts.jsonl", 1, "all of its 3 texts are blank"),
         ("sparsify dense out --calibration no-text.jsonl", 1, "no-text.jsonl:2: the record has no 'text' field"),

@@ -136,10 +136,7 @@ class QuantLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
-        if self.qweight.device.type not in (
-            "cpu",
-            "meta",
-        ):  # kernels of accelerators want words as they are stored here
+        if self.qweight.device.type not in ("cpu", "meta"):  # a copy anyway; kernels want it without strides
             self.qweight = self.qweight.contiguous()
         return self
 

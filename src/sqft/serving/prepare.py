@@ -17,6 +17,7 @@ from sqft.kernels.compact import pack
 from sqft.kernels.cpu.library import library, stores_zeros
 from sqft.kernels.dispatch import has_kernel, pick_device
 from sqft.models.dense import load_tokenizer
+from sqft.models.discover import input_device
 from sqft.models.embeddings import HALVES
 from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight, linear_weights, put_module
@@ -64,7 +65,7 @@ def prepare(model: Any) -> dict[str, int]:
     without a compiler INT4 ones become ``Int4Linear``, and other packed weights are unpacked once; and if any layer was
     put in, the model computes in float32, and the head's weight is rounded to float16 unless it is in half precision.
     """
-    device = _device_type(model)
+    device = input_device(model).type
     fast = bool(library()) if device == "cpu" else has_kernel("compact_linear", device)
     made = Counter("CompactLinear" for module in model.modules() if isinstance(module, CompactLinear))
     for weight in list(linear_weights(model)):
@@ -87,10 +88,6 @@ def prepare(model: Any) -> dict[str, int]:
     if made:
         model.float()
     return dict(made)
-
-
-def _device_type(model: Any) -> str:
-    return next(model.parameters()).device.type
 
 
 def _fastest(weight: Weight, device: str, fast: bool) -> nn.Module:

@@ -45,7 +45,7 @@ inline AVX2 __m256i place_nibbles(const uint8_t* values, uint64_t mask, uint64_t
   return _mm256_xor_si256(placed, _mm256_set1_epi64x(int64_t(zeros)));
 }
 
-// As ``wide_integers_avx512``. Every fourth column is a field of the same 16-bit lanes, so x lies in that order.
+// As ``wide_integers_avx512`` of avx512.h, a row at a time. Every fourth column is a field of the same 16-bit lanes, so x lies in that order.
 template <int T>
 AVX2 void wide_integers_avx2(const Row& row, const Input& x, float* y) {
   const uint8_t* values = row.values;
@@ -127,7 +127,8 @@ AVX2 void row_avx2(const Row& row, const Input& x, float* y) {
   for (int t = 0; t < T; ++t) y[t] = sum_of(sums[t]);
 }
 
-// The same, in the order that ``wide_integers_avx2`` wants: columns 0, 4, 8 ... of a group, then 1, 5, 9 ...
+// As ``round_to_integers`` of avx512.h, in the order that ``wide_integers_avx2`` wants: columns 0, 4, 8 ... of a group, then
+// 1, 5, 9 ...
 AVX2 void round_to_fourths(const float* x, int64_t size, int16_t* integers, float* steps) {
   for (int64_t b = 0; b * WIDTH < size; ++b, x += WIDTH, integers += WIDTH) {
     float most = 0;
