@@ -23,16 +23,23 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 from common import RESULTS, check, update_results
-from pico import pico_folder
+from pico import pico_folder, pico_tokenizer
 
 DEPTHS, FLAT = (8, 16, 32, 64), 1.05
-SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2}
+SIZES = {
+    "vocab_size": 261,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
 CALIBRATION = "--calibration builtin --samples 8 --length 64"
 SCORE = "--text text.jsonl --length 128 --max-tokens 1024 --batch-size 4"  # no keys and values, which blocks have one each of
 # Command lines, in this order: FROM OUT are folders of one depth. Training is not among them: what it holds are adapters.
 STAGES = {
     "sparsify": f"sparsify dense sparse --method wanda {CALIBRATION}",
     "sparsify, --dtype float16": f"sparsify dense sparse16 --method wanda --dtype float16 {CALIBRATION}",
+    "sparsify, GGUF": f"sparsify gguf/model.gguf sparse32 --method wanda {CALIBRATION}",
     "quantize": f"quantize sparse int4 --method gptq {CALIBRATION}",
     "both in one walk": f"sparsify dense both --method wanda {CALIBRATION} --then quantize",
     "merge": "merge adapter merged",
@@ -45,7 +52,8 @@ STAGES = {
     "pack": "pack int4 compact",
 }
 TRAIN = "--task arithmetic --limit 8 --max-steps 1 --batch-size 2 --eval-limit 0 --r 2"
-BETWEEN = {"merge": f"train sparse adapter --adapter sparse-peft {TRAIN}",
+BETWEEN = {"sparsify, GGUF": "export dense gguf --to gguf",
+           "merge": f"train sparse adapter --adapter sparse-peft {TRAIN}",
            "merge INT4": f"train int4 adapter4 --adapter qa-sparse-peft {TRAIN}"}  # fmt: skip
 
 
@@ -76,6 +84,7 @@ def memory(depths: list[int]) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             pico_folder(folder / "dense", num_hidden_layers=depth, **SIZES)
+            pico_tokenizer([("t", "h")]).save_pretrained(folder / "dense")  # of GGUF is read only what merges
             (folder / "text.jsonl").write_text(
                 json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 150}) + "\n"
             )

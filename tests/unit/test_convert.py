@@ -12,6 +12,8 @@ from pico import pico_folder
 from safetensors.torch import save_file
 
 import sqft
+from sqft.deployment import ExportConfig
+from sqft.exporters.stage import export
 from sqft.models.convert import converted
 from sqft.models.dense import load_dense
 from sqft.models.mapping import Mapped, read_only
@@ -28,6 +30,28 @@ def test_the_same_bits_as_in_memory(tmp_path: Path, family: str) -> None:
     assert all(same_bits(ours[name], theirs[name]) for name in ours)
     dtypes = {tensor.dtype for tensor in theirs.values()}
     assert torch.float16 in dtypes and (family == "llama" or torch.float32 in dtypes)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_gguf_file_is_what_transformers_makes_of_it(tmp_path: Path, family: str, dtype: str) -> None:
+    export(pico_folder(tmp_path / "source", family), ExportConfig(to="gguf"), out=tmp_path / "g")
+    file = tmp_path / "g" / "model.gguf"
+    out = converted(file, dtype, tmp_path / "work" / "out")
+    assert Path(out) == tmp_path / "work" / "out"
+    ours, theirs = (load_dense(source, dtype) for source in (out, file))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(same_bits(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
+    assert {**ours.config.to_dict(), "_name_or_path": ""} == theirs.config.to_dict()
+
+
+def test_a_gguf_file_that_cannot_be_taken_apart_is_left_to_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(pico_folder(tmp_path / "source"), ExportConfig(to="gguf"), out=tmp_path / "g")
+    monkeypatch.setattr("sqft.models.gguf.ONE_BY_ONE", ())
+    assert converted(file := tmp_path / "g" / "model.gguf", "auto", tmp_path / "out") == file
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_to_convert(tmp_path: Path) -> None:

@@ -98,9 +98,10 @@ def compress(model: PreTrainedModel | str | Path, passes: Sequence[Pass], calibr
     with artifact.stage(last.stage, last.config, out, model, given=given, overwrite=overwrite) as result:
         for each in passes:
             each.kept = Kept(result.work("compressing") / each.stage)
-        source = converted(model, last.config.dtype, result.work("compressing") / "converted")
-        with parsed_once(model), read_only():
-            live, tokenizer = load_dense(source, last.config.dtype), load_tokenizer(model)
+        with parsed_once(model):
+            source = converted(model, last.config.dtype, result.work("compressing") / "converted")
+            with read_only():
+                live, tokenizer = load_dense(source, last.config.dtype), load_tokenizer(model)
         attach_masks(live, load_masks(model))
         blocks = _walk(live, passes, calibration, tokenizer)
         if is_main_process():

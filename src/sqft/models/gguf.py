@@ -1,4 +1,4 @@
-"""The header of a GGUF file: what it may ask for, before its parser makes an object of each thing listed.
+"""A GGUF file: its header, what it may ask for before its parser makes an object of each thing listed; and its weights.
 
 Layout (GGUF 2 and 3, little-endian): ``GGUF``, version u32, tensors u64, values u64; each value a name, a type and
 itself; each tensor a name, dimensions, a type and the offset of its data, which lies behind the header.
@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from sqft.models.bounds import LISTED, SIZE, check_number
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a number's type
 INTEGERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 10: "Q", 11: "q"}
 TEXT, ARRAY = 8, 9
+# transformers' processors that make one weight of one tensor.
+ONE_BY_ONE = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor", "NemotronTensorProcessor")
 VALUES, NAME, DIMENSIONS = 2**12, 2**12, 4
 _LAYERS, _EXPERTS = "block_count", "expert_count"
 
@@ -92,18 +95,50 @@ def read_layout(file: Path) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def parsed_once(source: str | Path) -> Iterator[None]:
     """transformers parses a GGUF file for its configuration (twice), its weights and its tokenizer, seconds each time
-    for a large vocabulary. In here, if ``source`` is one, it is parsed once."""
+    for a large vocabulary, and makes the table of names again for every module. In here, if ``source`` is one, both are
+    done once."""
     if not (str(source).endswith(".gguf") or any(Path(source).glob("*.gguf"))) or not find_spec("gguf"):
         yield
         return
     import gguf
 
-    parser = gguf.GGUFReader
-    gguf.GGUFReader = functools.lru_cache(maxsize=1)(parser)  # pyright: ignore[reportAttributeAccessIssue]
+    theirs = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, call in theirs.items():
+        setattr(gguf, name, functools.lru_cache(maxsize=1)(call))
     try:
         yield
     finally:
-        gguf.GGUFReader = parser
+        for name, call in theirs.items():
+            setattr(gguf, name, call)
+
+
+def dequantized(file: Path, model: Any) -> tuple[set[str], Iterator[tuple[str, Tensor]]] | None:
+    """The names of a model's weights that a file has, and each of them, float32, one after the other: de-quantized, and
+    its heads permuted back, as transformers does. None for a family of which it makes a weight of several tensors."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    try:
+        reader = gguf.GGUFReader(str(file))
+        family = theirs.read_field(reader, "general.architecture")[0]
+        processor = theirs.TENSOR_PROCESSORS.get(family, theirs.TensorProcessor)(config=model.config.to_dict())
+        names = theirs.get_gguf_hf_weights_map(model, processor)
+    except Exception:  # both packages raise many kinds; loading says which
+        return None
+    if type(processor).__name__ not in ONE_BY_ONE:
+        return None
+    there = [tensor for tensor in reader.tensors if tensor.name in names]
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for tensor in there:
+            try:
+                made = processor.process(gguf.dequantize(tensor.data, tensor.tensor_type), tensor.name,
+                                         tensor_key_mapping=names, parsed_parameters={})  # fmt: skip
+            except (NotImplementedError, ValueError) as error:
+                raise SqftError(f"{file}: {tensor.name} cannot be de-quantized: {error}") from None
+            yield names[tensor.name], torch.tensor(made.weights)
+
+    return {names[tensor.name] for tensor in there}, weights()
 
 
 def _tensors(header: _Header, blocks: dict[int, tuple[int, int]]) -> Iterator[tuple[str, Tensor]]:

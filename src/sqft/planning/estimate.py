@@ -137,12 +137,12 @@ def load(shape: Shape) -> Cost:
 
 
 def _compress(shape: Shape, config: SparsifyConfig | QuantizeConfig, passes: int) -> Cost:
-    """The calibration tokens, ``passes`` times. Held: their hidden states, a layer's inputs, a block, masks, GGUF."""
+    """The calibration tokens, ``passes`` times. Held: their hidden states, a layer's inputs, a block, masks."""
     needed = config.repair != "none" or not (config.method in ("magnitude", "rtn") or getattr(config, "mask", None))
     tokens = needed * config.samples * config.length
     seen = tokens * ((1 + (config.repair != "none")) * shape.hidden + max(shape.inputs)[0]) * shape.itemsize
     return Cost(products=passes * forward(shape, tokens, config.length, head=False),
-                memory=seen + (24 / shape.layers + 1 / 8) * shape.weights + shape.gguf * shape.bytes)  # fmt: skip
+                memory=seen + (24 / shape.layers + 1 / 8) * shape.weights)  # fmt: skip
 
 
 def sparsify(shape: Shape, config: SparsifyConfig) -> Cost:
