@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from support.rounding import of_16_bits
 from torch import Tensor
 
 import sqft
+from sqft.errors import Note
 from sqft.kernels import compact
 from sqft.kernels.compact import CompactWeight, pack, starts
 from sqft.kernels.cpu import library
@@ -206,8 +206,7 @@ def test_what_the_decoder_does_not_know_is_left_to_transformers() -> None:
     assert not Decoder.takes(model)
 
 
-def test_without_kernels_plain_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-                                              caplog: pytest.LogCaptureFixture) -> None:  # fmt: skip
+def test_without_kernels_plain_torch_computes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     weight, meant = integers(4, 7, 192, 64, "free")
     monkeypatch.setattr(library, "SOURCE", tmp_path / "broken.cpp")
     (tmp_path / "broken.cpp").write_text("this is no C++\n")
@@ -215,10 +214,9 @@ def test_without_kernels_plain_torch_computes(monkeypatch: pytest.MonkeyPatch, t
     library.library.cache_clear()
     try:
         x = torch.randn(1, 192)
-        with caplog.at_level(logging.WARNING):
+        with pytest.warns(Note, match=r"(?s)the C\+\+ kernels are not there.*error"):
             found = library.compact_linear(x, weight)
         assert torch.allclose(found.double(), x.double() @ meant.T, atol=1e-3)
-        assert "the C++ kernels are not there" in caplog.text and "error" in caplog.text
         assert list((tmp_path / "sqft").iterdir()) == []
         library.library.cache_clear()
         monkeypatch.setenv("SQFT_CPU_KERNELS", "off")

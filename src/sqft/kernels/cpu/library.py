@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sqft.errors import Note
 from sqft.kernels import compact
 from sqft.kernels.compact import WIDTH, CompactWeight
 from sqft.kernels.dispatch import cache_folder, cpu_kernel_options, cpu_kernels_wanted
@@ -24,8 +25,6 @@ from sqft.kernels.dispatch import cache_folder, cpu_kernel_options, cpu_kernels_
 SOURCE = Path(__file__).with_name("library.cpp")
 VARIANTS = ("portable", "avx2", "avx512")  # as the library counts them
 FEW_TOKENS = 1024  # up to so many, weights are decoded for each eight of them; else once, and multiplied as a matrix
-
-logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -37,7 +36,8 @@ def library() -> bool:
         torch.ops.load_library(str(build()))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or str(error)
-        logger.warning("the C++ kernels are not there, plain torch computes, slower: %s", detail.strip()[-300:])
+        said = f"the C++ kernels are not there, plain torch computes, slower: {detail.strip()[-300:]}"
+        warnings.warn(said, Note, stacklevel=2)
         return False
     return True
 
