@@ -52,9 +52,11 @@ ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LoRA on INT4": ("train", "INT4", TRAIN | {"adapter": "sqft"}),
     "QA's adapter on INT4": ("train", "INT4", TRAIN | {"adapter": "qa-sparse-peft"}),
     "QA on INT4": ("merge", "QA's adapter on INT4", {}),
+    "QA at 3e-4's adapter": ("train", "INT4", TRAIN | {"adapter": "qa-sparse-peft", "learning_rate": 3e-4}),
+    "QA at 3e-4 on INT4": ("merge", "QA at 3e-4's adapter", {}),
     "LoRA, dense, then GPTQ": ("quantize", "LoRA, dense", QUANTIZE),
 }  # fmt: skip
-GROUPS = {"main": [name for name in ROWS if not name.endswith("adapter")]}
+GROUPS = {"main": [name for name in ROWS if not name.endswith("adapter") and "at 3e-4" not in name]}
 ROWS |= {
     "Wanda INT4": ("quantize", "Wanda", {**QUANTIZE, "repair": "none"}),
     "repaired blocks": ("sparsify", "dense", {"samples": 128, "calibration": "task+c4", "repair": "block",
@@ -197,7 +199,7 @@ def differences(rows: dict[str, dict[str, Any]], pairs: Sequence[tuple[str, str]
 PAIRS = (("SparsePEFT", "LoRA"), ("best", "SparsePEFT"), ("best", "LoRA, dense"), ("all kept weights", "best"), ("all kept weights, faster", "best"),
          ("repaired", "Wanda"), ("best", "repaired"), ("recovered", "repaired"),
          ("best, then GPTQ", "best"), ("best INT4", "best, then GPTQ"), ("best INT4", "best"),
-         ("QA on INT4", "LoRA on INT4"), ("QA on INT4", "LoRA, dense, then GPTQ"),
+         *itertools.product(("QA on INT4", "QA at 3e-4 on INT4"), ("LoRA on INT4", "LoRA, dense, then GPTQ")),
          *((f"best {name}", "best") for name in APART),
          *((one.format(pattern), other.format(pattern)) for pattern in PATTERNS for one, other in (
              ("best {}", "SparsePEFT {}"), ("best {}", "best"), ("best {}, then GPTQ", "best {}"))),

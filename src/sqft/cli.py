@@ -17,11 +17,11 @@ from typing import Any
 import sqft
 from sqft import processes
 from sqft.artifact import accept, write_text
-from sqft.config import DATA_DIR, TASK, QuantizeConfig
+from sqft.config import DATA_DIR, TASK, Compressing, QuantizeConfig
 from sqft.console import Patient, answer, describe, ended_like_ctrl_c, note, quiet
 from sqft.deployment import BenchConfig, GenerateConfig, ServeConfig
 from sqft.errors import SqftError, UsageError
-from sqft.flags import Parser, add_flags, number, read_flags
+from sqft.flags import Parser, add_flags, inherit, number, read_flags
 from sqft.limits import keep_no_addresses
 from sqft.options import COUNT, RenamedOption
 from sqft.outputs import clean
@@ -57,7 +57,8 @@ def _add_stages(add: Add) -> None:
             sub.add_argument("--out", metavar="OUT", help=row.writes)
         sub.add_argument("--overwrite", action="store_true", help="replace an earlier result in OUT")
         if row.name == "sparsify":
-            sub.epilog = "'--then quantize' and options of 'sqft quantize' after all others quantizes in the same walk."
+            sub.epilog = ("'--then quantize' and options of 'sqft quantize' after all others quantizes in the same "
+                          "walk; calibration, dtype and device are for both, unless given there.")  # fmt: skip
         add_flags(sub, row.config)
 
 
@@ -169,12 +170,13 @@ def _stage(arguments: argparse.Namespace) -> dict[str, Any]:
     config = read_flags(arguments, row.config)
     given = {"out": arguments.out, "overwrite": arguments.overwrite}
     if arguments.then is not None:
-        row, config, given = STAGES["quantize"], arguments.then, {**given, "first": config}
+        then = read_flags(inherit(arguments.then, arguments, Compressing, but="repair"), QuantizeConfig)
+        row, config, given = STAGES["quantize"], then, {**given, "first": config}
     return row.perform(config, lambda: row.function(arguments.source, config, **given), _say)
 
 
-def _split_then(arguments: Sequence[str]) -> tuple[list[str], QuantizeConfig | None]:
-    """'sparsify ... --then quantize ...': the arguments before it, and the config of those after."""
+def _split_then(arguments: Sequence[str]) -> tuple[list[str], argparse.Namespace | None]:
+    """'sparsify ... --then quantize ...': the arguments before it, and those after, parsed."""
     if "--then" not in arguments:
         return list(arguments), None
     at = list(arguments).index("--then")
@@ -183,7 +185,7 @@ def _split_then(arguments: Sequence[str]) -> tuple[list[str], QuantizeConfig | N
         raise UsageError("--then goes with sparsify: sqft sparsify MODEL OUT [options] --then quantize [its options]")
     parser = Parser(prog="sqft sparsify ... --then quantize", add_help=False)
     add_flags(parser, QuantizeConfig)
-    return head, read_flags(parser.read(tail[1:]), QuantizeConfig)
+    return head, parser.read(tail[1:])
 
 
 def _write_tasks(arguments: argparse.Namespace) -> dict[str, Any]:

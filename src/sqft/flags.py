@@ -107,6 +107,16 @@ def read_flags(arguments: argparse.Namespace, config_class: Any) -> Any:
     return from_dict(config_class, given)
 
 
+def inherit(
+    arguments: argparse.Namespace, before: argparse.Namespace, config_class: Any, but: str
+) -> argparse.Namespace:
+    """The flags, of which those of a config class (``but`` one) that were not given are as they were given before."""
+    for spec in dataclasses.fields(config_class):
+        if spec.name != but and getattr(arguments, spec.name) is None:
+            setattr(arguments, spec.name, getattr(before, spec.name))
+    return arguments
+
+
 def changed_options(config: Any) -> dict[str, Any]:
     """The options of a config that are not the default's."""
     default = {spec.name: spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()

@@ -30,10 +30,11 @@ def packed(sparse: Path, tmp_path_factory) -> Path:
 def test_all_stages(dense: Path, tmp_path: Path, capsys) -> None:
     packed, adapter, merged = tmp_path / "packed", tmp_path / "adapter", tmp_path / "merged"
     code, out, _ = call(capsys, "sparsify", dense, packed, *FAST, "--sparsity", "0.5", "--json", "--then", "quantize", *GROUP,
-                        *FAST, "--no-act-order")  # fmt: skip
+                        "--no-act-order", "--samples", 3)  # fmt: skip
     assert code == 0 and json.loads(out)["zeros_kept"] == 1.0
     config = json.loads((packed / "sqft.json").read_text())["config"]
     assert config["act_order"] is False and config["first"]["method"] == "wanda"
+    assert config["samples"] == 3 and config["length"] == config["first"]["length"] == 32  # the length holds for both
     code, out, _ = call(capsys, "train", packed, adapter, *TRAIN, "--adapter", "qa-sparse-peft", "--json")
     assert code == 0 and json.loads(out)["steps"] == 3
     code, out, _ = call(capsys, "merge", adapter, merged, "--json")
@@ -52,7 +53,7 @@ def test_sparsegpt(dense: Path, tmp_path: Path, capsys) -> None:
                         "--json")  # fmt: skip
     assert code == 0 and json.loads(out)["sparsity"] == 0.5
     code, out, _ = call(capsys, "sparsify", dense, tmp_path / "both", *FAST, "--method", "sparsegpt", "--sparsity", "0.6",
-                        "--json", "--then", "quantize", *GROUP, *FAST)  # fmt: skip
+                        "--json", "--then", "quantize", *GROUP)  # fmt: skip
     metrics = json.loads(out)
     assert code == 0 and metrics["zeros_kept"] == 1.0 and metrics["sparsity"] >= 0.59
     assert "did you mean 'sparsegpt'" in fails(capsys, 2, "sparsify", dense, tmp_path / "no", "--method", "sparsegtp")
