@@ -197,7 +197,7 @@ def differences(rows: dict[str, dict[str, Any]], pairs: Sequence[tuple[str, str]
 
 
 PAIRS = (("SparsePEFT", "LoRA"), ("best", "SparsePEFT"), ("best", "LoRA, dense"), ("all kept weights", "best"), ("all kept weights, faster", "best"),
-         ("repaired", "Wanda"), ("best", "repaired"), ("recovered", "repaired"),
+         ("repaired", "Wanda"), ("best", "repaired"), ("best at 3e-4", "repaired"), ("best at 3e-4", "LoRA, dense"), ("recovered", "repaired"),
          ("best, then GPTQ", "best"), ("best INT4", "best, then GPTQ"), ("best INT4", "best"),
          *itertools.product(("QA on INT4", "QA at 3e-4 on INT4"), ("LoRA on INT4", "LoRA, dense, then GPTQ")),
          *((f"best {name}", "best") for name in APART),
@@ -214,8 +214,9 @@ def checks_of(rows: dict[str, dict[str, Any]], apart: dict[str, list[float]], wh
         low, mine, high = (rows[name]["accuracy"] for name in ("SparsePEFT", "best", "LoRA, dense"))
         checks.append(check(f"{where}: share of the gap to dense LoRA that is closed", (mine - low) / (high - low), 0.5,
                             at_most=False))  # fmt: skip
-    for name, limit in (("best, then GPTQ - best", -0.01), ("best INT4 - best", -0.01), ("QA on INT4 - LoRA on INT4", -0.005),
-                        ("QA on INT4 - LoRA, dense, then GPTQ", 0.0)):  # fmt: skip
+    for name, limit in (("best, then GPTQ - best", -0.01), ("best INT4 - best", -0.01), *(
+            (f"{qa} - {other}", limit) for qa in ("QA on INT4", "QA at 3e-4 on INT4")
+            for other, limit in (("LoRA on INT4", -0.005), ("LoRA, dense, then GPTQ", 0.0)))):  # fmt: skip
         if name in apart:
             checks.append(check(f"{where}: {name}", apart[name][0], limit, at_most=False))
     if "best INT4 - best, then GPTQ" in apart:
