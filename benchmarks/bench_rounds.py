@@ -19,6 +19,7 @@ import sqft
 from sqft.artifact import read_manifest
 from sqft.models.reader import SafetensorsReader, same_bits
 from sqft.recipe import run_stage
+from sqft.sparsity.masks import collect_masks
 
 ROUNDS = ("arc_easy", "piqa", "arithmetic")
 SPLITS = {"arc_easy": "test", "piqa": "validation", "arithmetic": "test"}  # PIQA's test split has no public answers
@@ -55,9 +56,8 @@ def compared(first: Path, now: Path) -> dict[str, Any]:
     before, after = SafetensorsReader(first), SafetensorsReader(now)
     grid = [name for name in before.layout if name.endswith(("_scale", "_zero_point", "scales", "qzeros"))]
     changed = sum(not same_bits(before.get(name), after.get(name)) for name in grid)
-    same_masks = (first / "masks" / "masks.safetensors").read_bytes() == (
-        now / "masks" / "masks.safetensors"
-    ).read_bytes()
+    masks, others = (collect_masks(sqft.load(folder)[0]) for folder in (first, now))  # of INT files hold them otherwise
+    same_masks = masks.keys() == others.keys() and all(masks[name].equal(others[name]) for name in masks)
     return {"zeros_kept": read_manifest(now).metrics["zeros_kept"], "same_masks": same_masks,
             "grid_tensors": len(grid), "grid_tensors_changed": changed}  # fmt: skip
 
