@@ -17,7 +17,7 @@ from typing import Any
 import sqft
 from sqft import processes
 from sqft.artifact import accept, write_text
-from sqft.config import DATA_DIR, TASK, Compressing, QuantizeConfig
+from sqft.config import DATA_DIR, SHARED, TASK, QuantizeConfig
 from sqft.console import Patient, answer, describe, ended_like_ctrl_c, note, quiet
 from sqft.deployment import BenchConfig, GenerateConfig, ServeConfig
 from sqft.errors import SqftError, UsageError
@@ -170,7 +170,7 @@ def _stage(arguments: argparse.Namespace) -> dict[str, Any]:
     config = read_flags(arguments, row.config)
     given = {"out": arguments.out, "overwrite": arguments.overwrite}
     if arguments.then is not None:
-        then = read_flags(inherit(arguments.then, arguments, Compressing, but="repair"), QuantizeConfig)
+        then = read_flags(inherit(arguments.then, arguments, SHARED), QuantizeConfig)
         row, config, given = STAGES["quantize"], then, {**given, "first": config}
     return row.perform(config, lambda: row.function(arguments.source, config, **given), _say)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from sqft.errors import UsageError
 from sqft.options import COUNT, SEED, Options, check_within, option, parse_pattern, parse_size
@@ -43,6 +43,10 @@ class Compressing(OnDevice):
     repair: str = option("none", "let the weights that stay make good what is changed: in each layer's outputs or, by "
                          "training after that, each block's (sparsify)", ("none", "layer", "block"))  # fmt: skip
     dtype: str = option("auto", "of the written float weights", ("auto", "float32", "bfloat16", "float16"))
+
+
+# Of 'sparsify --then quantize' they are for both, unless given again.
+SHARED = tuple(spec.name for spec in fields(Compressing) if spec.name != "repair")
 
 
 @dataclass(frozen=True)

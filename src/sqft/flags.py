@@ -107,13 +107,11 @@ def read_flags(arguments: argparse.Namespace, config_class: Any) -> Any:
     return from_dict(config_class, given)
 
 
-def inherit(
-    arguments: argparse.Namespace, before: argparse.Namespace, config_class: Any, but: str
-) -> argparse.Namespace:
-    """The flags, of which those of a config class (``but`` one) that were not given are as they were given before."""
-    for spec in dataclasses.fields(config_class):
-        if spec.name != but and getattr(arguments, spec.name) is None:
-            setattr(arguments, spec.name, getattr(before, spec.name))
+def inherit(arguments: argparse.Namespace, before: argparse.Namespace, names: Sequence[str]) -> argparse.Namespace:
+    """The flags; those of ``names`` that were not given are as they were given before."""
+    for name in names:
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, getattr(before, name))
     return arguments
 
 
@@ -124,10 +122,14 @@ def changed_options(config: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(config).items() if value != default[name]}
 
 
-def written_flags(config: Any) -> list[str]:
-    """The flags of a config, only of options that differ from their defaults; parsed, they give it back."""
+def written_flags(config: Any, before: Any = None, names: Sequence[str] = ()) -> list[str]:
+    """The flags of a config, only of options that differ from their defaults; of ``names`` of those that differ from
+    ``before``, whose they inherit. Parsed, they give it back."""
     words: list[str] = []
-    for name, value in changed_options(config).items():
+    changed = changed_options(config) | {name: getattr(config, name) for name in names}
+    for name, value in changed.items():
+        if name in names and value == getattr(before, name):
+            continue
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag[2:])

@@ -15,8 +15,9 @@ from support.manifest import edit
 
 import sqft
 from sqft import artifact, cli
-from sqft.config import EvaluateConfig, MergeConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
+from sqft.config import SHARED, EvaluateConfig, MergeConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
 from sqft.errors import UsageError
+from sqft.flags import inherit
 from sqft.options import to_dict
 from sqft.reporting import facts, figures
 from sqft.reporting.collect import Section, numbers, read_section
@@ -352,10 +353,13 @@ def test_commands_parse_back_to_their_config(name: str, config: object) -> None:
 
 
 def test_commands_of_what_flags_cannot_say() -> None:
-    both = {**to_dict(QuantizeConfig(bits=8)), "first": to_dict(SparsifyConfig(samples=2))}
-    head, then = cli._split_then(shlex.split(command("quantize", "m", "o", both))[1:])
-    assert then == QuantizeConfig(bits=8)
-    assert cli.read_flags(cli.build_parser().parse_args(head), SparsifyConfig) == SparsifyConfig(samples=2)
+    first = SparsifyConfig(samples=2, data_dir="d", repair="layer", length=64)
+    for second in (QuantizeConfig(bits=8), QuantizeConfig(samples=2, length=32, data_dir="d", dtype="float16")):
+        both = {**to_dict(second), "first": to_dict(first)}
+        head, then = cli._split_then(shlex.split(command("quantize", "m", "o", both))[1:])
+        before = cli.build_parser().parse_args(head)
+        assert cli.read_flags(before, SparsifyConfig) == first
+        assert cli.read_flags(inherit(then, before, SHARED), QuantizeConfig) == second
     assert command("extract", "a", "o", {"choice": "knee"}) == "sqft extract a o --choice knee"
     tokens = command("sparsify", "m", "o", {**to_dict(SparsifyConfig()), "calibration": "tokens:ab"})
     assert tokens == "sqft sparsify m o  # given from Python: calibration"

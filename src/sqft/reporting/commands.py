@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from sqft.config import SparsifyConfig
+from sqft.config import SHARED, SparsifyConfig
 from sqft.errors import UsageError
 from sqft.flags import written_flags
 from sqft.options import from_dict
@@ -20,10 +20,10 @@ def command(stage: str, source: str, out: str, config: Mapping[str, Any]) -> str
     if stage not in STAGES or not source or source == out:
         return _comment(f"{out}: written from Python")
     try:
-        words = written_flags(from_dict(STAGES[stage].config, _sayable(config)))
+        words = written_flags(own := from_dict(STAGES[stage].config, _sayable(config)))
         if config.get("first") is not None:
             stage, first = "sparsify", from_dict(SparsifyConfig, _sayable(config["first"]))
-            words = [*written_flags(first), "--then", "quantize", *words]
+            words = [*written_flags(first), "--then", "quantize", *written_flags(own, first, SHARED)]
     except (UsageError, TypeError, AttributeError, OverflowError) as error:
         return _comment(f"{out}: its options are those of another version of sqft ({error})")
     places = {"evaluate": [source, "--out", out], "measure": [source]}.get(stage, [source, out])
