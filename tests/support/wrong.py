@@ -78,6 +78,7 @@ FILES: dict[str, bytes] = {
     "same/mine/train.jsonl": b'{"q": "1", "a": "2"}\n' * 2,
     "same/mine/test.jsonl": b'{"q": "1", "a": "2"}\n',
     "a-file": b"a",
+    "t5/config.json": b'{"model_type": "t5"}',
 }  # fmt: skip
 
 CASES: dict[str, list[tuple[str, int, str]]] = {
@@ -120,6 +121,7 @@ CASES: dict[str, list[tuple[str, int, str]]] = {
         ("measure none", 2, "none"),
         ("bench none", 2, "none"),
         ("inspect none", 2, "none"),
+        ("inspect t5", 1, "t5 is an encoder-decoder model"),
     ],
     "Numbers": [
         ("sparsify dense out --sparsity nan", 2, "sparsity: nan is not a finite number"),

@@ -31,6 +31,13 @@ _SIZES = re.compile(
 _CODE = re.compile(r"_?(attn|experts)_implementation")
 
 
+def check_decoder(config: Any) -> None:
+    """Raises SqftError for the configuration of a model that is no decoder alone."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise SqftError(f"{config.model_type} is an encoder-decoder model: sqft works on decoders, whose blocks run "
+                        "one after the other")  # fmt: skip
+
+
 def check_config(folder: str | Path, layout: Mapping[str, Tensor] | None = None) -> None:
     """Raises SqftError for a ``config.json`` that cannot be read, has numbers that no model has, or more layers than
     its weight files (``layout``) have tensors. A folder without one passes: it is a hub name, or GGUF."""

@@ -11,7 +11,7 @@ import huggingface_hub
 import torch
 
 from sqft.errors import SqftError, UsageError, first_line, shown
-from sqft.models.bounds import check_config, check_size
+from sqft.models.bounds import check_config, check_decoder, check_size
 from sqft.models.experts import unstack
 from sqft.models.gguf import parsed_once, read_layout
 from sqft.models.reader import SafetensorsReader
@@ -59,9 +59,11 @@ def load_dense(source: str | Path, dtype: str = "auto") -> PreTrainedModel:
 
 
 def auto_class(config: Any) -> Any:
-    """transformers' auto class that a configuration's model is loaded by: of one that sees, the whole model."""
+    """transformers' auto class that a configuration's model is loaded by: of one that sees, the whole model. Raises
+    SqftError for an encoder-decoder."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    check_decoder(config)
     sees = hasattr(config, "vision_config") and type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sqft.errors import SqftError, UsageError, did_you_mean
+from sqft.models.bounds import check_decoder
 from sqft.models.experts import unstack
 from sqft.models.infer import allowed, infer
 from sqft.models.tables import Family
@@ -57,9 +58,7 @@ def describe(model: nn.Module) -> Architecture:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise SqftError(f"{type(model).__name__} is not a transformers model: it has no config.model_type")
-    if getattr(model.config, "is_encoder_decoder", False):  # pyright: ignore[reportAttributeAccessIssue]
-        raise SqftError(f"{model_type} is an encoder-decoder model: sqft works on decoders, whose blocks run one after "
-                        "the other")  # fmt: skip
+    check_decoder(model.config)
     if model_type not in FAMILIES and not allowed():
         from transformers import CONFIG_MAPPING
 
