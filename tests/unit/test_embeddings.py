@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 import sqft
 from sqft.formats.compact import CompactReader
 from sqft.kernels.rows import as_rows, round_rows
+from sqft.models import tensors
 from sqft.models.embeddings import exact_dtypes, half_dtype
 from sqft.models.reader import SafetensorsReader
+from sqft.models.tensors import pieces
 from sqft.serving.prepare import load_prepared
 
 RTN = {"method": "rtn", "group_size": 32}
@@ -131,3 +133,17 @@ def test_rows_that_do_not_fit_their_values_are_refused(tmp_path: Path) -> None:
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(sqft.SqftError, match="does not fit its values"):
         CompactReader(tmp_path / "small")
+
+
+@pytest.mark.parametrize("embeddings", ["auto", "int8", "bfloat16"])
+def test_rows_are_rounded_some_at_a_time_as_all_at_once(embeddings: str, tmp_path: Path, monkeypatch) -> None:
+    whole = load_file(quantized(tmp_path, "qwen2", embeddings=embeddings) / "model.safetensors")
+    monkeypatch.setattr(tensors, "PIECE", 100)  # three rows
+    assert len(pieces(torch.zeros(260, 32))) == 87 and pieces(torch.zeros(()))[0].ndim == 0
+    sqft.quantize(tmp_path / "dense", sqft.QuantizeConfig(**RTN, embeddings=embeddings), out=tmp_path / "pieces")
+    parts = load_file(tmp_path / "pieces" / "model.safetensors")
+    assert parts.keys() == whole.keys() and all(parts[name].dtype == whole[name].dtype for name in whole)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    sqft.save(*sqft.load(tmp_path / "pieces"), tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole)

@@ -25,7 +25,7 @@ from sqft.formats.fractions import save_fractions, stored_fractions
 from sqft.models.convert import converted
 from sqft.models.dense import load_dense, load_tokenizer, save_settings
 from sqft.models.discover import Block, describe
-from sqft.models.embeddings import exact_dtypes, planned_dtypes, round_embeddings
+from sqft.models.embeddings import embeddings, exact_dtypes, planned_dtypes, round_embeddings, rounding
 from sqft.models.gguf import parsed_once
 from sqft.models.mapping import read_only
 from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter
@@ -140,10 +140,10 @@ def _write(blocks: Iterable[Block], model: Any, last: Pass, tokenizer: Tokenizer
     if last.layers:
         model.config.quantization_config = quantization_config(model, last.layers, last.format)
         write_quantize_config(model.config.quantization_config, folder)
-    round_embeddings(model, last.embeddings)
+    rounded = dict.fromkeys((name for name, _ in embeddings(model)), rounding(model, last.embeddings))
     for name, tensor in model.state_dict().items():  # what is not in the blocks
         if tensor.device.type != "meta":
-            writer.add(name, tensor.to(dtypes.get(name, tensor.dtype)))
+            writer.add(name, tensor, rounded.get(name))
     writer.close()
     save_settings(model, tokenizer, folder)
     if masks:

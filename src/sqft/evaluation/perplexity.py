@@ -36,7 +36,8 @@ def perplexity(model: nn.Module, tokenizer: Tokenizer, source: str, length: int,
     for batch_NT in tqdm(windows.split(batch_size), desc="Perplexity", unit="batch", disable=None):
         batch_NT = batch_NT.to(device)
         logits = model(input_ids=batch_NT, use_cache=False).logits
-        for row, target in zip(logits, batch_NT, strict=True):  # by window: float32 logits of one only
-            losses.append(float(F.cross_entropy(row[:-1].float(), target[1:])))
+        for i, target in enumerate(batch_NT):  # by window: float32 logits of one only
+            losses.append(float(F.cross_entropy(logits[i, :-1].float(), target[1:])))
+        del logits  # before the next are made
     found = {"perplexity": math.exp(sum(losses) / len(losses)), "tokens": windows.numel(), "windows": len(losses)}
     return found | ({"perplexity_ci95": [math.exp(end) for end in normal(losses)]} if len(losses) > 1 else {})

@@ -130,4 +130,5 @@ def completion_loss(model: Any, tokenizer: Tokenizer, examples: Sequence[Example
         kept = target != IGNORED
         total += float(F.cross_entropy(logits[:, :-1][kept].float(), target[kept], reduction="sum"))
         count += int(kept.sum())
+        del logits  # before the next are made
     return total / count

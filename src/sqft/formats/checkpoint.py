@@ -20,7 +20,7 @@ from sqft.models.discover import describe
 from sqft.models.embeddings import exact_dtypes, widen_embeddings
 from sqft.models.experts import unstack
 from sqft.models.reader import Reader, SafetensorsReader
-from sqft.models.tensors import ModelWriter, layout
+from sqft.models.tensors import ModelWriter, layout, same
 from sqft.models.types import PreTrainedModel, Tokenizer
 from sqft.models.weights import Weight, is_linear, put_module, stored_state
 from sqft.quantization.linear import QuantLinear
@@ -101,7 +101,7 @@ def save_packed(model: Any, tokenizer: Tokenizer, folder: Path, max_shard_size: 
     dtypes = exact_dtypes(model)
     writer = ModelWriter(plan_tensors(model, layers, model.sqft_format, dtypes), folder, max_shard_size)
     for name, tensor in encoded(model, model.sqft_format, change=change):
-        writer.add(name, tensor.to(dtypes.get(name, tensor.dtype)))
+        writer.add(name, tensor, same if name in dtypes else None)
     writer.close()
     live = model.config.quantization_config
     model.config.quantization_config = stored = quantization_config(model, layers, model.sqft_format)

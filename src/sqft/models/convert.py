@@ -14,7 +14,7 @@ from sqft.models.bounds import check_config
 from sqft.models.dense import DTYPES, locate, quant_method, skeleton
 from sqft.models.gguf import dequantized
 from sqft.models.reader import SafetensorsReader
-from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter, copy_settings
+from sqft.models.tensors import MAX_SHARD_BYTES, ModelWriter, copy_settings, same
 from sqft.processes import count
 
 
@@ -47,7 +47,7 @@ def converted(source: str | Path, dtype: str, out: Path) -> str | Path:
         found.settings(temporary)
         writer = ModelWriter(found.planned, temporary, MAX_SHARD_BYTES)
         for name, tensor in found.tensors:
-            writer.add(name, tensor.to(found.planned[name].dtype))
+            writer.add(name, tensor, same)
         writer.close()
         temporary.rename(out)
     return out

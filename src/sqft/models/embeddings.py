@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sqft.kernels.rows import round_rows
+from sqft.models.tensors import pieces, same
 from sqft.models.weights import store, stored
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -31,7 +32,7 @@ def half_dtype(model: Any, asked: str) -> torch.dtype | None:
     wide = [w for _, module in embeddings(model) if (w := stored(module, "weight")).dtype == torch.float32]
     if asked == "keep" or not wide:
         return None
-    largest = max((float(w.abs().max()) for w in wide if w.device.type != "meta"), default=0.0)
+    largest = max((float(rows.abs().max()) for w in wide if not w.is_meta for rows in pieces(w)), default=0.0)
     return torch.float16 if largest <= torch.finfo(torch.float16).max else torch.bfloat16
 
 
@@ -41,25 +42,35 @@ def planned_dtypes(model: Any, asked: str) -> dict[str, torch.dtype]:
     return {} if half is None else {name: half for name, _ in embeddings(model)}
 
 
+def rounding(model: Any, asked: str) -> Callable[[Tensor], Tensor]:
+    """What makes of rows what the option says, in their own dtype; ``same``: nothing does."""
+    half = half_dtype(model, asked)
+    if asked == "int8":
+        return lambda rows: round_rows(rows, half or rows.dtype)
+    return same if half is None else lambda rows: rows.to(half).to(rows.dtype)
+
+
 @torch.no_grad()
 def round_embeddings(model: Any, asked: str) -> None:
-    """Rounds the values as the option says; the dtype they are computed in stays."""
-    half = half_dtype(model, asked)
-    if half is None and asked != "int8":
+    """Rounds the values of a live model as the option says; the dtype they are computed in stays."""
+    if (change := rounding(model, asked)) is same:
         return
     for _, module in embeddings(model):
         weight = stored(module, "weight")
-        rounded = round_rows(weight, half or weight.dtype) if asked == "int8" else weight.to(half)
-        store(module, "weight", rounded.to(weight.dtype))
+        store(module, "weight", torch.cat([change(rows) for rows in pieces(weight)]))
     model.tie_weights()
 
 
 @torch.no_grad()
 def exact_dtypes(model: Any) -> dict[str, torch.dtype]:
     """In what embeddings and head can be stored without loss, by name."""
-    return {name: next((half for half in HALVES if torch.equal(weight.to(half).to(weight.dtype), weight)), weight.dtype)
+    return {name: next((half for half in HALVES if _is_exact(weight, half)), weight.dtype)
             for name, module in embeddings(model)
             if (weight := stored(module, "weight")).dtype == torch.float32 and not weight.is_meta}  # fmt: skip
+
+
+def _is_exact(weight: Tensor, half: torch.dtype) -> bool:
+    return all(torch.equal(rows.to(half).to(rows.dtype), rows) for rows in pieces(weight))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -28,6 +28,7 @@ TORCH_DTYPES = {  # by safetensors' names
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 MAX_SHARD_BYTES = 5 * 10**9
+PIECE = 2**22  # elements of a tensor that is changed while it is written
 # What copy_settings leaves out: weights, code, and sqft's own.
 _LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".html")
 _OWN = (MANIFEST, "probe.json", INDEX)
@@ -38,6 +39,15 @@ def layout(model: nn.Module) -> dict[str, Tensor]:
     """Names, shapes and dtypes of a model's state dict, tied tensors once, as tensors without data (device 'meta')."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     return {name: tensor.to("meta") for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Some rows after the others, so that what is made of each is small."""
+    return tensor.split(max(1, PIECE * len(tensor) // tensor.numel())) if tensor.numel() > PIECE else (tensor,)
+
+
+def same(rows: Tensor) -> Tensor:
+    return rows
 
 
 class ModelWriter:
@@ -89,19 +99,21 @@ class ModelWriter:
             stream.truncate(8 + len(text) + end)
         self._places |= {name: (file, 8 + len(text) + start) for name, start in zip(names, starts, strict=True)}
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor to its place (a tied one's second name is passed over). SqftError on a full disk."""
+    def add(self, name: str, tensor: Tensor, change: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Writes one tensor to its place (a tied one's second name is passed over), or what ``change`` makes of its
+        rows, some at a time, in the dtype that was planned. SqftError on a full disk."""
         if name not in self._places:
             return
         (file, offset), expected = self._places[name], self._tensors[name]
-        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-            raise SqftError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, planned was {expected.dtype} "
-                            f"{tuple(expected.shape)}")  # fmt: skip
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        parts = [tensor] if change is None else (change(rows).to(expected.dtype) for rows in pieces(tensor))
         try:
             with (self.folder / file).open("r+b") as stream:
                 stream.seek(offset)
-                stream.write(data.data)
+                for part in parts:
+                    if tensor.shape != expected.shape or part.dtype != expected.dtype:
+                        raise SqftError(f"{name} is {part.dtype} {tuple(tensor.shape)}, planned was {expected.dtype} "
+                                        f"{tuple(expected.shape)}")  # fmt: skip
+                    stream.write(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise _cannot_write(self.folder / file, error) from error
         self._missing.discard(name)
