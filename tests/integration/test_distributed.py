@@ -17,6 +17,7 @@ from support.together import OPTIONS, compress, train
 
 import sqft
 from sqft.config import TrainConfig
+from sqft.flags import written_flags
 from sqft.training.loop import adapter_config
 from sqft.training.sharding import held_bytes
 
@@ -237,3 +238,26 @@ def test_a_batch_that_cannot_be_divided_is_a_usage_error(sparse: Path, tmp_path:
     with pytest.raises(sqft.UsageError, match="cannot be divided among 3: make it a multiple"):
         train(str(sparse), str(tmp_path / "out"), {})
     assert not list(tmp_path.iterdir())
+
+
+def test_accelerate_launches_several_processes_too(sparse: Path, tmp_path: Path) -> None:
+    """Its launcher for GPUs, with the CPU as the device."""
+    options = {
+        "task": "arithmetic",
+        "limit": 24,
+        "max_steps": 2,
+        "batch_size": 4,
+        "eval_limit": 0,
+        "search_space": [4, 2],
+    }
+    sqft.train(sparse, TrainConfig(**options), out=tmp_path / "one")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+               "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "sqft", "train",
+               str(sparse), str(tmp_path / "two"), *written_flags(TrainConfig(**options, device="cpu"))]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("trainable parameters") == 1  # one of the two speaks
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+    assert any(not torch.equal(one[key], two[key]) for key in one)  # sums in another order: there were two
