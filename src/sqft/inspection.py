@@ -10,6 +10,7 @@ from typing import Any
 from sqft.config import MergeConfig, QuantizeConfig, SparsifyConfig, TrainConfig
 from sqft.errors import SqftError, UsageError
 from sqft.measuring.size import human
+from sqft.measuring.speed import measure
 from sqft.models.dense import locate, skeleton
 from sqft.models.discover import Architecture, describe, resolve_targets
 from sqft.models.weights import Weight, is_linear
@@ -22,10 +23,9 @@ from sqft.sparsity.pattern import Pattern
 PATTERNS = ("2:4", "4:8", "16:32", "32:64", "64:128")
 TRAINED = 100, 16, 256  # steps, sequences a step and tokens of one, for which training is estimated
 CARDS, USABLE = (16, 24, 48, 80), 0.92  # GB of common GPUs, and what driver and fragments leave of them
+COPIES = 24  # bytes a weight that is pruned or quantized on a GPU, while it is: in float32, scores, their order
 AT_ONCE = 512  # tokens that training holds at a time, with activation checkpointing: the least that makes sense
 PACKED, MASKED = 4.5 / 8, 1 / 8  # bytes a weight in INT4 with its grid, and of its mask
-COPIES = 24  # bytes a weight that is pruned or quantized, while it is: in float32, scores, their order
-FACTOR = 13.2  # I^2 bytes that GPTQ holds of a weight of I inputs (benchmarks/bench_memory.py --only gptq)
 
 
 def inspect(model: str) -> dict[str, Any]:
@@ -87,12 +87,11 @@ def _kept(architecture: Architecture) -> Iterator[str]:
 
 def _stages(live: Any, architecture: Architecture, shape: estimate.Shape, adapted: set[str]) -> list[dict[str, Any]]:
     """About what each takes here: as ``--dry-run`` estimates it."""
-    speed = estimate.measure(live.dtype)
+    speed = measure(live.dtype)
     steps, batch, length = TRAINED
     tuned = estimate.adapted(shape, live, architecture, adapted, TrainConfig().r)
     tokens = steps * batch * length
-    training = estimate.Cost(products=3 * estimate.forward(shape, tokens, length), memory=(
-        shape.bytes + estimate.ADAM * tuned.factors + estimate.LOGITS * estimate.CHUNK))  # fmt: skip
+    training = estimate.train(tuned, TrainConfig(batch_size=batch), (steps, tokens, length))
     costs = {
         "sparsify": estimate.sparsify(shape, SparsifyConfig()), "quantize": estimate.quantize(shape, QuantizeConfig()),
         f"train, {steps} steps of {batch} x {length} tokens": training,
@@ -116,7 +115,7 @@ def on_gpu(shape: estimate.Shape, weights: list[Weight]) -> list[dict[str, Any]]
     training = AT_ONCE * (shape.layers * shape.hidden + 10 * shape.hidden + 3 * widest) * size
     training += estimate.LOGITS * estimate.CHUNK + estimate.ADAM * shape.factors + (2 * size + 4) * largest
     held = {
-        "sparsify": walk, "quantize": walk + FACTOR * widest**2,
+        "sparsify": walk, "quantize": walk + estimate.ROUNDED * widest**2,
         "train, float base": shape.bytes + MASKED * shape.weights + training,
         "train, INT4 base": outside + (PACKED + MASKED) * shape.weights + training,
         "evaluate, float": shape.bytes,

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from pico import pico_model
+from pico import pico_model, pico_tokenizer
 from test_cli import call, fails, snapshot
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 import sqft
 from sqft.measuring.size import weight_bytes
+from sqft.measuring.speed import Speed
 from sqft.models.dense import skeleton
 from sqft.models.discover import describe
 from sqft.planning import estimate
-from sqft.planning.estimate import Cost, Shape, Speed, batches, forward, shape_of
+from sqft.planning.estimate import Cost, Shape, batches, forward, shape_of
+from sqft.planning.walk import Walk
+from sqft.planning.workload import Problems, counted
 
 SMALL = "{samples: 4, length: 32}"
 FULL_SIZE = {  # sizes of the models that the shipped recipes are for, and the parameters that their cards state
@@ -155,7 +158,7 @@ def test_forward_flops_are_those_that_torch_counts(family: str) -> None:
 
 
 def cost_of_training(monkeypatch, shape: Shape, config: sqft.TrainConfig, examples: int, tokens: int) -> Cost:
-    monkeypatch.setattr(estimate, "of_training", lambda config: [(tokens // 2, tokens // 2)] * examples)
+    monkeypatch.setattr(estimate, "of_training", lambda config, count: [(tokens // 2, tokens // 2)] * examples)
     return estimate.train(shape, config)
 
 
@@ -244,3 +247,23 @@ def test_time_is_work_over_speed(dense: Path) -> None:
     slow, fast = (Speed("", rate, rate, rate) for rate in (1e9, 2e9))
     assert cost.seconds(slow) - cost.fixed == pytest.approx(2 * (cost.seconds(fast) - cost.fixed))
     assert cost.seconds(slow) - cost.fixed == pytest.approx((cost.products + cost.float32 + cost.moved) / 1e9)
+
+
+def test_tokens_are_counted_by_the_models_own_tokenizer(tmp_path: Path) -> None:
+    texts = ["the quick brown fox " * n for n in range(1, 600)]
+    tokenizer = pico_tokenizer()
+    real = [len(tokenizer(text)["input_ids"]) for text in texts]
+    assert counted(texts, tokenizer) == pytest.approx(real, rel=0.02, abs=2)
+    assert sum(counted(texts)) < 0.5 * sum(real)  # its tokens are single characters, which is not known without it
+    assert counted(["", ""], tokenizer) == [0, 0] and counted([], tokenizer) == []
+    sqft.save(pico_model(), tokenizer, tmp_path / "model")
+    assert Walk(str(tmp_path / "model")).shapes[str(tmp_path / "model")].counter(texts) == counted(texts, tokenizer)
+
+
+def test_memory_of_options_is_that_of_one_options_tokens() -> None:
+    """Not that of all of a problem's together."""
+    shape = shape_of(pico_model())
+    problems = Problems([(10, 4 * 5)] * 64, 0, 5)
+    found = estimate._score(shape, problems, 32)
+    assert found.memory == 32 * 5 * shape.vocabulary * 8 + 32 * 10 * shape.cached * 4
+    assert shape.cached == 2 * 2 * 2 * 8  # layers, keys and values, heads, features

@@ -8,19 +8,16 @@ A stage's function has its name and takes (the model, its options).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import astuple, dataclass
+from collections.abc import Collection
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
-
-import torch
-from torch.utils.benchmark import Timer
 
 from sqft.calibration.statistics import is_paired
 from sqft.config import EvaluateConfig, QuantizeConfig, SearchConfig, SparsifyConfig, TrainConfig
-from sqft.kernels.dispatch import pick_device, product
+from sqft.measuring.speed import Speed
 from sqft.models.discover import Architecture, describe
 from sqft.models.experts import shares_of_tokens
-from sqft.planning.workload import Lengths, of_problems, of_text, of_training
+from sqft.planning.workload import Count, Lengths, Problems, counted, of_problems, of_text, of_training
 from sqft.registry import KINDS, QUANTIZERS
 
 # Bytes moved a weight, where a step is bound by memory.
@@ -31,32 +28,39 @@ FACTORIZE = 8  # x I^3 FLOPs: two Cholesky factors and an inverse in float64, in
 COLUMN = 5e-5  # seconds a column of GPTQ's loop, whatever its length
 TOKEN = 1e-3  # seconds a layer and generated token, whatever its size: Python and launches
 GGUF = 1.1e-7  # seconds a weight to de-quantize a GGUF file
-START, PROCESS = 2.0, 500e6  # seconds to load a model of any size; bytes of the interpreter and libraries
+START, PROCESS, TRAINER = 2.0, 380e6, 50e6  # seconds to load a model; bytes of libraries, and to train
 ADAM = 16  # bytes a trained weight: itself, gradient, two moments, float32
-LOGITS, CHUNK = 20, 4e6  # bytes a logit in training: five copies in float32; without a teacher of so many at a time
+LOGITS, CHUNK = 24, 4e6  # bytes a logit in training: six copies in float32; without a teacher of so many at a time
+# Bytes a weight while it is pruned, quantized or repaired; I^2 bytes of GPTQ (bench_memory.py --only gptq) and repair.
+COPIES, ROUNDED, REPAIRED = 40, 13.2, 17
+PROBED = 256  # tokens whose logits merging compares
 
 
 class Shape(NamedTuple):
-    """A model as a stage meets it. ``bytes`` are those of all parameters as they are stored, ``itemsize`` those of one
-    as a float. ``weights`` counts those of the blocks' linear layers, ``active`` those that a token is multiplied with,
-    ``inputs`` the features that each layer reads and the share of the tokens that reach it. ``adapted`` counts the
-    weights that have an adapter, ``adapted_active`` those of them that a token is multiplied with, ``factors`` the
-    adapter's own at its largest rank."""
+    """A model as a stage meets it."""
 
     parameters: int
-    bytes: float
-    itemsize: int
-    weights: int
-    active: float
-    inputs: list[tuple[int, float]]
+    bytes: float  # of all parameters as they are stored
+    itemsize: int  # bytes of one as a float
+    weights: int  # of the blocks' linear layers
+    largest: int  # of one of these
+    active: float  # of them that a token is multiplied with
+    inputs: list[tuple[int, float]]  # features that each layer reads, and the share of the tokens that get there
     layers: int
     hidden: int
     vocabulary: int
+    cached: int  # a token's keys and values
     packed: bool = False
     gguf: bool = False
-    adapted: int = 0
-    adapted_active: float = 0
-    factors: int = 0
+    adapted: int = 0  # weights that have or had an adapter
+    adapted_active: float = 0  # of them that a token is multiplied with
+    factors: int = 0  # the adapter's own at its largest rank
+    counter: Count = counted  # tokens of texts
+
+    @property
+    def widened(self) -> float:
+        """Bytes of embeddings and head that are stored in half precision, and computed in float32."""
+        return (self.parameters - self.weights) * self.itemsize * (self.packed and self.itemsize == 4)
 
 
 def shape_of(model: Any) -> Shape:
@@ -64,10 +68,13 @@ def shape_of(model: Any) -> Shape:
     config, architecture, itemsize = model.config.get_text_config(), describe(model), model.dtype.itemsize
     parameters, shares = sum(p.numel() for p in model.parameters()), shares_of_tokens(model, architecture.names())
     sizes = {weight.name: weight.shape for weight in architecture.weights()}
-    return Shape(parameters, parameters * itemsize, itemsize, sum(map(math.prod, sizes.values())),
-                 sum(shares[name] * math.prod(size) for name, size in sizes.items()),
+    cached = sum(outputs for name, (outputs, _) in sizes.items() if name.endswith(("k_proj", "v_proj")))
+    numbers = {name: math.prod(size) for name, size in sizes.items()}
+    return Shape(parameters, parameters * itemsize, itemsize, sum(numbers.values()), max(numbers.values()),
+                 sum(shares[name] * number for name, number in numbers.items()),
                  [(inputs, shares[name]) for name, (_, inputs) in sizes.items()], len(architecture.blocks),
-                 config.hidden_size, config.vocab_size)  # fmt: skip
+                 config.hidden_size, config.vocab_size,
+                 cached or 2 * config.hidden_size * len(architecture.blocks))  # fmt: skip
 
 
 def adapted(shape: Shape, model: Any, architecture: Architecture, names: Collection[str], rank: int) -> Shape:
@@ -77,34 +84,6 @@ def adapted(shape: Shape, model: Any, architecture: Architecture, names: Collect
     return shape._replace(
         adapted=sum(map(math.prod, sizes.values())), factors=rank * sum(map(sum, sizes.values())),
         adapted_active=sum(shares[name] * math.prod(size) for name, size in sizes.items()))  # fmt: skip
-
-
-class Speed(NamedTuple):
-    """FLOP/s of products as a model makes them in its dtype, and of the fastest library's in float32; bytes/s of
-    copies (read and written)."""
-
-    device: str
-    products: float
-    float32: float
-    moved: float
-
-
-def measure(dtype: torch.dtype) -> Speed:
-    """The speed of the accelerator if there is one, else of the processor with the threads that torch uses."""
-    device, threads = pick_device(), torch.get_num_threads()
-    x = torch.randn(1024, 1024, device=device)
-    low = x.to(dtype)
-    source = torch.ones(1 << 26, dtype=torch.uint8, device=device)  # more than caches hold
-    target = torch.ones_like(source)
-
-    def rate(call: Callable[[], object]) -> float:
-        """Calls a second, by the median of a tenth of one. The timer waits until an accelerator has done its work."""
-        timer = Timer("call()", globals={"call": call}, num_threads=threads)
-        return 1 / timer.blocked_autorange(min_run_time=0.1).median
-
-    return Speed(f"CPU, {threads} threads" if device.type == "cpu" else device.type.upper(),
-                 2 * 1024**3 * rate(lambda: product(low, low)), 2 * 1024**3 * rate(lambda: product(x, x)),
-                 2 * source.nbytes * rate(lambda: target.copy_(source)))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,12 +116,16 @@ def load(shape: Shape) -> Cost:
 
 
 def _compress(shape: Shape, config: SparsifyConfig | QuantizeConfig, passes: int) -> Cost:
-    """The calibration tokens, ``passes`` times. Held: their hidden states, a layer's inputs, a block, masks."""
+    """The calibration tokens, ``passes`` times. Held: their hidden states (of a walk from layer to layer a layer's
+    inputs too, of both models if it repairs), a changed block, masks, and what the largest weight takes."""
     needed = config.repair != "none" or not (config.method in ("magnitude", "rtn") or getattr(config, "mask", None))
-    tokens = needed * config.samples * config.length
-    seen = tokens * ((1 + (config.repair != "none")) * shape.hidden + max(shape.inputs)[0]) * shape.itemsize
+    tokens, repairs, widest = needed * config.samples * config.length, config.repair != "none", max(shape.inputs)[0]
+    walks = isinstance(config, QuantizeConfig) or repairs
+    seen = tokens * (1 + repairs) * (shape.hidden + walks * (shape.hidden + widest)) * shape.itemsize
+    squares = REPAIRED if repairs else ROUNDED * isinstance(config, QuantizeConfig)
     return Cost(products=passes * forward(shape, tokens, config.length, head=False),
-                memory=seen + (24 / shape.layers + 1 / 8) * shape.weights)  # fmt: skip
+                memory=seen + shape.itemsize * shape.weights / shape.layers + shape.weights / 8 + squares * widest**2
+                + COPIES * shape.largest)  # fmt: skip
 
 
 def sparsify(shape: Shape, config: SparsifyConfig) -> Cost:
@@ -181,8 +164,9 @@ def batches(lengths: Lengths, config: TrainConfig) -> tuple[float, float, float]
     return steps * epochs, sum(max(chunk) * len(chunk) for chunk in chunks) * epochs, max(totals)
 
 
-def train(shape: Shape, config: TrainConfig) -> Cost:
-    steps, tokens, longest = batches(of_training(config), config)
+def train(shape: Shape, config: TrainConfig, sizes: tuple[float, float, float] | None = None) -> Cost:
+    """Of the config's data, or of ``sizes`` as ``batches`` gives them."""
+    steps, tokens, longest = sizes or batches(of_training(config, shape.counter), config)
     passes = 3 if config.gradient_checkpointing else 2  # over the blocks; over the head two
     products = 2 * forward(shape, tokens, longest) + (passes - 2) * forward(shape, tokens, longest, head=False)
     built = UNPACK * shape.weights * shape.packed
@@ -195,47 +179,57 @@ def train(shape: Shape, config: TrainConfig) -> Cost:
     products = times * products + looks * forward(shape, tokens, longest)
     saved = shape.hidden if config.gradient_checkpointing else 10 * shape.hidden + 3 * max(shape.inputs)[0]
     a_step = config.batch_size * longest
-    held = shape.itemsize * (shape.adapted * bool(config.base) + shape.parameters * bool(config.distill))
-    held += (ADAM - shape.itemsize) * shape.adapted if kind.whole else 0
-    held += LOGITS * (a_step * shape.vocabulary if config.distill or config.distill_ranks else CHUNK)
-    held += shape.bytes + ADAM * shape.factors + a_step * shape.layers * saved * shape.itemsize
+    held = LOGITS * (a_step * shape.vocabulary if config.distill or config.distill_ranks else CHUNK)
+    held += a_step * shape.layers * saved * shape.itemsize
+    if kind.whole:  # gradients come as activations go; the optimizer's step makes something of all at once
+        held = max(held + (ADAM - 4) * shape.adapted, (ADAM + 4) * shape.adapted)
+    held += shape.itemsize * (shape.adapted * bool(config.base) + shape.parameters * bool(config.distill)) + TRAINER
+    held += shape.bytes + shape.widened + ADAM * shape.factors + COPIES / 2 * shape.largest + shape.weights / 8
     return Cost(products=products, moved=steps * config.gradient_accumulation * passes * times * built, memory=held)
 
 
-def _score(shape: Shape, lengths: Lengths, generated: int, batch_size: int, times: int = 1) -> Cost:
-    """Problems are scored by float weights: by forwards, or by greedy generation of so many tokens each."""
-    prompts, totals = [prompt for prompt, _ in lengths], [prompt + completion for prompt, completion in lengths]
+def _score(shape: Shape, problems: Problems, batch_size: int, times: int = 1) -> Cost:
+    """Problems are scored by float weights: by forwards, with logits as they are, in float32 and their logarithms at
+    once, or by greedy generation of so many tokens each."""
+    prompts, generated = [prompt for prompt, _ in problems.lengths], problems.generated
+    cache = batch_size * (max(prompts) + generated) * shape.cached * shape.itemsize
     if not generated:
-        longest = max(totals, default=0)
-        logits = batch_size * longest * shape.vocabulary * (shape.itemsize + 4)
-        return Cost(products=times * forward(shape, sum(totals), longest), memory=logits)
+        totals = list(map(sum, problems.lengths))
+        logits = batch_size * problems.longest * shape.vocabulary * (shape.itemsize + 4 + 4 * (shape.itemsize < 4))
+        return Cost(products=times * forward(shape, sum(totals), max(totals)), memory=cache + logits)
     passes = times * -(-len(prompts) // batch_size) * generated
-    cache = batch_size * (max(prompts) + generated) * shape.layers * 2 * shape.hidden * shape.itemsize
     return Cost(products=times * forward(shape, sum(prompts) + len(prompts) * generated, max(prompts)), memory=cache,
                 moved=passes * shape.parameters * shape.itemsize, fixed=passes * shape.layers * TOKEN)  # fmt: skip
 
 
+def _served(shape: Shape) -> float:
+    """Bytes of a model that is scored: its files, and weights that are unpacked or merged for a while."""
+    changed = shape.weights if shape.packed else shape.adapted * bool(shape.factors)
+    return shape.bytes + shape.widened + changed * shape.itemsize
+
+
 def evaluate(shape: Shape, config: EvaluateConfig) -> Cost:
-    cost = Cost(memory=shape.parameters * shape.itemsize)
-    if config.task:
-        cost += _score(shape, *of_problems(config, tuned=shape.adapted > 0), config.batch_size)
+    problems = of_problems(config, shape.adapted > 0, shape.counter) if config.task else None
+    cost = _score(shape, problems, config.batch_size) if problems else Cost()
     if config.text:
-        windows = of_text(config.text, config.max_tokens) // config.length
-        cost += _score(shape, [(config.length, 0)] * windows, 0, max(1, config.batch_size // 8))
-    return cost
+        tokens, windows = of_text(config.text, config.max_tokens, shape.counter), max(1, config.batch_size // 8)
+        cost = replace(cost, products=cost.products + forward(shape, tokens, config.length), memory=max(
+            cost.memory, (windows * shape.itemsize + 8) * config.length * shape.vocabulary))  # fmt: skip
+    return cost + Cost(memory=_served(shape))
 
 
 def search(shape: Shape, config: SearchConfig) -> Cost:
-    lengths, generated = of_problems(config, tuned=True)
+    problems = of_problems(config, True, shape.counter)
     from sqft.searching.strategies import SEARCHES
 
+    problems = problems._replace(generated=problems.generated * (config.metric == "accuracy"))
     times = config.evaluations if config.strategy in SEARCHES else 1
-    return _score(shape, lengths, generated * (config.metric == "accuracy"), config.batch_size, times) + Cost(
-        moved=times * BUILD[shape.packed] * shape.weights,
-        memory=shape.bytes + shape.parameters * shape.itemsize)  # fmt: skip
+    return _score(shape, problems, config.batch_size, times) + Cost(
+        moved=times * BUILD[shape.packed] * shape.weights, memory=_served(shape) + TRAINER)  # fmt: skip
 
 
 def merge(shape: Shape, config: Any) -> Cost:
     """Un-merged and merged model, both mapped, are compared on a few tokens (three forwards)."""
     built = BUILD[shape.packed] * shape.weights
-    return Cost(products=forward(shape, 3 * 256, 64), moved=2 * built, memory=ADAM * shape.weights / shape.layers)
+    return Cost(products=forward(shape, 3 * PROBED, 64), moved=2 * built, memory=shape.widened + shape.weights / 4
+                + 3 * PROBED * shape.vocabulary * shape.itemsize + COPIES / 2 * shape.largest)  # fmt: skip

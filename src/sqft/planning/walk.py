@@ -4,15 +4,19 @@ are the same errors as in the run itself, only earlier. Nothing is loaded, every
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from typing import Any
 
 from sqft.adapters.groups import make_groups
 from sqft.compressing.passes import patterns, quantized_bytes, quantized_layers
+from sqft.errors import SqftError
 from sqft.formats.checkpoint import is_packed_folder
-from sqft.models.dense import DTYPES, locate, skeleton
+from sqft.measuring.speed import measure
+from sqft.models.dense import DTYPES, load_tokenizer, locate, skeleton
 from sqft.models.discover import describe, resolve_targets
-from sqft.planning.estimate import Shape, adapted, load, measure, shape_of
-from sqft.planning.workload import NotHere
+from sqft.planning.estimate import Shape, adapted, load, shape_of
+from sqft.planning.workload import NotHere, counted
 from sqft.recipe import Step
 from sqft.registry import KINDS
 from sqft.stages import STAGES
@@ -28,7 +32,11 @@ class Walk:
         self.packed = is_packed_folder(source)  # its layers are float ones in the skeleton
         shape = shape_of(self.model)
         size = shape.bytes - self.packed * shape.weights * (shape.itemsize - 4.5 / 8)
-        self.shapes = {source: shape._replace(bytes=size, packed=self.packed, gguf=locate(source)[1] is not None)}
+        gguf = locate(source)[1] is not None
+        shape = shape._replace(bytes=size, packed=self.packed, gguf=gguf)
+        with contextlib.suppress(SqftError):  # the run's to say; and that of a GGUF file takes long
+            shape = shape if gguf else shape._replace(counter=partial(counted, tokenizer=load_tokenizer(source)))
+        self.shapes = {source: shape}
         self.speed = measure(self.model.dtype)
 
     def take(self, step: Step) -> dict[str, Any]:
@@ -51,7 +59,7 @@ class Walk:
             patterns(self.architecture, config)
             if config.dtype != "auto":
                 self.model.to(DTYPES[config.dtype])
-            return shape_of(self.model)
+            return shape_of(self.model)._replace(counter=shape.counter)
         if step.stage == "quantize":
             layers = quantized_layers(self.architecture, config)
             size = quantized_bytes(self.model, layers, config)
@@ -68,4 +76,4 @@ class Walk:
             choices = config.search_space or [0 if KINDS[config.adapter].scales_only else config.r]
             make_groups(names, config.rank_groups, choices)
             return adapted(shape, self.model, self.architecture, names, max(choices))
-        return shape
+        return shape._replace(factors=0) if step.stage == "merge" else shape
