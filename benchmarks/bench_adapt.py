@@ -211,7 +211,10 @@ PAIRS = (("SparsePEFT", "LoRA"), ("best", "SparsePEFT"), ("best", "LoRA, dense")
 
 def checks_of(rows: dict[str, dict[str, Any]], apart: dict[str, list[float]], where: str) -> list[dict[str, Any]]:
     checks = []
-    for lowest, highest, how in (("SparsePEFT", "LoRA, dense", ""), ("SparsePEFT, 1 x 0.001", "LoRA of dense, 1 x 0.001", ", all at 1e-3")):
+    for lowest, highest, how in (
+        ("SparsePEFT", "LoRA, dense", ""),
+        ("SparsePEFT, 1 x 0.001", "LoRA of dense, 1 x 0.001", ", all at 1e-3"),
+    ):
         if {"best", lowest, highest} <= rows.keys():
             low, mine, high = (rows[name]["accuracy"] for name in (lowest, "best", highest))
             checks.append(check(f"{where}: share of the gap to dense LoRA that is closed{how}", (mine - low) / (high - low), 0.5,
