@@ -24,6 +24,7 @@ from sqft.planning.walk import Walk
 from sqft.recipe import load_recipe, steps, with_adapter
 from sqft.registry import KINDS
 from sqft.sparsity.masks import collect_masks, mask_of
+from sqft.training import whole
 from sqft.training.callbacks import ProgressBar
 from sqft.training.data import collate, tokenize_all
 from sqft.training.initial import gradient_rows
@@ -123,6 +124,16 @@ def test_sparse_full_writes_a_model_in_the_bases_precision(half: Path, examples,
         sqft.evaluate(tmp_path / "full", sqft.EvaluateConfig(text="builtin", length=32, max_tokens=64))["perplexity"]
         > 1
     )
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_sparse_full_multiplies_in_bfloat16_where_that_is_not_slow(slow: bool, monkeypatch) -> None:
+    monkeypatch.setattr(whole, "is_slow_half", lambda dtype: slow)
+    config = sqft.TrainConfig(**FULL, device="cpu")
+    assert whole.precision_of(pico_model(dtype=torch.bfloat16), config).precision == ("auto" if slow else "bfloat16")
+    asked = sqft.TrainConfig(**{**FULL, "precision": "bfloat16"}, device="cpu")
+    assert whole.precision_of(pico_model(dtype=torch.bfloat16), asked).precision == "bfloat16"
+    assert whole.precision_of(pico_model(), config).precision == "auto"
 
 
 @pytest.mark.parametrize("what", ["sparse-full", "sparse-full, dense", "norms and gradient"])

@@ -33,7 +33,6 @@ ADAM = 16  # bytes a trained weight: itself, gradient, two moments, float32
 LOGITS, CHUNK = 24, 4e6  # bytes a logit in training: six copies in float32; without a teacher of so many at a time
 # Bytes a weight while it is pruned, quantized or repaired; I^2 bytes of GPTQ (bench_memory.py --only gptq) and repair.
 COPIES, ROUNDED, REPAIRED = 40, 13.2, 17
-PROBED = 256  # tokens whose logits merging compares
 
 
 class Shape(NamedTuple):
@@ -88,14 +87,13 @@ def adapted(shape: Shape, model: Any, architecture: Architecture, names: Collect
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of a model's own products and of others in float32, bytes moved, seconds that depend on none of these; the
-    most bytes that are held."""
+    """What a stage takes."""
 
-    products: float = 0.0
-    float32: float = 0.0
-    moved: float = 0.0
-    fixed: float = 0.0
-    memory: float = 0.0
+    products: float = 0.0  # FLOPs of a model's own products
+    float32: float = 0.0  # and of others
+    moved: float = 0.0  # bytes
+    fixed: float = 0.0  # seconds that depend on none of these
+    memory: float = 0.0  # the most bytes that are held
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -231,5 +229,5 @@ def search(shape: Shape, config: SearchConfig) -> Cost:
 def merge(shape: Shape, config: Any) -> Cost:
     """Un-merged and merged model, both mapped, are compared on a few tokens (three forwards)."""
     built = BUILD[shape.packed] * shape.weights
-    return Cost(products=forward(shape, 3 * PROBED, 64), moved=2 * built, memory=shape.widened + shape.weights / 4
-                + 3 * PROBED * shape.vocabulary * shape.itemsize + COPIES / 2 * shape.largest)  # fmt: skip
+    return Cost(products=forward(shape, 3 * 256, 64), moved=2 * built, memory=shape.widened + shape.weights / 4
+                + 3 * 256 * shape.vocabulary * shape.itemsize + COPIES / 2 * shape.largest)  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sqft.config import MergeConfig, TrainConfig
 from sqft.errors import VerificationError
 from sqft.folders import load, write_files
+from sqft.kernels.dispatch import is_slow_half, pick_device
 from sqft.models.discover import describe, norms
 from sqft.models.types import Tokenizer
 from sqft.models.weights import Weight, stored_state
@@ -78,8 +79,9 @@ def _check_zeros(weights: list[Weight]) -> None:
 
 
 def precision_of(model: nn.Module, config: TrainConfig) -> TrainConfig:
-    """The config, with 'auto' as what it means here: products of bfloat16 weights are made in bfloat16."""
-    half = next(model.parameters()).dtype == torch.bfloat16
+    """The config, with 'auto' as what it means here: bfloat16 weights are multiplied in bfloat16 where that is fast."""
+    slow = pick_device(config.device).type == "cpu" and is_slow_half(torch.bfloat16)
+    half = next(model.parameters()).dtype == torch.bfloat16 and not slow
     return replace(config, precision="bfloat16") if half and config.precision == "auto" else config
 
 
